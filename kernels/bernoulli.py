@@ -1,0 +1,211 @@
+"""Bernoulli value node with logits: p = sigmoid(u), q = sigmoid(mu), E = pi sum KL[p || q]."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import check_node, coefficients, expm1, log1p, on_device, row_tile, sum_partials, tile
+
+
+@triton.jit
+def sigmoids(x):
+    """sigmoid(x) and sigmoid(-x), each to its own relative precision."""
+    z = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + z)
+    small = z / (1.0 + z)
+    return tl.where(x >= 0, large, small), tl.where(x >= 0, small, large)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x)."""
+    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def kl(u, mu, d, p, p_not):
+    """p d - softplus(u) + softplus(mu) per element, d = u - mu.
+
+    A KL is the same after u, mu, d change sign: taken at -|u|, where no two terms are large. Near d = 0, where they cancel,
+    the series in d; its coefficients are the cumulants of the distribution at u. Never negative.
+    """
+    z = tl.where(u < 0, -d, d)
+    v = p * p_not
+    t = tl.abs(p - p_not)
+    high = (
+        1.0 / 24
+        - v * 0.25
+        + t * (1.0 - 12.0 * v) * z * (1.0 / 120)
+        + (1.0 - 30.0 * v * (1.0 - 4.0 * v)) * z * z / 720.0
+    )
+    series = v * z * z * (0.5 + t * z * (1.0 / 6) + z * z * high)
+    direct = softplus(tl.where(u < 0, mu, -mu)) - softplus(-tl.abs(u)) - tl.minimum(p, p_not) * z
+    return tl.where(tl.abs(d) < 0.25, series, tl.maximum(direct, 0.0))
+
+
+@triton.jit
+def difference(p, p_not, q, q_not, d):
+    """p - q = p (1 - q) (1 - e^-d), which does not cancel where d = u - mu is small."""
+    return tl.where(d >= 0, p * q_not, -q * p_not) * -expm1(-tl.abs(d))
+
+
+@triton.jit
+def _forward(
+    mu_ptr,  # [S, n]
+    state_ptr,  # [S, n] float32
+    precision_ptr,  # [S] float32
+    emission_ptr,  # [S, n], mu's dtype
+    energy_ptr,  # [S, blocks] float32
+    n_samples,
+    n,
+    ERROR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """p and pi KL[p || q]. A program takes COLS elements of ROWS samples.
+
+    Floor, bytes per element: read mu and the state (4), write the emission.
+    """
+    rows, cols, partial = row_tile(n_samples, n, ROWS, COLS)
+    inside = rows < n_samples
+    mask = inside & (cols < n)
+    offsets = rows * n + cols
+    mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    state = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+    u = mu + state if ERROR else state
+    d = state if ERROR else state - mu
+    p, p_not = sigmoids(u)
+    pi = tl.load(precision_ptr + rows, mask=inside, other=1.0)
+    tl.store(emission_ptr + offsets, p, mask=mask)
+    tl.store(energy_ptr + partial, pi * tl.sum(kl(u, mu, d, p, p_not), axis=1, keep_dims=True), mask=inside)
+
+
+@triton.jit
+def _step(
+    mu_ptr,  # [S, n]
+    state_ptr,  # [S, n] float32, moved in place
+    grad_ptr,  # [S, n]
+    precision_ptr,  # [S] float32
+    keep_ptr,  # [S] float32
+    move_ptr,  # [S] float32
+    grad_mu_ptr,  # [S, n], mu's dtype
+    energy_ptr,  # [S, blocks] float32
+    n_samples,
+    n,
+    ERROR: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    MOVE: tl.constexpr,
+    MOVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """d <- keep d - (move / pi) g; dF/dmu = pi (q - p), in error form + p (1 - p) (pi d + g). COLS elements of ROWS samples.
+
+    Floor, bytes per element: read mu, g and the state (4), write the state (4) and dF/dmu.
+    """
+    rows, cols, partial = row_tile(n_samples, n, ROWS, COLS)
+    inside = rows < n_samples
+    mask = inside & (cols < n)
+    offsets = rows * n + cols
+    pi, keep, push = coefficients(precision_ptr, keep_ptr, move_ptr, rows, inside, MOVE)
+    mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    q, q_not = sigmoids(mu)
+    u, p, p_not = mu, q, q_not
+    d = tl.zeros([ROWS, COLS], tl.float32)
+    if HAS_STATE:
+        d = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+        if ERROR:
+            u = mu + d
+        else:
+            u = d
+            d -= mu
+        p, p_not = sigmoids(u)
+    tl.store(energy_ptr + partial, pi * tl.sum(kl(u, mu, d, p, p_not), axis=1, keep_dims=True), mask=inside)
+    if ERROR or MOVE:
+        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad_mu = -pi * difference(p, p_not, q, q_not, d)
+    if ERROR:
+        grad_mu += p * p_not * (pi * d + g)
+    if MOVE:
+        new = keep * d - push * g
+        tl.store(state_ptr + offsets, new if ERROR else mu + new, mask=mask)
+        if MOVED and not ERROR:
+            p, p_not = sigmoids(mu + new)
+            grad_mu = -pi * difference(p, p_not, q, q_not, new)
+    tl.store(grad_mu_ptr + offsets, grad_mu, mask=mask)
+
+
+def bernoulli_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
+    """Emission sigmoid(u) and pi KL of the sigmoids."""
+    check_node(mu, state, precision, form)
+    samples, emission = len(precision), torch.empty_like(mu, memory_format=torch.contiguous_format)
+    if mu.numel() == 0:
+        return emission, torch.zeros_like(precision)
+    n = mu.numel() // samples
+    rows, cols, warps = tile(n, 1024, 1024)
+    blocks = triton.cdiv(n, cols)
+    energy = torch.empty(samples, blocks, device=mu.device)
+    with on_device(mu):
+        _forward[(triton.cdiv(samples, rows) * blocks,)](
+            mu.contiguous(),
+            state,
+            precision.contiguous(),
+            emission,
+            energy,
+            samples,
+            n,
+            ERROR=form == "error",
+            ROWS=rows,
+            COLS=cols,
+            num_warps=warps,
+        )
+    return emission, sum_partials(energy, samples)
+
+
+def bernoulli_step(
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor,
+    precision: Tensor,
+    keep: Tensor | None,
+    move: Tensor | None,
+    *,
+    form: str,
+    moved: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """One inference step: the state (moved in place), dF/dmu and the energy."""
+    check_node(mu, state, precision, form, grad, keep, move)
+    samples, has_state = len(precision), state is not None
+    if keep is not None and state is None:
+        state = torch.empty(mu.shape, device=mu.device)
+    grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
+    if mu.numel() == 0:
+        return state, grad_mu, torch.zeros_like(precision)
+    n = mu.numel() // samples
+    rows, cols, warps = tile(n, 1024, 1024)
+    blocks = triton.cdiv(n, cols)
+    energy = torch.empty(samples, blocks, device=mu.device)
+    with on_device(mu):
+        _step[(triton.cdiv(samples, rows) * blocks,)](
+            mu.contiguous(),
+            state,
+            grad.contiguous(),
+            precision.contiguous(),
+            None if keep is None else keep.contiguous(),
+            None if move is None else move.contiguous(),
+            grad_mu,
+            energy,
+            samples,
+            n,
+            ERROR=form == "error",
+            HAS_STATE=has_state,
+            MOVE=keep is not None,
+            MOVED=moved,
+            ROWS=rows,
+            COLS=cols,
+            num_warps=warps,
+        )
+    return state, grad_mu, sum_partials(energy, samples)

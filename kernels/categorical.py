@@ -1,0 +1,560 @@
+"""Categorical value node with logits along the last axis: p = softmax(u), q = softmax(mu), E = pi sum KL[p || q].
+
+A row that fits one tile is read once and stays in registers. A longer one is read twice (thrice where the gradient is taken
+at the moved state), after an online log-sum-exp. A logit of -inf is masked, p = q = d = 0, and so is what CAUSAL or PADDING
+hides.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import check, check_node, coefficients, exp_tail, log1p, on_device, row_tile, sum_partials, tile
+
+SHORT = 8192  # columns of the longest row that is kept in registers
+LONG = 4096  # columns that a program takes at a time of a longer row
+
+
+@triton.jit
+def row_end(rows, node, CAUSAL: tl.constexpr):
+    """The first column that no row of the program sees."""
+    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item = node
+    end = n_columns
+    if CAUSAL:
+        seen = tl.max(tl.where(rows < n_rows, rows % n_queries, 0)) + (n_columns - n_queries) + 1
+        end = tl.minimum(seen, n_columns).to(tl.int32)
+    return end
+
+
+@triton.jit
+def load_node(
+    rows, cols, node, ERROR: tl.constexpr, HAS_STATE: tl.constexpr, CAUSAL: tl.constexpr, PADDING: tl.constexpr
+):
+    """u, mu, d = u - mu of a tile, and which entries live; the others hold 0."""
+    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item = node
+    live = (rows < n_rows) & (cols < n_columns)
+    if CAUSAL:
+        live = live & (cols <= rows % n_queries + (n_columns - n_queries))
+    if PADDING:
+        live = live & (tl.load(padding_ptr + rows // rows_per_item * n_columns + cols, mask=live, other=1) == 0)
+    offsets = rows * n_columns + cols
+    mu = tl.load(mu_ptr + offsets, mask=live, other=float("-inf")).to(tl.float32)
+    live = live & (mu != float("-inf"))
+    mu = tl.where(live, mu, 0.0)
+    u = mu
+    d = tl.zeros_like(mu)
+    if HAS_STATE:
+        state = tl.load(state_ptr + offsets, mask=live, other=0.0)
+        u = mu + state if ERROR else state
+        d = state if ERROR else state - mu
+    return u, mu, d, live
+
+
+@triton.jit
+def no_sums(ROWS: tl.constexpr):
+    """The running sums before a row's first tile."""
+    low = tl.full([ROWS, 1], float("-inf"), tl.float32)
+    nil = tl.zeros([ROWS, 1], tl.float32)
+    return low, nil, nil, nil, low, nil
+
+
+@triton.jit
+def online_softmax(x, live, peak, total):
+    """One tile more of a row: e^(x - peak), the new peak and total, and the factor that rescales older sums."""
+    x = tl.where(live, x, float("-inf"))
+    highest = tl.maximum(peak, tl.max(x, axis=1, keep_dims=True))
+    finite = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp(x - finite)
+    scale = tl.exp(peak - finite)
+    return weights, highest, total * scale + tl.sum(weights, axis=1, keep_dims=True), scale
+
+
+@triton.jit
+def add_tile(sums, node_tile, g):
+    """The row's peak of u, its sums of e^u, e^u d and e^u g, its peak of mu and sum of e^mu, one tile further."""
+    peak_u, total_u, sum_d, sum_g, peak_mu, total_mu = sums
+    u, mu, d, live = node_tile
+    weights, peak_u, total_u, scale = online_softmax(u, live, peak_u, total_u)
+    sum_d = sum_d * scale + tl.sum(weights * d, axis=1, keep_dims=True)
+    sum_g = sum_g * scale + tl.sum(weights * g, axis=1, keep_dims=True)
+    weights, peak_mu, total_mu, scale = online_softmax(mu, live, peak_mu, total_mu)
+    return peak_u, total_u, sum_d, sum_g, peak_mu, total_mu
+
+
+@triton.jit
+def settle(peak, total):
+    """Peak and 1 / total of a finished row: 0 and 1 where all of it is masked."""
+    return tl.where(total == 0.0, 0.0, peak), 1.0 / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def row_means(sums):
+    """<p, d>, <p, g>, and (peak, 1 / total) of u and of mu, and KL = <p, d> - (lse u - lse mu): noise where u is near mu."""
+    peak_u, total_u, sum_d, sum_g, peak_mu, total_mu = sums
+    peak_u, inverse_u = settle(peak_u, total_u)
+    peak_mu, inverse_mu = settle(peak_mu, total_mu)
+    mean_d = sum_d * inverse_u
+    kl = mean_d - (peak_u - peak_mu) - tl.log(inverse_mu / inverse_u)
+    return mean_d, sum_g * inverse_u, peak_u, inverse_u, peak_mu, inverse_mu, kl
+
+
+@triton.jit
+def softmax_tile(x, live, peak, inverse):
+    """e^(x - peak) / total, 0 where masked."""
+    return tl.exp(tl.where(live, x - peak, float("-inf"))) * inverse
+
+
+@triton.jit
+def kl_terms(p, q, x, kl):
+    """sum p (e^-x - 1 + x) with x = d - <p, d>, which is e^KL - 1: no term is negative, and none is lost near u = mu.
+
+    Away from x = 0 p e^-x is taken as q e^KL, which cannot overflow.
+    """
+    near = tl.abs(x) < 1.0
+    terms = tl.where(near, p * exp_tail(tl.where(near, -x, 0.0)), q * tl.exp(tl.minimum(kl, 1.0)) - p + p * x)
+    return tl.sum(terms, axis=1, keep_dims=True)
+
+
+@triton.jit
+def kl_of(terms, kl):
+    """A row's KL: from the terms where it is small, direct where they would overflow."""
+    return tl.where(kl > 1.0, kl, log1p(tl.maximum(terms, 0.0)))
+
+
+@triton.jit
+def emit(emission_ptr, rows, cols, node, node_tile, means):
+    """Write p of a tile; its share of e^KL - 1."""
+    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item = node
+    mean_d, mean_g, peak_u, inverse_u, peak_mu, inverse_mu, kl = means
+    u, mu, d, live = node_tile
+    p = softmax_tile(u, live, peak_u, inverse_u)
+    tl.store(emission_ptr + rows * n_columns + cols, p, mask=(rows < n_rows) & (cols < n_columns))
+    return kl_terms(p, softmax_tile(mu, live, peak_mu, inverse_mu), d - mean_d, kl)
+
+
+@triton.jit
+def _forward(
+    mu_ptr,  # [R, C]
+    state_ptr,  # [R, C] float32
+    precision_ptr,  # [S] float32
+    padding_ptr,  # [B, C], non-zero where a key is padding
+    emission_ptr,  # [R, C], mu's dtype
+    energy_ptr,  # [R] float32
+    n_rows,
+    n_columns,
+    rows_per_sample,
+    n_queries,
+    rows_per_item,
+    ERROR: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PADDING: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """p = softmax(u) and pi KL[p || q]. A program takes ROWS whole rows.
+
+    Floor, bytes per element: read mu and the state (4), write the emission; a row over one tile is read twice.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    node = (mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item)
+    sums = no_sums(ROWS)
+    if ONE_TILE:
+        node_tile = load_node(rows, cols, node, ERROR, True, CAUSAL, PADDING)
+        means = row_means(add_tile(sums, node_tile, node_tile[2]))
+        terms = emit(emission_ptr, rows, cols, node, node_tile, means)
+    else:
+        for start in range(0, row_end(rows, node, CAUSAL), COLS):
+            node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING)
+            sums = add_tile(sums, node_tile, node_tile[2])
+        means = row_means(sums)
+        terms = tl.zeros([ROWS, 1], tl.float32)
+        for start in range(0, n_columns, COLS):
+            node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING)
+            terms += emit(emission_ptr, rows, start + cols, node, node_tile, means)
+    pi = tl.load(precision_ptr + rows // rows_per_sample, mask=rows < n_rows, other=1.0)
+    tl.store(energy_ptr + rows, pi * kl_of(terms, means[6]), mask=rows < n_rows)
+
+
+@triton.jit
+def load_grad(grad_ptr, rows, cols, node, live, READ: tl.constexpr):
+    """g of a tile, 0 where masked or where nothing needs it."""
+    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item = node
+    if READ:
+        g = tl.load(grad_ptr + rows * n_columns + cols, mask=live, other=0.0).to(tl.float32)
+    else:
+        g = tl.where(live, 0.0, 0.0)
+    return g
+
+
+@triton.jit
+def moved_d(d, g, live, means, coefficient):
+    """keep d - (move / pi) (g - <p, g>), and 0 where masked."""
+    pi, keep, push = coefficient
+    return tl.where(live, keep * d - push * (g - means[1]), 0.0)
+
+
+@triton.jit
+def write_step(
+    out,
+    rows,
+    cols,
+    node,
+    node_tile,
+    g,
+    means,
+    coefficient,
+    moved,
+    ERROR: tl.constexpr,
+    MOVE: tl.constexpr,
+    MOVED: tl.constexpr,
+):
+    """Write the moved state and dF/dmu of a tile; its share of e^KL - 1."""
+    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item = node
+    mean_d, mean_g, peak_u, inverse_u, peak_mu, inverse_mu, kl = means
+    u, mu, d, live = node_tile
+    pi, keep, push = coefficient
+    offsets = rows * n_columns + cols
+    mask = (rows < n_rows) & (cols < n_columns)
+    p = softmax_tile(u, live, peak_u, inverse_u)
+    q = softmax_tile(mu, live, peak_mu, inverse_mu)
+    terms = kl_terms(p, q, d - mean_d, kl)
+    grad_mu = pi * (q - p)
+    if ERROR:
+        grad_mu += p * (pi * (d - mean_d) + (g - mean_g))
+    if MOVE:
+        new = moved_d(d, g, live, means, coefficient)
+        tl.store(state_ptr + offsets, new if ERROR else mu + new, mask=mask)
+        if MOVED:
+            peak, inverse = moved
+            grad_mu = pi * (q - softmax_tile(mu + new, live, peak, inverse))
+    tl.store(out + offsets, grad_mu, mask=mask)
+    return terms
+
+
+@triton.jit
+def _step(
+    mu_ptr,  # [R, C]
+    state_ptr,  # [R, C] float32, moved in place
+    grad_ptr,  # [R, C]
+    precision_ptr,  # [S] float32
+    keep_ptr,  # [S] float32
+    move_ptr,  # [S] float32
+    padding_ptr,  # [B, C], non-zero where a key is padding
+    grad_mu_ptr,  # [R, C], mu's dtype
+    energy_ptr,  # [R] float32
+    n_rows,
+    n_columns,
+    rows_per_sample,
+    n_queries,
+    rows_per_item,
+    ERROR: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    MOVE: tl.constexpr,
+    MOVED: tl.constexpr,  # in state form with MOVE alone
+    CAUSAL: tl.constexpr,
+    PADDING: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """d <- keep d - (move / pi) (g - <p, g>); dF/dmu = pi (q - p), in error form + p (pi (d - <p, d>) + g - <p, g>).
+
+    A program takes ROWS whole rows.
+    Floor, bytes per element: read mu, g and the state (4), write the state (4) and dF/dmu; a row over one tile is read twice.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    inside = rows < n_rows
+    node = (mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item)
+    coefficient = coefficients(precision_ptr, keep_ptr, move_ptr, rows // rows_per_sample, inside, MOVE)
+    READ: tl.constexpr = ERROR or MOVE
+    sums = no_sums(ROWS)
+    moved = (sums[0], sums[1])
+    if ONE_TILE:
+        node_tile = load_node(rows, cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
+        u, mu, d, live = node_tile
+        g = load_grad(grad_ptr, rows, cols, node, live, READ)
+        means = row_means(add_tile(sums, node_tile, g))
+        if MOVED:
+            new = moved_d(d, g, live, means, coefficient)
+            weights, peak, total, scale = online_softmax(mu + new, live, sums[0], sums[1])
+            moved = settle(peak, total)
+        terms = write_step(grad_mu_ptr, rows, cols, node, node_tile, g, means, coefficient, moved, ERROR, MOVE, MOVED)
+    else:
+        end = row_end(rows, node, CAUSAL)
+        for start in range(0, end, COLS):
+            node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
+            g = load_grad(grad_ptr, rows, start + cols, node, node_tile[3], READ)
+            sums = add_tile(sums, node_tile, g)
+        means = row_means(sums)
+        if MOVED:
+            peak, total = moved
+            for start in range(0, end, COLS):
+                u, mu, d, live = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
+                g = load_grad(grad_ptr, rows, start + cols, node, live, READ)
+                new = moved_d(d, g, live, means, coefficient)
+                weights, peak, total, scale = online_softmax(mu + new, live, peak, total)
+            moved = settle(peak, total)
+        terms = tl.zeros([ROWS, 1], tl.float32)
+        for start in range(0, n_columns, COLS):
+            at = start + cols
+            node_tile = load_node(rows, at, node, ERROR, HAS_STATE, CAUSAL, PADDING)
+            g = load_grad(grad_ptr, rows, at, node, node_tile[3], READ)
+            terms += write_step(
+                grad_mu_ptr, rows, at, node, node_tile, g, means, coefficient, moved, ERROR, MOVE, MOVED
+            )
+    tl.store(energy_ptr + rows, coefficient[0] * kl_of(terms, means[6]), mask=inside)
+
+
+def check_masks(mu: Tensor, causal: bool, padding: Tensor | None) -> None:
+    """Refuse masks that do not fit attention's logits."""
+    if causal and mu.dim() < 2:
+        raise ValueError(f"mu has {mu.dim()} dimension: causal needs [..., queries, keys]")
+    if padding is None:
+        return
+    if mu.dim() != 4:
+        raise ValueError(f"mu has {mu.dim()} dimensions: padding needs [batch, heads, queries, keys]")
+    if padding.dtype != torch.bool:
+        raise TypeError(
+            f"padding is {str(padding.dtype).removeprefix('torch.')}: give a bool tensor, True where a key is padding"
+        )
+    if padding.shape != (mu.shape[0], mu.shape[3]):
+        raise ValueError(
+            f"padding has shape {list(padding.shape)}: give it {[mu.shape[0], mu.shape[3]]}, [batch, keys]"
+        )
+    if padding.device != mu.device:
+        raise ValueError(f"padding is on {padding.device} and mu on {mu.device}: move it there")
+
+
+def plan(columns: int) -> tuple[bool, int, int, int]:
+    """ONE_TILE, ROWS, COLS and num_warps for rows of that length."""
+    return (True, *tile(columns, 2048, SHORT)) if columns <= SHORT else (False, 1, LONG, 8)
+
+
+def categorical_forward(
+    mu: Tensor, state: Tensor, precision: Tensor, *, form: str, causal: bool = False, padding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Emission softmax(u) and pi KL of the softmaxes, over the last axis."""
+    check_node(mu, state, precision, form)
+    check_masks(mu, causal, padding)
+    samples, emission = len(precision), torch.empty_like(mu, memory_format=torch.contiguous_format)
+    if mu.numel() == 0:
+        return emission, torch.zeros_like(precision)
+    columns = mu.shape[-1]
+    n_rows = mu.numel() // columns
+    one_tile, rows, cols, warps = plan(columns)
+    energy = torch.empty(n_rows, device=mu.device)
+    with on_device(mu):
+        _forward[(triton.cdiv(n_rows, rows),)](
+            mu.contiguous(),
+            state,
+            precision.contiguous(),
+            None if padding is None else padding.contiguous().view(torch.uint8),
+            emission,
+            energy,
+            n_rows,
+            columns,
+            n_rows // samples,
+            mu.shape[-2] if causal else 1,
+            1 if padding is None else n_rows // len(padding),
+            ERROR=form == "error",
+            CAUSAL=causal,
+            PADDING=padding is not None,
+            ONE_TILE=one_tile,
+            ROWS=rows,
+            COLS=cols,
+            num_warps=warps,
+        )
+    return emission, sum_partials(energy, samples)
+
+
+def categorical_step(
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor,
+    precision: Tensor,
+    keep: Tensor | None,
+    move: Tensor | None,
+    *,
+    form: str,
+    moved: bool = False,
+    causal: bool = False,
+    padding: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """One inference step: the state (moved in place), dF/dmu and the energy. Masked entries of both become 0."""
+    check_node(mu, state, precision, form, grad, keep, move)
+    check_masks(mu, causal, padding)
+    samples, has_state = len(precision), state is not None
+    if keep is not None and state is None:
+        state = torch.empty(mu.shape, device=mu.device)
+    grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
+    if mu.numel() == 0:
+        return state, grad_mu, torch.zeros_like(precision)
+    columns = mu.shape[-1]
+    n_rows = mu.numel() // columns
+    one_tile, rows, cols, warps = plan(columns)
+    energy = torch.empty(n_rows, device=mu.device)
+    with on_device(mu):
+        _step[(triton.cdiv(n_rows, rows),)](
+            mu.contiguous(),
+            state,
+            grad.contiguous(),
+            precision.contiguous(),
+            None if keep is None else keep.contiguous(),
+            None if move is None else move.contiguous(),
+            None if padding is None else padding.contiguous().view(torch.uint8),
+            grad_mu,
+            energy,
+            n_rows,
+            columns,
+            n_rows // samples,
+            mu.shape[-2] if causal else 1,
+            1 if padding is None else n_rows // len(padding),
+            ERROR=form == "error",
+            HAS_STATE=has_state,
+            MOVE=keep is not None,
+            MOVED=moved and form == "state" and keep is not None,
+            CAUSAL=causal,
+            PADDING=padding is not None,
+            ONE_TILE=one_tile,
+            ROWS=rows,
+            COLS=cols,
+            num_warps=warps,
+        )
+    return state, grad_mu, sum_partials(energy, samples)
+
+
+@triton.jit
+def _clamped_forward(
+    mu_ptr,  # [R, C]
+    labels_ptr,  # [R] integers
+    energy_ptr,  # [R] float32
+    lse_ptr,  # [R] float32
+    n_rows,
+    n_columns,
+    ignore_index,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """E = log sum e^mu - mu_y, 0 where the label is ignored, NaN where it is no column; and the log-sum-exp.
+
+    A program takes ROWS whole rows. Floor, bytes per element: read mu.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = rows < n_rows
+    peak = tl.full([ROWS, 1], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS, 1], tl.float32)
+    for start in range(0, n_columns, COLS):
+        cols = start + tl.arange(0, COLS)[None, :]
+        mask = inside & (cols < n_columns)
+        mu = tl.load(mu_ptr + rows * n_columns + cols, mask=mask, other=float("-inf")).to(tl.float32)
+        weights, peak, total, scale = online_softmax(mu, mask, peak, total)
+    labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
+    a_column = inside & (labels >= 0) & (labels < n_columns)
+    target = tl.load(mu_ptr + rows * n_columns + labels, mask=a_column, other=float("nan")).to(tl.float32)
+    peak, inverse = settle(peak, total)
+    lse = tl.where(total == 0.0, float("-inf"), peak - tl.log(inverse))
+    energy = tl.where(labels == ignore_index, 0.0, (peak - target) - tl.log(inverse))
+    tl.store(lse_ptr + rows, lse, mask=inside)
+    tl.store(energy_ptr + rows, energy, mask=inside)
+
+
+@triton.jit
+def _clamped_backward(
+    mu_ptr,  # [R, C]
+    labels_ptr,  # [R] integers
+    lse_ptr,  # [R] float32
+    grad_energy_ptr,  # [R] float32
+    grad_mu_ptr,  # [R, C], mu's dtype
+    n_rows,
+    n_columns,
+    ignore_index,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """(q - y) dF/dE, 0 in ignored rows. A program takes COLS columns of ROWS rows.
+
+    Floor, bytes per element: read mu, write dE/dmu.
+    """
+    rows, cols, _ = row_tile(n_rows, n_columns, ROWS, COLS)
+    inside = rows < n_rows
+    mask = inside & (cols < n_columns)
+    offsets = rows * n_columns + cols
+    labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
+    lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
+    scale = tl.load(grad_energy_ptr + rows, mask=inside, other=0.0)
+    mu = tl.load(mu_ptr + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+    q = tl.exp(mu - tl.where(lse == float("-inf"), 0.0, lse))
+    grad = tl.where(labels == ignore_index, 0.0, scale * (q - tl.where(cols == labels, 1.0, 0.0)))
+    tl.store(grad_mu_ptr + offsets, grad, mask=mask)
+
+
+def check_labels(mu: Tensor, labels: Tensor) -> None:
+    """Refuse labels that the kernels would misread."""
+    check("mu", mu, mu, mu.shape)
+    if mu.dim() != 2:
+        raise ValueError(f"mu has {mu.dim()} dimensions: give it [rows, columns]")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels are {str(labels.dtype).removeprefix('torch.')}: cast them to int64")
+    if labels.shape != mu.shape[:1]:
+        raise ValueError(f"labels have shape {list(labels.shape)}: give one to each of the {mu.shape[0]} rows of mu")
+    if labels.device != mu.device:
+        raise ValueError(f"labels are on {labels.device} and mu on {mu.device}: move them there")
+
+
+def clamped_categorical_forward(mu: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """-log q_y per row ``[R]`` (0 where the label is ignored) and the row's log-sum-exp ``[R]``, of mu ``[R, C]``."""
+    check_labels(mu, labels)
+    n_rows, n_columns = mu.shape
+    if n_columns == 0 and n_rows:
+        raise ValueError("mu has no columns: give each row at least one category")
+    energy, lse = torch.empty(n_rows, device=mu.device), torch.empty(n_rows, device=mu.device)
+    if n_rows:
+        rows, cols, warps = tile(n_columns, 2048, LONG)
+        with on_device(mu):
+            _clamped_forward[(triton.cdiv(n_rows, rows),)](
+                mu.contiguous(),
+                labels.contiguous(),
+                energy,
+                lse,
+                n_rows,
+                n_columns,
+                ignore_index,
+                ROWS=rows,
+                COLS=cols,
+                num_warps=warps,
+            )
+    return energy, lse
+
+
+def clamped_categorical_backward(
+    mu: Tensor, labels: Tensor, lse: Tensor, grad_energy: Tensor, ignore_index: int
+) -> Tensor:
+    """dE/dmu = (q - y) grad_energy ``[R, C]``, 0 in ignored rows; grad_energy ``[R]``."""
+    check_labels(mu, labels)
+    check("lse", lse, mu, labels.shape, coefficient=True)
+    check("grad_energy", grad_energy, mu, labels.shape, coefficient=True)
+    n_rows, n_columns = mu.shape
+    grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
+    if mu.numel():
+        rows, cols, warps = tile(n_columns, 1024, 1024)
+        with on_device(mu):
+            _clamped_backward[(triton.cdiv(n_rows, rows) * triton.cdiv(n_columns, cols),)](
+                mu.contiguous(),
+                labels.contiguous(),
+                lse.contiguous(),
+                grad_energy.contiguous(),
+                grad_mu,
+                n_rows,
+                n_columns,
+                ignore_index,
+                ROWS=rows,
+                COLS=cols,
+                num_warps=warps,
+            )
+    return grad_mu

@@ -1,0 +1,131 @@
+"""What the kernels share: argument checks, the tile of a program, and functions that stay accurate near 0."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(
+    name: str, x: Tensor, like: Tensor, shape: torch.Size | tuple[int, ...], *, coefficient: bool = False
+) -> None:
+    """Refuse a tensor of the wrong shape, dtype or device, in one line that says what to do."""
+    if x.dtype == torch.float64:
+        raise TypeError(f"{name} is float64 but the kernels compute in float32: cast it, or use pc_triton.reference")
+    if x.dtype not in (DTYPES[:1] if coefficient else DTYPES):
+        wanted = "float32" if coefficient else "float32, float16 or bfloat16"
+        raise TypeError(f"{name} is {str(x.dtype).removeprefix('torch.')}: cast it to {wanted}")
+    if x.shape != torch.Size(shape):
+        raise ValueError(f"{name} has shape {list(x.shape)}: give it {list(shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device} and mu on {like.device}: move it there")
+
+
+def check_node(
+    mu: Tensor,
+    state: Tensor | None,
+    precision: Tensor,
+    form: str,
+    grad: Tensor | None = None,
+    keep: Tensor | None = None,
+    move: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> None:
+    """Refuse arguments of a node that its kernel would misread."""
+    if form not in ("error", "state"):
+        raise ValueError(f'form is {form!r}: say "error" or "state"')
+    check("mu", mu, mu, mu.shape)
+    if mu.dim() < (1 if noise is None else 2):
+        raise ValueError(f"mu has {mu.dim()} dimensions: give it [samples, ...]")
+    check("precision", precision, mu, (precision.numel(),), coefficient=True)
+    samples = len(precision)
+    if mu.shape[0] % samples if samples else mu.shape[0]:
+        raise ValueError(
+            f"mu has {mu.shape[0]} rows, no multiple of the {samples} samples of precision: "
+            "give precision one entry per sample"
+        )
+    if (keep is None) != (move is None):
+        raise ValueError("keep and move go together: give both, or neither for the learning pass")
+    for name, x in (("keep", keep), ("move", move)):
+        if x is not None:
+            check(name, x, mu, precision.shape, coefficient=True)
+    emission = mu.shape
+    if noise is not None:
+        if mu.shape[-1] % 2:
+            raise ValueError(f"mu has {mu.shape[-1]} columns: give it an even number, [mean | log variance]")
+        emission = torch.Size([*mu.shape[:-1], mu.shape[-1] // 2])
+        check("noise", noise, mu, emission)
+    if grad is not None:
+        check("grad", grad, mu, emission)
+    if state is not None:
+        check("state", state, mu, mu.shape, coefficient=True)
+        if not state.is_contiguous():
+            raise ValueError("state is not contiguous and is moved in place: keep it as state.contiguous()")
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch on x's GPU even where another one is current."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def tile(columns: int, elements: int, longest: int) -> tuple[int, int, int]:
+    """ROWS, COLS and num_warps of a program over rows of that length: at least ``elements``, several short rows at once."""
+    cols = min(triton.next_power_of_2(columns), longest)
+    rows = max(1, elements // cols)
+    return rows, cols, max(4, min(16, rows * cols // 512))
+
+
+def sum_partials(energy: Tensor, samples: int) -> Tensor:
+    """Energies of the samples [S] from those of their parts [S * r, blocks]; no launch where each has one part."""
+    return energy.view(samples) if energy.numel() == samples else energy.view(samples, -1).sum(1)
+
+
+@triton.jit
+def row_tile(n_rows, n_columns, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """This program's rows [ROWS, 1] and columns [1, COLS] in int64, and the place of each row's partial energy."""
+    blocks = tl.cdiv(n_columns, COLS)
+    program = tl.program_id(0)
+    rows = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = (program % blocks).to(tl.int64) * COLS + tl.arange(0, COLS)[None, :]
+    return rows, cols, rows * blocks + program % blocks
+
+
+@triton.jit
+def coefficients(precision_ptr, keep_ptr, move_ptr, samples, inside, MOVE: tl.constexpr):
+    """pi, keep and move / pi of each row's sample."""
+    pi = tl.load(precision_ptr + samples, mask=inside, other=1.0)
+    keep = pi
+    push = pi
+    if MOVE:
+        keep = tl.load(keep_ptr + samples, mask=inside, other=0.0)
+        push = tl.load(move_ptr + samples, mask=inside, other=0.0) / pi
+    return pi, keep, push
+
+
+@triton.jit
+def exp_tail(x):
+    """e^x - 1 - x: never negative, and accurate to float32's relative precision however small x is."""
+    small = tl.where(tl.abs(x) < 1.0, x, 0.0)
+    series = 1.0 + small * (1.0 / 11.0)
+    for i in tl.static_range(8):
+        series = 1.0 + small * (1.0 / (10 - i)) * series
+    return tl.where(tl.abs(x) < 1.0, 0.5 * small * small * series, tl.exp(x) - 1.0 - x)
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1, accurate near 0."""
+    return tl.where(tl.abs(x) < 1.0, x + exp_tail(x), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, accurate near 0: log(y) x / (y - 1) undoes the rounding of y = 1 + x."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))

@@ -1,0 +1,161 @@
+"""Gaussian value node of fixed variance: E = pi sum (u - mu)^2 / 2."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import check_node, coefficients, on_device, row_tile, sum_partials, tile
+
+
+@triton.jit
+def _forward(
+    mu_ptr,  # [S, n]
+    state_ptr,  # [S, n] float32
+    precision_ptr,  # [S] float32
+    emission_ptr,  # [S, n], mu's dtype
+    energy_ptr,  # [S, blocks] float32
+    n_samples,
+    n,
+    ERROR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """u and pi d^2 / 2 with d = u - mu. A program takes COLS elements of ROWS samples.
+
+    Floor, bytes per element: read mu and the state (4), write the emission.
+    """
+    rows, cols, partial = row_tile(n_samples, n, ROWS, COLS)
+    inside = rows < n_samples
+    mask = inside & (cols < n)
+    offsets = rows * n + cols
+    mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    state = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+    u = mu + state if ERROR else state
+    d = state if ERROR else state - mu
+    pi = tl.load(precision_ptr + rows, mask=inside, other=1.0)
+    tl.store(emission_ptr + offsets, u, mask=mask)
+    tl.store(energy_ptr + partial, 0.5 * pi * tl.sum(d * d, axis=1, keep_dims=True), mask=inside)
+
+
+@triton.jit
+def _step(
+    mu_ptr,  # [S, n]; not read in error form
+    state_ptr,  # [S, n] float32, moved in place
+    grad_ptr,  # [S, n]; read by the move alone
+    precision_ptr,  # [S] float32
+    keep_ptr,  # [S] float32
+    move_ptr,  # [S] float32
+    grad_mu_ptr,  # [S, n], mu's dtype; not written in error form, where it is grad
+    energy_ptr,  # [S, blocks] float32
+    n_samples,
+    n,
+    ERROR: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    MOVE: tl.constexpr,
+    MOVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """E = pi d^2 / 2; d <- keep d - (move / pi) g; dE/dmu = -pi d. A program takes COLS elements of ROWS samples.
+
+    Floor, bytes per element: error form read g and e (4), write e (4); state form also read mu and write dE/dmu.
+    """
+    rows, cols, partial = row_tile(n_samples, n, ROWS, COLS)
+    inside = rows < n_samples
+    mask = inside & (cols < n)
+    offsets = rows * n + cols
+    pi, keep, push = coefficients(precision_ptr, keep_ptr, move_ptr, rows, inside, MOVE)
+    d = tl.zeros([ROWS, COLS], tl.float32)
+    if not ERROR:
+        mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if HAS_STATE:
+        d = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+        if not ERROR:
+            d -= mu
+    tl.store(energy_ptr + partial, 0.5 * pi * tl.sum(d * d, axis=1, keep_dims=True), mask=inside)
+    shown = d
+    if MOVE:
+        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        new = keep * d - push * g
+        tl.store(state_ptr + offsets, new if ERROR else mu + new, mask=mask)
+        if MOVED:
+            shown = new
+    if not ERROR:
+        tl.store(grad_mu_ptr + offsets, -pi * shown, mask=mask)
+
+
+def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
+    """Emission u and energy pi |u - mu|^2 / 2 of a Gaussian of fixed variance."""
+    check_node(mu, state, precision, form)
+    samples, emission = len(precision), torch.empty_like(mu, memory_format=torch.contiguous_format)
+    if mu.numel() == 0:
+        return emission, torch.zeros_like(precision)
+    n = mu.numel() // samples
+    rows, cols, warps = tile(n, 1024, 1024)
+    blocks = triton.cdiv(n, cols)
+    energy = torch.empty(samples, blocks, device=mu.device)
+    with on_device(mu):
+        _forward[(triton.cdiv(samples, rows) * blocks,)](
+            mu.contiguous(),
+            state,
+            precision.contiguous(),
+            emission,
+            energy,
+            samples,
+            n,
+            ERROR=form == "error",
+            ROWS=rows,
+            COLS=cols,
+            num_warps=warps,
+        )
+    return emission, sum_partials(energy, samples)
+
+
+def gaussian_step(
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor,
+    precision: Tensor,
+    keep: Tensor | None,
+    move: Tensor | None,
+    *,
+    form: str,
+    moved: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """One inference step: the state (moved in place), dF/dmu (in error form ``grad`` itself) and the energy."""
+    check_node(mu, state, precision, form, grad, keep, move)
+    error = form == "error"
+    samples, has_state = len(precision), state is not None
+    if keep is not None and state is None:
+        state = torch.empty(mu.shape, device=mu.device)
+    grad_mu = grad if error else torch.empty_like(mu, memory_format=torch.contiguous_format)
+    if mu.numel() == 0 or (error and state is None):
+        return state, grad_mu, torch.zeros_like(precision)
+    n = mu.numel() // samples
+    rows, cols, warps = tile(n, 1024, 1024)
+    blocks = triton.cdiv(n, cols)
+    energy = torch.empty(samples, blocks, device=mu.device)
+    with on_device(mu):
+        _step[(triton.cdiv(samples, rows) * blocks,)](
+            None if error else mu.contiguous(),
+            state,
+            grad.contiguous(),
+            precision.contiguous(),
+            None if keep is None else keep.contiguous(),
+            None if move is None else move.contiguous(),
+            None if error else grad_mu,
+            energy,
+            samples,
+            n,
+            ERROR=error,
+            HAS_STATE=has_state,
+            MOVE=keep is not None,
+            MOVED=moved,
+            ROWS=rows,
+            COLS=cols,
+            num_warps=warps,
+        )
+    return state, grad_mu, sum_partials(energy, samples)

@@ -1,0 +1,202 @@
+"""Gaussian value node with its own variance: rows [mean | log variance], emission m + e^(s/2) xi."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import check_node, coefficients, exp_tail, expm1, on_device, row_tile, sum_partials, tile
+
+
+@triton.jit
+def _forward(
+    mu_ptr,  # [R, 2 C]
+    state_ptr,  # [R, 2 C] float32
+    precision_ptr,  # [S] float32
+    noise_ptr,  # [R, C]
+    emission_ptr,  # [R, C], mu's dtype
+    energy_ptr,  # [R, blocks] float32
+    n_rows,
+    n,
+    rows_per_sample,
+    ERROR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """m + e^(s/2) xi and pi/2 [e^ds - 1 - ds + dm^2 e^-s^]. A program takes COLS of the C pairs (m, s) of ROWS rows.
+
+    Floor, bytes per pair: read mu (two), the state (8) and xi, write the emission.
+    """
+    rows, cols, partial = row_tile(n_rows, n, ROWS, COLS)
+    inside = rows < n_rows
+    mask = inside & (cols < n)
+    mean = rows * (2 * n) + cols
+    m_hat = tl.load(mu_ptr + mean, mask=mask, other=0.0).to(tl.float32)
+    s_hat = tl.load(mu_ptr + mean + n, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(state_ptr + mean, mask=mask, other=0.0)
+    s = tl.load(state_ptr + mean + n, mask=mask, other=0.0)
+    xi = tl.load(noise_ptr + rows * n + cols, mask=mask, other=0.0).to(tl.float32)
+    dm, ds = m, s
+    if ERROR:
+        m += m_hat
+        s += s_hat
+    else:
+        dm -= m_hat
+        ds -= s_hat
+    pi = tl.load(precision_ptr + rows // rows_per_sample, mask=inside, other=1.0)
+    kl = exp_tail(ds) + dm * dm * tl.exp(-s_hat)
+    tl.store(emission_ptr + rows * n + cols, m + tl.exp(0.5 * s) * xi, mask=mask)
+    tl.store(energy_ptr + partial, 0.5 * pi * tl.sum(kl, axis=1, keep_dims=True), mask=inside)
+
+
+@triton.jit
+def _step(
+    mu_ptr,  # [R, 2 C]
+    state_ptr,  # [R, 2 C] float32, moved in place
+    grad_ptr,  # [R, C]
+    precision_ptr,  # [S] float32
+    keep_ptr,  # [S] float32
+    move_ptr,  # [S] float32
+    noise_ptr,  # [R, C]
+    grad_mu_ptr,  # [R, 2 C], mu's dtype
+    energy_ptr,  # [R, blocks] float32
+    n_rows,
+    n,
+    rows_per_sample,
+    ERROR: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    MOVE: tl.constexpr,
+    MOVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The natural step of both halves and dF/dmu, with h = g xi e^(s/2), c = move / pi and k = keep:
+
+    dm <- k dm - c e^s^ g,  ds <- ds - (1 - k) (e^ds - 1) - c h;
+    dF/dmu = -pi (dm e^-s^, (e^ds - 1 + dm^2 e^-s^) / 2), or in error form (g, (h - pi dm^2 e^-s^) / 2).
+
+    A program takes COLS of the C pairs (m, s) of ROWS rows.
+    Floor, bytes per pair: read mu (two), the state (8), g and xi, write the state (8) and dF/dmu (two).
+    """
+    rows, cols, partial = row_tile(n_rows, n, ROWS, COLS)
+    inside = rows < n_rows
+    mask = inside & (cols < n)
+    mean = rows * (2 * n) + cols
+    pi, keep, push = coefficients(precision_ptr, keep_ptr, move_ptr, rows // rows_per_sample, inside, MOVE)
+    s_hat = tl.load(mu_ptr + mean + n, mask=mask, other=0.0).to(tl.float32)
+    dm = tl.zeros([ROWS, COLS], tl.float32)
+    ds = dm
+    if not ERROR:
+        m_hat = tl.load(mu_ptr + mean, mask=mask, other=0.0).to(tl.float32)
+    if HAS_STATE:
+        dm = tl.load(state_ptr + mean, mask=mask, other=0.0)
+        ds = tl.load(state_ptr + mean + n, mask=mask, other=0.0)
+        if not ERROR:
+            dm -= m_hat
+            ds -= s_hat
+    distance = dm * dm * tl.exp(-s_hat)
+    energy = 0.5 * pi * tl.sum(exp_tail(ds) + distance, axis=1, keep_dims=True)
+    tl.store(energy_ptr + partial, energy, mask=inside)
+    if ERROR or MOVE:
+        g = tl.load(grad_ptr + rows * n + cols, mask=mask, other=0.0).to(tl.float32)
+        xi = tl.load(noise_ptr + rows * n + cols, mask=mask, other=0.0).to(tl.float32)
+        h = g * xi * tl.exp(0.5 * (s_hat + ds))
+    if ERROR:
+        tl.store(grad_mu_ptr + mean, g, mask=mask)
+        tl.store(grad_mu_ptr + mean + n, 0.5 * (h - pi * distance), mask=mask)
+    shown_m, shown_s = dm, ds
+    if MOVE:
+        new_m = keep * dm - push * tl.exp(s_hat) * g
+        new_s = ds - (1.0 - keep) * expm1(ds) - push * h
+        tl.store(state_ptr + mean, new_m if ERROR else m_hat + new_m, mask=mask)
+        tl.store(state_ptr + mean + n, new_s if ERROR else s_hat + new_s, mask=mask)
+        if MOVED:
+            shown_m, shown_s = new_m, new_s
+    if not ERROR:
+        scaled = shown_m * tl.exp(-s_hat)
+        tl.store(grad_mu_ptr + mean, -pi * scaled, mask=mask)
+        tl.store(grad_mu_ptr + mean + n, -0.5 * pi * (expm1(shown_s) + shown_m * scaled), mask=mask)
+
+
+def gaussian_logvar_forward(
+    mu: Tensor, state: Tensor, precision: Tensor, noise: Tensor, *, form: str
+) -> tuple[Tensor, Tensor]:
+    """Emission ``m + exp(s / 2) xi`` ``[..., C]`` of rows ``[..., 2 C]``, and pi KL of the two Gaussians."""
+    check_node(mu, state, precision, form, noise=noise)
+    samples, emission = len(precision), torch.empty(noise.shape, dtype=mu.dtype, device=mu.device)
+    if mu.numel() == 0:
+        return emission, torch.zeros_like(precision)
+    n = noise.shape[-1]
+    n_rows = noise.numel() // n
+    rows, cols, warps = tile(n, 1024, 1024)
+    blocks = triton.cdiv(n, cols)
+    energy = torch.empty(n_rows, blocks, device=mu.device)
+    with on_device(mu):
+        _forward[(triton.cdiv(n_rows, rows) * blocks,)](
+            mu.contiguous(),
+            state,
+            precision.contiguous(),
+            noise.contiguous(),
+            emission,
+            energy,
+            n_rows,
+            n,
+            n_rows // samples,
+            ERROR=form == "error",
+            ROWS=rows,
+            COLS=cols,
+            num_warps=warps,
+        )
+    return emission, sum_partials(energy, samples)
+
+
+def gaussian_logvar_step(
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor,
+    precision: Tensor,
+    keep: Tensor | None,
+    move: Tensor | None,
+    noise: Tensor,
+    *,
+    form: str,
+    moved: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """One inference step: the state (moved in place), dF/dmu and the energy."""
+    check_node(mu, state, precision, form, grad, keep, move, noise)
+    samples, has_state = len(precision), state is not None
+    if keep is not None and state is None:
+        state = torch.empty(mu.shape, device=mu.device)
+    grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
+    if mu.numel() == 0:
+        return state, grad_mu, torch.zeros_like(precision)
+    n = noise.shape[-1]
+    n_rows = noise.numel() // n
+    rows, cols, warps = tile(n, 1024, 1024)
+    blocks = triton.cdiv(n, cols)
+    energy = torch.empty(n_rows, blocks, device=mu.device)
+    with on_device(mu):
+        _step[(triton.cdiv(n_rows, rows) * blocks,)](
+            mu.contiguous(),
+            state,
+            grad.contiguous(),
+            precision.contiguous(),
+            None if keep is None else keep.contiguous(),
+            None if move is None else move.contiguous(),
+            noise.contiguous(),
+            grad_mu,
+            energy,
+            n_rows,
+            n,
+            n_rows // samples,
+            ERROR=form == "error",
+            HAS_STATE=has_state,
+            MOVE=keep is not None,
+            MOVED=moved,
+            ROWS=rows,
+            COLS=cols,
+            num_warps=warps,
+        )
+    return state, grad_mu, sum_partials(energy, samples)

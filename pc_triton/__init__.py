@@ -1,0 +1,32 @@
+"""Predictive coding beyond Gaussian distributions: PyTorch layers on fused Triton kernels.
+
+    import pc_triton as pc
+
+    free_energy = pc.FreeEnergy(model)      # a model with pc layers, or pc.convert(model)
+    loss = free_energy(x, y)                # inference
+    loss.backward()                         # learning
+"""
+
+from .dispatch import use_backend
+from .distributions import Bernoulli, Categorical, Distribution, Gaussian, GaussianLogVar, Laplace, StudentT
+from .free_energy import FreeEnergy, Settled
+from .nn import Attention, Linear, MultiheadAttention, convert
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention",
+    "Bernoulli",
+    "Categorical",
+    "Distribution",
+    "FreeEnergy",
+    "Gaussian",
+    "GaussianLogVar",
+    "Laplace",
+    "Linear",
+    "MultiheadAttention",
+    "Settled",
+    "StudentT",
+    "convert",
+    "use_backend",
+]

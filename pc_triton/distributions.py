@@ -1,0 +1,389 @@
+"""The families of a value node: what its state means, what it emits, and what its energy is.
+
+A family is one module, put after any torch module whose output is to be a state of the network:
+``nn.Sequential(nn.Conv2d(1, 8, 3), pc.Gaussian(), ...)``. Writing ``energy`` is enough to add one: the gradients then
+come from autograd (see `Laplace`, five lines). The four families of Pinchetti et al. 2022 compute energy, gradients and
+move in one fused pass instead (``reference.py`` on a CPU, ``kernels/`` on a GPU).
+"""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .dispatch import backend
+from .reference import (
+    Step,
+    bernoulli_energy,
+    categorical_energy,
+    gaussian_logvar_energy,
+    log_softmax,
+    mask_logits,
+    per_sample,
+    sum_samples,
+    wide,
+)
+
+
+if TYPE_CHECKING:
+    from .inference import Inference
+
+current: ContextVar[Inference | None] = ContextVar("pc_triton_inference", default=None)
+"""The inference under way; None outside it, where a value node is its emission."""
+
+
+class Distribution(nn.Module):
+    """A value node with distribution D(u). Subclass it and write `energy`; the rest has defaults.
+
+    Outside inference the module is its emission: the identity for a Gaussian, softmax for a Categorical, sigmoid for a
+    Bernoulli, a sample (in evaluation the mean) for GaussianLogVar. It has no parameters.
+
+    States, predictions and gradients are ``[B, ...]`` with the parameters along the last axis. In inference ``pi`` is
+    the precision ``[S]`` of each of S samples and ``unit`` the node's own scale ``[S]`` or None (see `measured`).
+    """
+
+    measured = False
+    """True for a location family: errors count in units of the node's root mean square, measured per sample."""
+
+    def forward(self, mu: Tensor, **frozen: Any) -> Tensor:
+        """The emission of the node for its prediction mu ``[B, ..., C]``; in inference that of its state.
+
+        frozen: what the family needs beside mu and inference holds fixed, such as attention's masks.
+        """
+        inference = current.get()
+        if inference is not None:
+            return inference.visit(self, mu, frozen)
+        if self.training:
+            frozen = {**self.frozen(mu), **frozen}
+        return self.emission(mu, **frozen)
+
+    def energy(self, u: Tensor, mu: Tensor) -> Tensor:
+        """Energy per element in nats, e.g. KL[D(u) || D(mu)] (Pinchetti et al. 2022, eq. 5): >= 0, and 0 at u = mu.
+
+        u, mu: ``[B, ...]``, float. Returns any shape that begins with B; inference sums it per sample.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs an energy(u, mu)")
+
+    def emission(self, u: Tensor) -> Tensor:
+        """What the node hands on to its children, m(u): by default the state itself. u ``[B, ...]``."""
+        return u
+
+    def variance(self, mu: Tensor) -> Tensor | float:
+        """The inverse of the energy's curvature in u at u = mu, by which the state's move is scaled; by default 1."""
+        return 1.0
+
+    def frozen(self, mu: Tensor) -> dict[str, Any]:
+        """Random numbers drawn once per batch and held through its inference, as keyword arguments; by default none."""
+        return {}
+
+    def clamped(self, mu: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Energy of an output node clamped to ``target``, per sample ``[S]``, and the number of items (0-dim).
+
+        mu ``[S, ...]``; target of mu's shape. Raises ValueError if the shapes differ.
+        """
+        if target.shape != mu.shape:
+            raise ValueError(
+                f"target has shape {tuple(target.shape)}, the model's output {tuple(mu.shape)}: "
+                f"{type(self).__name__} needs them equal"
+            )
+        samples = mu.shape[0]
+        energy = sum_samples(self._clamped_energy(target.to(mu.dtype), mu), samples)
+        return energy, torch.tensor(float(samples), device=mu.device)
+
+    def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
+        return self.energy(target, mu)
+
+    # What inference calls. Here by autograd; the built-in families override both with a fused pass.
+
+    def node_forward(
+        self, mu: Tensor, state: Tensor, pi: Tensor, unit: Tensor | None, *, form: str, **frozen: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Emission and energy ``[S]`` of the node; arguments as in ``reference.py``."""
+        u = mu + state if form == "error" else state
+        return self.emission(u, **frozen), pi * sum_samples(self._in_units(u, mu, unit), len(pi))
+
+    def node_step(
+        self,
+        mu: Tensor,
+        state: Tensor | None,
+        grad: Tensor,
+        pi: Tensor,
+        unit: Tensor | None,
+        keep: Tensor | None,
+        move: Tensor | None,
+        *,
+        form: str,
+        moved: bool = False,
+        **frozen: Any,
+    ) -> Step:
+        """One inference step (state, dF/dmu, energy); arguments as in ``reference.py``."""
+        d = torch.zeros_like(mu) if state is None else (state if form == "error" else state - mu)
+        with torch.enable_grad():
+            mu_ = mu.detach().requires_grad_()
+            u = (mu + d).detach().requires_grad_()
+            energy = sum_samples(self._in_units(u, mu_, unit), len(pi))
+            e_u, e_mu = torch.autograd.grad(energy.sum(), [u, mu_], materialize_grads=True)
+            push = torch.autograd.grad(self.emission(u, **frozen), u, grad)[0]
+        energy = pi * energy.detach()
+        new = d
+        if keep is not None and move is not None:
+            v = self._variance(mu, unit)
+            new = d - v * (per_sample(1 - keep, mu) * e_u + per_sample(move / pi, mu) * push)
+        pi_ = per_sample(pi, mu)
+        if form == "error":
+            return new, pi_ * (e_u + e_mu) + push, energy
+        if moved:
+            return mu + new, self.node_step(mu, mu + new, grad, pi, unit, None, None, form=form, **frozen)[1], energy
+        return mu + new, pi_ * e_mu, energy
+
+    def fall(self, mu: Tensor, grad: Tensor, samples: int, unit: Tensor | None, **frozen: Any) -> Tensor:
+        """<J'g, V J'g> per sample ``[S]``: 2 pi times the fall of F that inference may cause, to first order in 1/pi."""
+        with torch.enable_grad():
+            u = mu.detach().requires_grad_()
+            push = torch.autograd.grad(self.emission(u, **frozen), u, grad)[0]
+        return sum_samples(self._variance(mu, unit) * push * push, samples)
+
+    def _in_units(self, u: Tensor, mu: Tensor, unit: Tensor | None) -> Tensor:
+        if unit is None:
+            return self.energy(u, mu)
+        scale = per_sample(unit, mu).clamp_min(torch.finfo(mu.dtype).tiny)
+        return self.energy(u / scale, mu / scale)
+
+    def _variance(self, mu: Tensor, unit: Tensor | None) -> Tensor | float:
+        return self.variance(mu) if unit is None else self.variance(mu) * per_sample(unit, mu) ** 2
+
+
+class Gaussian(Distribution):
+    """Gaussian of fixed variance; the state is its mean (Pinchetti et al. 2022, section 3; Rao & Ballard 1999).
+
+    variance: sigma^2 > 0. None (default): a hidden node counts its error in units of its own root mean square, as
+    ``precision="auto"`` measures it; an output node, or a number given for the precision, has variance 1.
+    Raises ValueError if it is not a positive finite number.
+    """
+
+    def __init__(self, variance: float | None = None) -> None:
+        if variance is not None and not (variance > 0 and math.isfinite(variance)):
+            raise ValueError(f"variance={variance}: give a positive finite number, or None")
+        super().__init__()
+        self.given = variance
+        self.measured = variance is None
+
+    @property
+    def _sigma2(self) -> float:
+        return 1.0 if self.given is None else self.given
+
+    def energy(self, u: Tensor, mu: Tensor) -> Tensor:
+        """(u - mu)^2 / 2 sigma^2 per element."""
+        return (u - mu) ** 2 / (2 * self._sigma2)
+
+    def variance(self, mu: Tensor) -> float:
+        """sigma^2."""
+        return self._sigma2
+
+    def _precision(self, pi: Tensor, unit: Tensor | None) -> Tensor:
+        """pi / sigma^2; where the node's scale is 0 its state stays at mu, as with an infinite precision."""
+        if unit is None:
+            return pi / self._sigma2
+        return pi / (unit * unit).clamp_min(1e-30)
+
+    def node_forward(self, mu, state, pi, unit, *, form):  # noqa: D102
+        return backend(mu).gaussian_forward(mu, state, self._precision(pi, unit), form=form)
+
+    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False):  # noqa: D102
+        return backend(mu).gaussian_step(
+            mu, state, grad, self._precision(pi, unit), keep, move, form=form, moved=moved
+        )
+
+    def fall(self, mu, grad, samples, unit):  # noqa: D102
+        g = wide(grad)
+        return sum_samples(g * g, samples) * (self._sigma2 if unit is None else unit * unit)
+
+    def extra_repr(self) -> str:
+        return "" if self.given is None else f"variance={self.given}"
+
+
+class GaussianLogVar(Distribution):
+    """Gaussian with its own variance; rows ``[mean | log variance]``, so a node of C units takes ``2 C`` columns.
+
+    It emits a sample m + exp(s / 2) xi ``[..., C]`` with xi frozen for the batch (in evaluation the mean), as in a
+    variational autoencoder (Pinchetti et al. 2022, section 4.2). As an output node its energy is the negative log
+    likelihood without the constant log(2 pi) / 2. Raises ValueError for an odd number of columns.
+    """
+
+    def frozen(self, mu: Tensor) -> dict[str, Any]:
+        """xi ``[..., C]``, standard normal."""
+        if mu.shape[-1] % 2:
+            raise ValueError(f"GaussianLogVar takes [mean | log variance]: {mu.shape[-1]} columns are an odd number")
+        return {"noise": torch.randn_like(mu[..., : mu.shape[-1] // 2])}
+
+    def energy(self, u: Tensor, mu: Tensor) -> Tensor:
+        """KL of the two Gaussians per unit ``[..., C]``."""
+        return gaussian_logvar_energy(u, mu)
+
+    def emission(self, u: Tensor, noise: Tensor | None = None) -> Tensor:
+        """m + exp(s / 2) noise ``[..., C]``; without noise the mean."""
+        m, s = u.chunk(2, -1)
+        return m if noise is None else m + (0.5 * s).exp() * noise
+
+    def clamped(self, mu: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """1/2 [s^ + (y - m^)^2 e^-s^], summed per sample; target ``[S, ..., C]`` for mu ``[S, ..., 2 C]``."""
+        m, s = mu.chunk(2, -1)
+        if target.shape != m.shape:
+            raise ValueError(f"target has shape {tuple(target.shape)}: GaussianLogVar's means have {tuple(m.shape)}")
+        energy = 0.5 * (s + (target - m) ** 2 * (-s).exp())
+        return sum_samples(energy, len(mu)), torch.tensor(float(len(mu)), device=mu.device)
+
+    def node_forward(self, mu, state, pi, unit, *, form, noise):  # noqa: D102
+        return backend(mu).gaussian_logvar_forward(mu, state, pi, noise, form=form)
+
+    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, noise):  # noqa: D102
+        return backend(mu).gaussian_logvar_step(mu, state, grad, pi, keep, move, noise, form=form, moved=moved)
+
+    def fall(self, mu, grad, samples, unit, *, noise):  # noqa: D102
+        _, s = wide(mu).chunk(2, -1)
+        g = wide(grad)
+        return sum_samples(s.exp() * g * g * (1 + 0.5 * wide(noise) ** 2), samples)
+
+
+class Bernoulli(Distribution):
+    """Independent binary units; the state is their logits, the emission their probabilities.
+
+    As an output node it is clamped to targets in [0, 1]: binary cross-entropy.
+    """
+
+    def energy(self, u: Tensor, mu: Tensor) -> Tensor:
+        """KL of the sigmoids per unit."""
+        return bernoulli_energy(u, mu)
+
+    def emission(self, u: Tensor) -> Tensor:
+        """sigmoid(u)."""
+        return torch.sigmoid(u)
+
+    def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(mu, target, reduction="none")
+
+    def node_forward(self, mu, state, pi, unit, *, form):  # noqa: D102
+        return backend(mu).bernoulli_forward(mu, state, pi, form=form)
+
+    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False):  # noqa: D102
+        return backend(mu).bernoulli_step(mu, state, grad, pi, keep, move, form=form, moved=moved)
+
+    def fall(self, mu, grad, samples, unit):  # noqa: D102
+        p, g = torch.sigmoid(wide(mu)), wide(grad)
+        return sum_samples(p * (1 - p) * g * g, samples)
+
+
+class _ClampedCategorical(torch.autograd.Function):
+    """-log q_y per row; the gradient q - y is made in the backward pass from the saved log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx, mu, labels, ignore_index):
+        energy, lse = backend(mu).clamped_categorical_forward(mu, labels, ignore_index)
+        ctx.save_for_backward(mu, labels, lse)
+        ctx.ignore_index = ignore_index
+        return energy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_energy):
+        mu, labels, lse = ctx.saved_tensors
+        grad = backend(mu).clamped_categorical_backward(mu, labels, lse, grad_energy, ctx.ignore_index)
+        return grad, None, None
+
+
+class Categorical(Distribution):
+    """The softmax layer, hidden or output: the state is the logits along the last axis (Pinchetti et al. 2022, 3.1).
+
+    As an output node it is clamped to integer labels (cross-entropy; rows whose label is ``ignore_index`` count
+    nothing) or to probabilities of the logits' shape.
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def energy(self, u: Tensor, mu: Tensor) -> Tensor:
+        """p (log p - log q) per class."""
+        return categorical_energy(u, mu)
+
+    def emission(self, u: Tensor, causal: bool = False, padding: Tensor | None = None) -> Tensor:
+        """softmax(u) along the last axis; masks as in `pc_triton.reference.mask_logits`."""
+        return log_softmax(mask_logits(u, causal, padding)).exp()
+
+    def clamped(self, mu: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """-log q_y summed per sample ``[S]``, and the number of labels that are not ignored (0-dim).
+
+        mu ``[S, ..., C]``; target int64 ``[S, ...]`` or, as probabilities, ``[S, ..., C]``. Raises ValueError for
+        another shape or, on a CPU, a label outside 0 .. C - 1 (on a GPU a device-side assertion, as torch's own).
+        """
+        if target.is_floating_point():
+            return super().clamped(mu, target)
+        if target.shape != mu.shape[:-1]:
+            raise ValueError(f"labels have shape {tuple(target.shape)}: logits {tuple(mu.shape)} need {tuple(mu.shape[:-1])}")
+        kept = target != self.ignore_index
+        valid = (~kept | ((target >= 0) & (target < mu.shape[-1]))).all()
+        if valid.is_cuda:
+            torch._assert_async(valid, "a label is outside 0 .. C - 1")
+        elif not valid:
+            bad = target[kept & ((target < 0) | (target >= mu.shape[-1]))][0].item()
+            raise ValueError(f"label {bad} is outside 0 .. {mu.shape[-1] - 1} (ignore_index is {self.ignore_index})")
+        rows = mu.reshape(-1, mu.shape[-1])
+        energy = _ClampedCategorical.apply(rows, target.reshape(-1), self.ignore_index)
+        return sum_samples(energy, len(mu)), kept.sum()
+
+    def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
+        return torch.xlogy(target, target) - target * log_softmax(mu)
+
+    def node_forward(self, mu, state, pi, unit, *, form, causal=False, padding=None):  # noqa: D102
+        return backend(mu).categorical_forward(mu, state, pi, form=form, causal=causal, padding=padding)
+
+    def node_step(  # noqa: D102
+        self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, causal=False, padding=None
+    ):
+        return backend(mu).categorical_step(
+            mu, state, grad, pi, keep, move, form=form, moved=moved, causal=causal, padding=padding
+        )
+
+    def fall(self, mu, grad, samples, unit, *, causal=False, padding=None):  # noqa: D102
+        p, g = self.emission(wide(mu), causal, padding), wide(grad)
+        mean = (p * g).sum(-1, keepdim=True)
+        return sum_samples(p * (g - mean) ** 2, samples)
+
+
+class Laplace(Distribution):
+    """Laplace of scale 1, in units of the node's own scale: the tutorial's example of a family written by its energy."""
+
+    measured = True
+
+    def energy(self, u: Tensor, mu: Tensor) -> Tensor:
+        """KL of two Laplace distributions of scale 1: \\|d\\| + exp(-\\|d\\|) - 1 per element."""
+        d = (u - mu).abs()
+        return d + torch.expm1(-d)
+
+
+class StudentT(Distribution):
+    """Student's t with ``nu`` degrees of freedom > 0, in units of the node's own scale: heavy-tailed errors.
+
+    The energy is the log likelihood ratio log D(mu; mu) - log D(u; mu), since its KL has no closed form.
+    """
+
+    measured = True
+
+    def __init__(self, nu: float = 4.0) -> None:
+        if not (nu > 0 and math.isfinite(nu)):
+            raise ValueError(f"nu={nu}: give a positive finite number of degrees of freedom")
+        super().__init__()
+        self.nu = nu
+
+    def energy(self, u: Tensor, mu: Tensor) -> Tensor:
+        """(nu + 1) / 2 log(1 + d^2 / nu) per element."""
+        return 0.5 * (self.nu + 1) * torch.log1p((u - mu) ** 2 / self.nu)
+
+    def variance(self, mu: Tensor) -> float:
+        """The inverse curvature nu / (nu + 1)."""
+        return self.nu / (self.nu + 1)

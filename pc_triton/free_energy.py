@@ -1,0 +1,201 @@
+"""`FreeEnergy`: the free energy of a model after inference, as a loss whose ``backward()`` is learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .distributions import Distribution, Gaussian
+from .inference import Inference
+
+Order = Literal["error", "sweep", "simultaneous", "incremental"]
+StateOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+class Settled(NamedTuple):
+    """What `FreeEnergy.infer` returns."""
+
+    input: Any
+    """The model's input: as given, or where it was free its inferred values, a tensor of x's shape."""
+    output: Tensor
+    """What the model returns under the inferred states: the logits or parameters, where the output is clamped."""
+    free_energy: Tensor
+    """F per sample ``[S]`` in nats."""
+    states: dict[str, Tensor]
+    """What each free node emits, by its name in the model (a module visited again has ``#2`` added)."""
+
+
+class FreeEnergy(nn.Module):
+    """The free energy F of a model of value nodes; its ``backward()`` leaves the learning gradients in ``.grad``.
+
+    F = sum over nodes of pi KL[D(u) || D(mu)] + the energy of the clamped output (Pinchetti et al. 2022, eq. 5, 6).
+    Inference lowers F in the states u, with the weights fixed; learning is one gradient of F in the weights.
+
+        free_energy = pc.FreeEnergy(model)
+        loss = free_energy(x, y)       # inference inside
+        loss.backward()
+        optimizer.step()
+
+    Arguments:
+        model: any module with value nodes: `Linear`, `Attention`, a family such as `Categorical` after any
+            module, or what `convert` makes.
+        output: family of the output, clamped to y. By default Categorical for integer y; else the family of the node
+            whose emission the model returns; else Gaussian of variance 1. Such a last node is the output, no free state.
+        steps: T >= 1, the inference steps, each a forward and a backward pass of the model.
+        order: ``"error"``: the free variables are the errors e = u - mu, all moved at once; one step reaches every depth
+            (Goemaere et al. 2025, arXiv 2505.20137). The learning pass makes the last of the T moves: the cost is
+            (2 T + 1) / 3 of backpropagation's products, and T = 1 *is* backpropagation.
+            ``"simultaneous"``: all states move from the same old states, as in the paper. ``"sweep"``: top-down, each
+            node with the already moved error of those above. Both cost (2 T + 2) / 3, and 2 / 3 more with "auto".
+            ``"incremental"``: the weights move at every step (Salvatori et al. 2024, arXiv 2212.00720); see
+            `incremental`.
+        precision: pi > 0 of every hidden node, which multiplies its energy (a Gaussian's variance is 1 / pi); or
+            ``"auto"``: set per sample from the displacement, with errors in units of the node's root mean square.
+        displacement: with "auto", delta, the fraction of F that inference may explain away: 0 < delta < 1.
+        step: 0 < step <= 1 in natural-gradient units (see ``reference.py``). None: 0.7 for error, 0.5 for sweep, 0.2
+            else. In error order a guard adapts it per sample.
+        state_optimizer: None for the plain step, or a function that makes a ``torch.optim`` optimiser of the list of
+            states, as in ``lambda states: torch.optim.Adam(states, lr=0.05)``; it is given the natural gradient. Not
+            for "sweep" and "incremental", whose states move within the backward pass.
+
+    Raises:
+        ValueError: an argument out of range, or a model without value nodes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        output: Distribution | None = None,
+        *,
+        steps: int = 3,
+        order: Order = "error",
+        precision: float | Literal["auto"] = "auto",
+        displacement: float = 0.003,
+        step: float | None = None,
+        state_optimizer: StateOptimizer | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r}: the number of inference steps is a whole number of at least 1")
+        if order not in get_args(Order):
+            raise ValueError(f"order={order!r}: choose one of {', '.join(get_args(Order))}")
+        if precision != "auto" and not (isinstance(precision, (int, float)) and 0 < precision < math.inf):
+            raise ValueError(f"precision={precision!r}: give a positive finite number, or 'auto'")
+        if not 0 < displacement < 1:
+            raise ValueError(f"displacement={displacement!r}: a fraction of the free energy, between 0 and 1")
+        if step is not None and not 0 < step <= 1:
+            raise ValueError(f"step={step!r}: between 0 and 1 (1 is Newton's step of an isolated node)")
+        if state_optimizer is not None and order in ("sweep", "incremental"):
+            raise ValueError(f"order={order!r} moves its states within the backward pass: leave state_optimizer=None")
+        if output is not None and not isinstance(output, Distribution):
+            raise ValueError(f"output={output!r}: give a pc_triton Distribution, for example pc_triton.Categorical()")
+        self._names = {module: name for name, module in model.named_modules() if isinstance(module, Distribution)}
+        if not self._names:
+            raise ValueError("the model has no value node: use pc.Linear or pc.Gaussian() in it, or pc.convert(model)")
+        self.model, self.output, self.input_node = model, output, Gaussian()
+        self._names[self.input_node] = "input"
+        self.steps, self.order, self.precision, self.displacement = steps, order, precision, displacement
+        self.step = {"error": 0.7, "sweep": 0.5}.get(order, 0.2) if step is None else step
+        self.state_optimizer = state_optimizer
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether inference begins with a backward pass at the prediction."""
+        return self.order == "error" or self.precision == "auto"
+
+    def name_of(self, module: Distribution) -> str:
+        """The name of a value node in the model: its module's, without the ``.node`` of a layer."""
+        return self._names.get(module, "").removesuffix(".node") or "node"
+
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}, order={self.order!r}, precision={self.precision!r}, step={self.step}"
+
+    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+        """Infer, and return the free energy per item: a scalar, in nats per label or, for other outputs, per sample.
+
+        x: the model's input ``[S, ...]`` with S samples, or a tuple or dict of its arguments. y: what the output is
+        clamped to: labels int64 (the shape of the output without its last axis) or values of the output's shape.
+        None leaves the output free, and then nothing moves.
+
+        In error order the value is that of the last forward pass, before the move that the learning pass makes.
+
+        Raises ValueError for an empty batch, a wrong shape or device, a label out of range, NaN or infinity in x or y
+        (values are checked on a GPU by a device-side assertion, so as not to wait for it), RuntimeError for a model
+        whose forward takes another path at the second step.
+        """
+        if self.order == "incremental":
+            raise ValueError("order='incremental': use `for loss in free_energy.incremental(x, y)`")
+        inference = Inference(self, x, y)
+        if self.order == "error":
+            if self.steps == 1:
+                return self._per_item(inference, inference.forward("first"))
+            self._settle(inference, self.steps - 1)
+        else:
+            self._settle(inference, self.steps)
+        return self._per_item(inference, inference.learn())
+
+    def incremental(self, x: Any, y: Tensor | None = None) -> Iterator[Tensor]:
+        """Incremental PC: yields the free energy per item at each of the T steps, for you to move the weights.
+
+            for loss in free_energy.incremental(x, y):
+                optimizer.zero_grad(); loss.backward(); optimizer.step()
+
+        ``backward()`` leaves the local weight gradients and moves the states, from the same old states (Salvatori et
+        al. 2024, arXiv 2212.00720, algorithm 1). Arguments and errors as in a call. Raises ValueError unless
+        ``order="incremental"``.
+        """
+        if self.order != "incremental":
+            raise ValueError(f"order={self.order!r}: make FreeEnergy(model, order='incremental')")
+        inference = Inference(self, x, y)
+        energy = inference.forward("first")
+        if self.calibrates:
+            inference.calibrate(energy)
+            energy = inference.forward("incremental")
+        for step in range(self.steps):
+            inference.mode = "incremental"
+            yield self._per_item(inference, energy)
+            if step + 1 < self.steps:
+                energy = inference.forward("incremental")
+
+    def infer(self, x: Any, y: Tensor | None = None, *, clamp_input: bool = True) -> Settled:
+        """Inference alone: T moves of every state, no learning.
+
+        x, y: as in a call. ``clamp_input=False`` frees the input: x is then the prediction of a Gaussian input node,
+        and is inferred from y together with the hidden states. With y None too, the model generates from x: the states
+        stay at their predictions (GaussianLogVar nodes at a sample).
+        Raises ValueError as a call does, and where a free input is no floating-point tensor.
+        """
+        if not clamp_input and not (isinstance(x, Tensor) and x.is_floating_point()):
+            raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
+        inference = Inference(self, x, y, clamp_input=clamp_input)
+        self._settle(inference, self.steps)
+        energy = inference.probe()
+        states: dict[str, Tensor] = {}
+        for node in inference.nodes:
+            if node is not inference.output:
+                visits = sum(name.split("#")[0] == node.name for name in states)
+                states[node.name + (f"#{visits + 1}" if visits else "")] = node.emission.detach()
+        return Settled(x if clamp_input else states["input"], inference.out.detach(), energy, states)
+
+    def _settle(self, inference: Inference, moves: int) -> None:
+        """Move every state ``moves`` times from the prediction."""
+        first = inference.forward("first")
+        if self.calibrates:
+            inference.calibrate(first)
+            if self.order == "error" and self.state_optimizer is None:
+                moves -= 1
+            energy = None
+        else:
+            energy = first
+        for _ in range(moves):
+            inference.infer(energy)
+            energy = None
+
+    @staticmethod
+    def _per_item(inference: Inference, energy: Tensor) -> Tensor:
+        items = inference.items if inference.target is not None else inference.samples
+        return energy.sum() / (items.clamp_min(1) if isinstance(items, Tensor) else items)

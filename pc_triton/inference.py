@@ -1,0 +1,356 @@
+"""Inference: the states of one batch, and the passes of the model that move them.
+
+One inference step is one forward and one backward of the user's own module. A value node is an autograd.Function
+(`_Visit`): its forward takes the prediction mu and returns the emission of the state; its backward takes what the
+children send back, moves the state, and returns dF/dmu to the layer below. Weight gradients are pruned away until the
+learning pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .distributions import Categorical, Distribution, Gaussian, current
+from .reference import per_sample, sum_samples, wide
+
+if TYPE_CHECKING:
+    from .free_energy import FreeEnergy
+
+
+class ValueNode:
+    """One visit of a family's module in the model's forward: a value node of one batch."""
+
+    def __init__(self, family: Distribution, name: str, mu: Tensor, frozen: dict[str, Any]) -> None:
+        self.family, self.name, self.frozen = family, name, frozen
+        self.mu = mu  # the prediction, of the first pass (of the last one for the output node)
+        self.emission = mu
+        self.version = 0
+        self.unit: Tensor | None = None  # [S], the root mean square of mu per sample
+        self.state: Tensor | None = None  # u or e by the form; None: at the prediction
+        self.energy: Tensor | None = None  # [S], of the last forward pass
+        self.residual: Tensor | None = None  # [S], the norm of the natural gradient at the last probe
+        self.free = True  # False: the output node, and a node that does not reach the output
+
+
+class _Visit(torch.autograd.Function):
+    """A value node in a pass of the model. ``anchor`` makes its backward run when nothing below needs a gradient."""
+
+    @staticmethod
+    def forward(ctx, mu, anchor, node, inference):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mu)
+        ctx.node, ctx.inference = node, inference
+        emission, energy = node.family.node_forward(
+            mu, node.state, inference.pi, node.unit, form=inference.form, **node.frozen
+        )
+        if emission is node.state:
+            emission = emission.detach()  # autograd marks what a Function returns; the state itself stays a leaf
+        ctx.shape = emission.shape
+        if inference.mode == "learn" and inference.form == "state":
+            ctx.mark_non_differentiable(emission)  # learning is local: nothing returns through a state
+        return emission, energy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_energy):
+        (mu,) = ctx.saved_tensors
+        node, inference = ctx.node, ctx.inference
+        grad = mu.new_zeros(ctx.shape) if grad is None else grad
+        # F is linear in its energies, so a loss scaled by its user (mean over items, GradScaler) scales pi.
+        if inference.mode == "learn":
+            _, grad_mu, _ = node.family.node_step(
+                mu, node.state, grad, inference.pi * grad_energy, node.unit, None, None,
+                form=inference.form, **node.frozen,
+            )  # fmt: skip
+            return grad_mu, None, None, None
+        scale = grad_energy if inference.mode == "incremental" else None
+        if scale is not None:
+            grad = grad / per_sample(scale, grad).to(grad.dtype)
+        grad_mu = inference.move_state(node, mu, grad)
+        if scale is not None:
+            grad_mu = grad_mu * per_sample(scale, grad_mu).to(grad_mu.dtype)
+        return grad_mu, None, None, None
+
+
+class Inference:
+    """The states of one batch through its inference. `FreeEnergy` drives it; a value node calls `visit`."""
+
+    def __init__(self, owner: FreeEnergy, inputs: Any, target: Tensor | None, *, clamp_input: bool = True) -> None:
+        self.owner, self.target, self.clamp_input = owner, target, clamp_input
+        self.args, self.kwargs, first = _batch(inputs)
+        self.samples = first.shape[0]
+        if target is not None:
+            check_finite("y", target)
+        self.form = "error" if owner.order == "error" else "state"
+        self.mode = "first"  # then "infer", "incremental", "probe" or "learn"
+        self.nodes: list[ValueNode] = []
+        self.visits = 0
+        self.output: ValueNode | None = None  # the node whose emission the model returns, if any
+        self.out: Tensor = torch.empty(0)  # what the model returned in the last pass
+        self.items = torch.ones(())
+        pi = 1.0 if owner.precision == "auto" else float(owner.precision)
+        self.pi = torch.full((self.samples,), pi, device=first.device)
+        self.slope = torch.zeros_like(self.pi)
+        self.set_step(torch.full_like(self.pi, owner.step))
+        self.energies: list[Tensor] = []  # F [S] of every forward pass
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._rng = (torch.get_rng_state(), torch.cuda.get_rng_state() if first.is_cuda else None)
+
+    # What a value node and its backward call.
+
+    def visit(self, family: Distribution, mu: Tensor, frozen: dict[str, Any]) -> Tensor:
+        """The emission, in this pass, of the next node of the model's forward."""
+        if self.mode == "first":
+            node = self._new_node(family, mu, frozen)
+        else:
+            if self.visits == len(self.nodes) or self.nodes[self.visits].family is not family:
+                raise RuntimeError(
+                    f"node {self.owner.name_of(family)!r}: the model visits its nodes in another order than in its first "
+                    "pass; inference needs the same path at every step"
+                )
+            node = self.nodes[self.visits]
+        self.visits += 1
+        if node is self.output:
+            node.mu = mu
+            return mu
+        if node.state is None:
+            node.emission = node.family.emission(mu, **node.frozen)
+            if self.mode == "first" and not node.emission.requires_grad:
+                node.emission = node.emission.detach().requires_grad_()
+        else:
+            node.emission, node.energy = _Visit.apply(mu, self._anchor, node, self)
+        node.version = node.emission._version
+        return node.emission
+
+    def _new_node(self, family: Distribution, mu: Tensor, frozen: dict[str, Any]) -> ValueNode:
+        name = self.owner.name_of(family)
+        if mu.dim() == 0 or mu.shape[0] % self.samples:
+            raise ValueError(
+                f"node {name!r} sees shape {tuple(mu.shape)} in a batch of {self.samples}: a value node needs its "
+                "samples along the first axis, a whole number of rows each"
+            )
+        node = ValueNode(family, name, mu, {**family.frozen(mu), **frozen})
+        if not self.owner.calibrates:
+            node.state = wide(mu.detach()).clone()
+        self.nodes.append(node)
+        return node
+
+    def move_state(self, node: ValueNode, mu: Tensor, grad: Tensor) -> Tensor:
+        """Move the node's state by one step, given what its children send back; return dF/dmu for the layer below."""
+        assert node.state is not None
+        by_gradient = self.optimizer is not None or self.mode == "probe"
+        state = node.state.clone() if by_gradient else node.state  # a kernel moves it in place
+        state, grad_mu, _ = node.family.node_step(
+            mu, state, grad, self.pi, node.unit, self.keep, self.move,
+            form=self.form, moved=self.owner.order == "sweep", **node.frozen,
+        )  # fmt: skip
+        if not by_gradient:
+            node.state = state
+            return grad_mu
+        natural = node.state - state  # the natural gradient, since the step is 1
+        if self.mode == "probe":
+            node.residual = sum_samples(natural * natural, self.samples).sqrt()
+        else:
+            node.state.grad = natural
+        return grad_mu
+
+    # Passes.
+
+    def forward(self, mode: str) -> Tensor:
+        """One forward pass of the model under the states: F per sample ``[S]``, with its graph."""
+        self.mode, self.visits = mode, 0
+        token = current.set(self)
+        try:
+            with torch.enable_grad(), _replayed(self._rng):
+                args = self.args
+                if not self.clamp_input:
+                    args = (self.owner.input_node(args[0]), *args[1:])
+                self.out = self.owner.model(*args, **self.kwargs)
+        finally:
+            current.reset(token)
+        self._check_pass()
+        mu = self.out if self.output is None else self.output.mu
+        energy = self._output_energy(mu)
+        for node in self.nodes:
+            if node.energy is not None:
+                energy = energy + node.energy
+        self.energies.append(energy.detach())
+        return energy
+
+    def _check_pass(self) -> None:
+        if not isinstance(self.out, Tensor):
+            raise TypeError(f"the model returned {type(self.out).__name__}: it must return one tensor; wrap it")
+        if not self.nodes or self.visits != len(self.nodes):
+            raise RuntimeError(
+                f"the model's forward visited {self.visits} value nodes, and {len(self.nodes)} in its first pass: "
+                "inference needs at least one, and the same at every step"
+            )
+        if self.mode == "first" and _same_values(self.out, self.nodes[-1].emission):
+            self.output = self.nodes[-1]
+            self.output.free, self.output.state, self.output.energy = False, None, None
+        for node in self.nodes:
+            if node is not self.output and node.emission._version != node.version:
+                raise RuntimeError(
+                    f"an operation after node {node.name!r} changes its output in place: use inplace=False there"
+                )
+
+    def _output_energy(self, mu: Tensor) -> Tensor:
+        if mu.dim() == 0 or mu.shape[0] != self.samples:
+            raise ValueError(f"the model's output has shape {tuple(mu.shape)} for a batch of {self.samples} samples")
+        if self.target is None:
+            return wide(mu.detach()).new_zeros(self.samples)
+        if self.target.device != mu.device:
+            raise ValueError(f"y is on {self.target.device}, the model's output on {mu.device}: move y there")
+        energy, self.items = output_family(self.owner.output, self.output, self.target).clamped(mu, self.target)
+        return wide(energy)
+
+    def _backward(self, energy: Tensor) -> None:
+        """One backward pass: every value node moves its state. Weight gradients are not computed."""
+        if energy.requires_grad:
+            torch.autograd.grad(energy.sum(), self._anchor, allow_unused=True)
+
+    # The parts of inference.
+
+    def calibrate(self, energy: Tensor) -> None:
+        """Set precision and units from one backward pass at the prediction; in error form that makes the first move.
+
+        With G the gradient in the errors, in units of each node's scale, inference lowers F by |G|^2 / (2 pi) to first
+        order in 1 / pi. ``precision="auto"`` therefore sets pi = |G|^2 / (2 delta |F|) per sample: inference may
+        explain away the fraction delta of F. Nothing in this depends on the model's scale, width or depth.
+        """
+        owner = self.owner
+        free = [node for node in self.nodes if node.free]
+        grads: tuple[Tensor | None, ...] = (None,) * len(free)
+        if energy.requires_grad:
+            grads = torch.autograd.grad(energy.sum(), [node.emission for node in free], allow_unused=True)
+        energy = energy.detach()
+        total = torch.zeros_like(energy)
+        for node, grad in zip(free, grads):
+            node.mu, node.free = node.mu.detach(), grad is not None
+            if owner.precision == "auto" and node.family.measured:
+                node.unit = (sum_samples(wide(node.mu) ** 2, self.samples) * (self.samples / node.mu.numel())).sqrt()
+            if grad is not None:
+                total = total + node.family.fall(node.mu, grad, self.samples, node.unit, **node.frozen)
+        if owner.precision == "auto":
+            self.pi = (total / (2 * owner.displacement * energy.abs())).nan_to_num(1.0).clamp(1e-12, 1e12)
+        else:
+            self.pi = torch.full_like(energy, float(owner.precision))
+        self.slope = total / self.pi
+        self.set_step(torch.full_like(energy, owner.step))
+        for node, grad in zip(free, grads):
+            if grad is not None:
+                if self.form == "state":
+                    node.state = wide(node.mu).clone()
+                elif owner.state_optimizer is not None:
+                    node.state = torch.zeros_like(wide(node.mu))
+                else:
+                    node.state, _, _ = node.family.node_step(
+                        node.mu, None, grad, self.pi, node.unit, self.keep, self.move, form="error", **node.frozen
+                    )
+            node.mu = node.emission = node.mu.new_empty(0)  # read no more: let them go
+
+    def set_step(self, step: Tensor) -> None:
+        """The step ``[S]`` of the next moves; 1 is Newton's where the node's own energy is all the curvature."""
+        self.step, self.keep, self.move = step, 1 - step, step
+
+    def infer(self, energy: Tensor | None = None) -> None:
+        """One inference step: a forward pass (or the one that gave ``energy``) and a backward pass."""
+        if energy is None:
+            energy = self.forward("infer")
+        self.mode = "infer"
+        if self.owner.state_optimizer is None:
+            if self.form == "error":
+                self._guard()
+            self._backward(energy)
+            return
+        if self.optimizer is None:
+            self.optimizer = self.owner.state_optimizer([n.state for n in self.nodes if n.state is not None])
+        self.set_step(torch.ones_like(self.pi))  # the optimiser is given the whole natural gradient
+        self._backward(energy)
+        self.optimizer.step()
+
+    def _guard(self) -> None:
+        """Set the step of each sample by what its last move did to F.
+
+        After the first move, the parabola through F, its slope and F after the move gives the best step along it: a
+        sample whose F rose goes back to that parabola's minimum, the others go on with that step, at most Newton's.
+        Later a sample whose F rose halves its step.
+        """
+        before, now = self.energies[-2], self.energies[-1]
+        if len(self.energies) > 2:
+            self.set_step(torch.where(now > before, 0.5 * self.step, self.step))
+            return
+        curvature = 2 * (now - before + self.step * self.slope) / self.step**2
+        best = torch.where(curvature > self.slope, self.slope / curvature, torch.ones_like(curvature))
+        rose = now > before
+        first = self.step
+        self.set_step(best)
+        self.keep = torch.where(rose, best / first, self.keep)
+        self.move = torch.where(rose, torch.zeros_like(best), self.move)
+
+    def learn(self) -> Tensor:
+        """The learning pass: F per sample ``[S]``, whose backward leaves the weight gradients."""
+        return self.forward("learn")
+
+    def probe(self) -> Tensor:
+        """F per sample ``[S]`` at the states; leaves in every node the norm of its natural gradient. Moves nothing."""
+        energy = self.forward("probe")
+        held = self.keep, self.move
+        self.keep, self.move = torch.zeros_like(self.pi), torch.ones_like(self.pi)
+        self._backward(energy)
+        self.keep, self.move = held
+        return energy.detach()
+
+
+def output_family(given: Distribution | None, node: ValueNode | None, target: Tensor) -> Distribution:
+    """The family of the clamped output: the one given; Categorical for labels; the output node's own; Gaussian(1)."""
+    own = Gaussian(1.0) if node is None else node.family
+    if given is not None:
+        return given
+    return own if target.is_floating_point() or isinstance(own, Categorical) else Categorical()
+
+
+def check_finite(name: str, t: Tensor) -> None:
+    """Raise ValueError if t holds NaN or infinity (on a GPU a device-side assertion, so as not to wait for it)."""
+    if not t.is_floating_point():
+        return
+    finite = t.detach().isfinite().all()
+    if t.is_cuda:
+        torch._assert_async(finite, f"{name} holds NaN or infinity")
+    elif not finite:
+        raise ValueError(f"{name} holds NaN or infinity: clean the data before inference")
+
+
+def _batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """The model's arguments, keyword arguments and first tensor. Checks that it is a batch of finite numbers."""
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    if not tensors:
+        raise TypeError("x: give a tensor, or a tuple or dict of the model's arguments with a tensor among them")
+    if tensors[0].dim() == 0 or tensors[0].numel() == 0:
+        raise ValueError(f"x has shape {tuple(tensors[0].shape)}: give a batch of at least one sample")
+    for t in tensors:
+        check_finite("x", t)
+    return args, kwargs, tensors[0]
+
+
+def _same_values(out: Tensor, emission: Tensor) -> bool:
+    """Whether the model's output is a node's emission, or a view of all of it."""
+    return out is emission or (out.numel() == emission.numel() and out.data_ptr() == emission.data_ptr())
+
+
+@contextlib.contextmanager
+def _replayed(state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
+    """Run one pass from the random state of the first pass: dropout and noise are the same at every step."""
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+    yield

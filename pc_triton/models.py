@@ -1,0 +1,71 @@
+"""Models to train: a decoder-only transformer, one definition for predictive coding and for backpropagation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .distributions import Distribution
+from .nn import Attention, Linear
+
+
+class Block(nn.Module):
+    """A pre-LayerNorm transformer block; its value nodes are the attention weights and the outputs of its products."""
+
+    def __init__(self, width: int, heads: int, attention: Distribution | bool = True) -> None:
+        super().__init__()
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = Attention(width, heads, causal=True, node=attention)
+        self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[B, N, width]`` to the same shape."""
+        x = x + self.attn(self.ln1(x))
+        return x + self.down(F.gelu(self.up(self.ln2(x))))
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer language model with learned positions (GPT-2's layout and initialisation, std 0.02).
+
+    vocabulary, width, heads, blocks, context: its sizes, context in tokens. attention: the node of the attention
+    weights, as ``node`` in `Attention`. Raises ValueError for sizes below 1 or a width that is no multiple of heads.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int = 128,
+        heads: int = 4,
+        blocks: int = 4,
+        context: int = 64,
+        *,
+        attention: Distribution | bool = True,
+    ) -> None:
+        super().__init__()
+        for name, size in dict(vocabulary=vocabulary, width=width, heads=heads, blocks=blocks, context=context).items():
+            if size < 1:
+                raise ValueError(f"{name}={size}: give a whole number of at least 1")
+        self.context = context
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(blocks))
+        self.ln = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                last = name.endswith(("out_proj.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * blocks) ** 0.5 if last else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, N, vocabulary]`` of the tokens that follow; tokens int64 ``[B, N]``, N <= context.
+
+        Raises ValueError for a longer sequence.
+        """
+        if tokens.shape[1] > self.context:
+            raise ValueError(f"{tokens.shape[1]} tokens: the model's context is {self.context}")
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.ln(x))

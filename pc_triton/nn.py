@@ -1,0 +1,251 @@
+"""The layers: torch's own, each with the value node of its output, and `convert`, which gives a model's layers one.
+
+Outside inference each layer is its torch counterpart, with the same state dict.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .distributions import Categorical, Distribution, Gaussian, current
+from .reference import mask_logits
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` whose output is a value node: mu = x W' + b, x ``[B, ..., in_features]``.
+
+    Arguments as in ``nn.Linear``; its state dict too. node: the family of the output, by default `Gaussian`.
+    Raises TypeError if it is no `Distribution`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        node: Distribution | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.node = _family(node)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The node's emission ``[B, ..., out_features]``, in the dtype of the product."""
+        return self.node(super().forward(input))
+
+
+class Attention(nn.Module):
+    """Multi-head self- or cross-attention whose weights are the states of Categorical nodes over the keys.
+
+    mu = q k' / sqrt(head dimension), one Categorical node per query and head, emission p = softmax(u), output p v
+    (Pinchetti et al. 2022, section 4.3); then an output projection with a value node of its own (a `Linear`).
+
+    Arguments:
+        embed_dim, num_heads, bias, dropout: as in ``nn.MultiheadAttention``, whose state dict it has where
+            ``kv_heads`` is ``num_heads``. Dropout acts on the attention weights.
+        kv_heads: number of key and value heads, a divisor of num_heads (grouped query heads; default num_heads).
+        causal: query i sees the keys up to its own position.
+        node: True: a Categorical node over the keys. A family: a node of that family on the softmax's output, as in
+            Gaussian PC. False: none; attention is then a plain predictor (torch's fused kernel, no N x N memory).
+
+    Raises ValueError for sizes that do not divide, TypeError for a node that is no `Distribution`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        kv_heads: int | None = None,
+        causal: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        node: Distribution | bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = num_heads if kv_heads is None else kv_heads
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim={embed_dim} is no multiple of num_heads={num_heads}")
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"num_heads={num_heads} is no multiple of kv_heads={kv_heads}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}: give a probability below 1")
+        self.embed_dim, self.num_heads, self.kv_heads = embed_dim, num_heads, kv_heads
+        self.head_dim, self.causal, self.dropout = embed_dim // num_heads, causal, dropout
+        rows = embed_dim + 2 * kv_heads * self.head_dim
+        self.in_proj_weight = nn.Parameter(torch.empty(rows, embed_dim, device=device, dtype=dtype))
+        self.in_proj_bias = nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None
+        self.out_proj = Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.node = None if node is False else _family(Categorical() if node is True else node)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if bias:
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Attention of x ``[B, N, embed_dim]`` over itself, or over context ``[B, K, embed_dim]``: ``[B, N, embed_dim]``.
+
+        key_padding_mask: bool ``[B, K]``, True where a key is padding. Raises ValueError for a wrong shape or dtype.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}: Attention needs [batch, length, {self.embed_dim}]")
+        kv_dim = self.kv_heads * self.head_dim
+        if context is None:
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).split([self.embed_dim, kv_dim, kv_dim], -1)
+        else:
+            sizes = [self.embed_dim, 2 * kv_dim]
+            wq, wkv = self.in_proj_weight.split(sizes)
+            bq, bkv = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
+            q, (k, v) = F.linear(x, wq, bq), F.linear(context, wkv, bkv).chunk(2, -1)
+        _check_padding(key_padding_mask, k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        out, _ = _attend(self.node, q, k, v, self.causal, key_padding_mask, None, dropout)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, {self.num_heads}, kv_heads={self.kv_heads}, causal={self.causal}"
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention``, call and state dict, with `Attention`'s value nodes: what `convert` makes of one.
+
+    Not for ``add_bias_kv``, ``add_zero_attn``, ``kdim`` or ``vdim`` of their own: `convert` leaves such a module.
+    """
+
+    node: Distribution
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention.forward``. Raises ValueError in inference if ``batch_first`` is False."""
+        if current.get() is None:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if not self.batch_first or query.dim() != 3:
+            raise ValueError("a value node needs its samples along the first axis: batch_first=True and a batch")
+        q, k, v = F._in_projection_packed(query, key, value, self.in_proj_weight, self.in_proj_bias)  # type: ignore
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        bias = None
+        for mask, shape in (
+            (attn_mask, (-1, self.num_heads, q.shape[2], k.shape[2]) if attn_mask is not None and attn_mask.dim() == 3 else None),
+            (key_padding_mask, (len(q), 1, 1, -1)),
+        ):
+            if mask is not None:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf) if mask.dtype == torch.bool else mask
+                mask = mask if shape is None else mask.reshape(shape)
+                bias = mask if bias is None else bias + mask
+        out, weights = _attend(self.node, q, k, v, False, None, bias, self.dropout if self.training else 0.0)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if not need_weights:
+            return out, None
+        return out, weights.mean(1) if average_attn_weights and weights is not None else weights
+
+
+def _attend(
+    node: Distribution | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    padding: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k' / sqrt(D) + bias) v ``[B, heads, N, D]`` with the node over the keys, and its weights.
+
+    q ``[B, heads, N, D]``; k, v ``[B, kv heads, K, D]``; causal and padding as in `reference.mask_logits`.
+    """
+    if node is None or (current.get() is None and isinstance(node, Categorical)):
+        mask = bias
+        if padding is not None or (causal and q.shape[2] != k.shape[2]):
+            mask = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding)
+            causal = False
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=shared), None
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    mu = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if bias is not None:
+        mu = mu + bias
+    if isinstance(node, Categorical):
+        p = node(mu, causal=causal, padding=padding)
+    else:
+        p = node(mask_logits(mu, causal, padding).softmax(-1))
+    return F.dropout(p, dropout) @ v, p
+
+
+def _family(node: Distribution | None) -> Distribution:
+    if node is None:
+        return Gaussian()
+    if not isinstance(node, Distribution):
+        raise TypeError(f"node={node!r}: give a pc_triton Distribution, for example pc_triton.Gaussian()")
+    return node
+
+
+def _check_padding(mask: Tensor | None, keys: Tensor) -> None:
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != keys.shape[:2]):
+        raise ValueError(
+            f"key_padding_mask is {mask.dtype} {tuple(mask.shape)}: give a bool tensor {tuple(keys.shape[:2])}, "
+            "True where a key is padding"
+        )
+
+
+def convert(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+    """Give a model's layers value nodes, in place: the same parameters, outputs and state dict, and now trainable by PC.
+
+    Converts every ``nn.Linear``, ``nn.MultiheadAttention`` and ``nn.Softmax`` over the last axis, and with them
+    ``nn.TransformerEncoderLayer`` (whose fused inference path is switched off, since it would pass by its layers).
+    Subclasses are left alone. Returns the model and what was done, by module name:
+    ``{"0.self_attn": "MultiheadAttention -> pc.MultiheadAttention", ...}``; a module that had to be left says why.
+
+    Raises TypeError if model is no module, ValueError if there is nothing to convert.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes an nn.Module, not {type(model).__name__}")
+    changes: dict[str, str] = {}
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+            module.node = Gaussian()
+            changes[name] = "Linear -> pc.Linear"
+        elif type(module) is nn.MultiheadAttention:
+            odd = not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn
+            if odd:
+                changes[name] = "left as it is: kdim, vdim, add_bias_kv and add_zero_attn have no value-node form"
+                continue
+            module.__class__ = MultiheadAttention
+            module.node = Categorical()
+            module.out_proj.__class__ = Linear
+            module.out_proj.node = Gaussian()
+            changes[name] = "MultiheadAttention -> pc.MultiheadAttention"
+        elif type(module) is nn.TransformerEncoderLayer:
+            module.activation_relu_or_gelu = 0
+            changes[name] = "TransformerEncoderLayer: fused inference path switched off"
+        elif type(module) is nn.TransformerEncoder:
+            module.use_nested_tensor = False
+        elif type(module) is nn.Softmax and module.dim == -1:
+            module.__class__ = Categorical
+            module.ignore_index = -100
+            changes[name] = "Softmax -> pc.Categorical"
+    if not changes:
+        raise ValueError("nothing to convert: the model has no nn.Linear, nn.MultiheadAttention or nn.Softmax(-1)")
+    return model, changes

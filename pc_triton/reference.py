@@ -1,0 +1,283 @@
+"""The equations of every value node in plain torch: the CPU path, and in float64 the oracle of every kernel.
+
+A value node holds a state u, is predicted by mu, and has the energy E = pi KL[D(u) || D(mu)] (Pinchetti et al. 2022,
+eq. 5; pi is the node's precision, 1 in the paper). Its children send back ``grad``, the gradient of their energies with
+respect to the emission m(u). Each family has two functions, with the same names and arguments in ``pc_triton.kernels``:
+
+``*_forward(mu, state, precision, *, form)`` gives the emission and the energy per sample;
+``*_step(mu, state, grad, precision, keep, move, *, form, moved)`` is one inference step: energy, gradients and the move
+of the state, fused. It returns (state, dF/dmu, energy).
+
+**form** says what the state tensor holds. ``"state"``: u itself; dF/dmu is then the local gradient pi dKL/dmu, at the
+old state, or with ``moved=True`` at the moved one (the sweep). ``"error"``: e = u - mu, so that u follows mu; dF/dmu is
+then the total derivative with e held. In error form ``state=None`` stands for e = 0.
+
+**The move** is a natural-gradient step: with d = u - mu and V the inverse of the energy's curvature at u = mu (for the
+exponential families the Fisher information of the state), V dF/du = pi d + grad, and
+
+    d <- keep d - (move / pi) grad,        keep = 1 - step, move = step: a descent step; 1 is Newton's.
+
+The same step therefore suits a unit of any scale and a saturated softmax alike; the fixed point is that of plain
+gradient descent. ``keep=None`` leaves the state where it is: the learning pass.
+
+Shapes: mu, state, grad ``[S * r, ...]`` with S samples of r rows each; precision, keep, move and energies ``[S]``.
+Arithmetic is in float32, or in float64 where mu is float64; the emission has mu's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Step = tuple[Tensor | None, Tensor, Tensor]
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype of the arithmetic: float32, or float64 where x is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
+    """A coefficient per sample ``[S]`` spread over the rows of ``like`` ``[S * r, ...]``, ready to broadcast."""
+    rows = like.shape[0] // coefficient.shape[0]
+    if rows != 1:
+        coefficient = coefficient.repeat_interleave(rows)
+    return coefficient.view(-1, *[1] * (like.dim() - 1))
+
+
+def sum_samples(x: Tensor, samples: int) -> Tensor:
+    """The sum of x ``[S * r, ...]`` over everything but the samples: ``[S]``."""
+    return x.reshape(samples, -1).sum(1)
+
+
+def _moved(d: Tensor | None, push: Tensor, keep: Tensor, move_over_precision: Tensor) -> Tensor:
+    """d <- keep d - (move / pi) push."""
+    new = -per_sample(move_over_precision, push) * push
+    return new if d is None else torch.addcmul(new, per_sample(keep, d), d)
+
+
+# Gaussian with a fixed variance: E = pi sum d^2 / 2, where pi holds 1 / sigma^2 as well.
+
+
+def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
+    """Emission u and energy pi |u - mu|^2 / 2 of a Gaussian of fixed variance."""
+    if form == "error":
+        u, d = mu + state.to(mu.dtype), state
+    else:
+        u, d = state.to(mu.dtype), state - wide(mu)
+    return u, 0.5 * precision * sum_samples(d * d, len(precision))
+
+
+def gaussian_step(
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor,
+    precision: Tensor,
+    keep: Tensor | None,
+    move: Tensor | None,
+    *,
+    form: str,
+    moved: bool = False,
+) -> Step:
+    """dE/du = pi d, dE/dmu = -pi d, emission u: the table's first row."""
+    error = form == "error"
+    d = state if error or state is None else state - wide(mu)
+    new = d
+    if keep is not None and move is not None:
+        new = _moved(d, wide(grad), keep, move / precision)
+    shown = new if moved else d
+    energy = torch.zeros_like(precision) if d is None else 0.5 * precision * sum_samples(d * d, len(precision))
+    if error:
+        return new, grad, energy
+    assert new is not None and shown is not None
+    return wide(mu) + new, (-per_sample(precision, mu) * shown).to(mu.dtype), energy
+
+
+# Gaussian with its own variance: rows [mean | log variance], emission m + e^(s/2) xi with xi frozen for the batch.
+
+
+def gaussian_logvar_forward(
+    mu: Tensor, state: Tensor, precision: Tensor, noise: Tensor, *, form: str
+) -> tuple[Tensor, Tensor]:
+    """Emission ``m + exp(s / 2) xi`` ``[..., C]`` of rows ``[..., 2 C]``, and pi KL of the two Gaussians."""
+    u = wide(mu) + state if form == "error" else state
+    m, s = u.chunk(2, -1)
+    return (m + (0.5 * s).exp() * wide(noise)).to(mu.dtype), precision * sum_samples(
+        gaussian_logvar_energy(u, wide(mu)), len(precision)
+    )
+
+
+def gaussian_logvar_energy(u: Tensor, mu: Tensor) -> Tensor:
+    """1/2 [s^ - s + (e^s + (m - m^)^2) e^-s^ - 1] per element."""
+    (m, s), (m_hat, s_hat) = u.chunk(2, -1), mu.chunk(2, -1)
+    ds = s - s_hat
+    return 0.5 * (torch.expm1(ds) - ds + (m - m_hat) ** 2 * (-s_hat).exp())
+
+
+def gaussian_logvar_step(
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor,
+    precision: Tensor,
+    keep: Tensor | None,
+    move: Tensor | None,
+    noise: Tensor,
+    *,
+    form: str,
+    moved: bool = False,
+) -> Step:
+    """The table's second row; V = (e^s^, 2), the inverse Fisher information of (m, s) at the prediction."""
+    mu_, g, xi = wide(mu), wide(grad), wide(noise)
+    d = torch.zeros_like(mu_) if state is None else (state if form == "error" else state - mu_)
+    (dm, ds), (_, s_hat) = d.chunk(2, -1), mu_.chunk(2, -1)
+    variance, g_s = s_hat.exp(), g * xi * (0.5 * (s_hat + ds)).exp()  # g_s is 2 dm(u)/ds g
+    energy = precision * sum_samples(gaussian_logvar_energy(mu_ + d, mu_), len(precision))
+    new = d
+    if keep is not None and move is not None:
+        k, c = per_sample(keep, mu_), per_sample(move / precision, mu_)
+        new = torch.cat([k * dm - c * variance * g, ds - (1 - k) * torch.expm1(ds) - c * g_s], -1)
+    pi = per_sample(precision, mu_)
+    if form == "error":
+        grad_mu = torch.cat([g, 0.5 * (g_s - pi * dm * dm / variance)], -1)
+        return new, grad_mu.to(mu.dtype), energy
+    dm, ds = (new if moved else d).chunk(2, -1)
+    grad_mu = pi * torch.cat([-dm / variance, -0.5 * (torch.expm1(ds) + dm * dm / variance)], -1)
+    return mu_ + new, grad_mu.to(mu.dtype), energy
+
+
+# Bernoulli with logits: p = sigmoid(u), q = sigmoid(mu).
+
+
+def bernoulli_energy(u: Tensor, mu: Tensor) -> Tensor:
+    """p (u - mu) - softplus(u) + softplus(mu) per element."""
+    return torch.sigmoid(u) * (u - mu) - F.softplus(u) + F.softplus(mu)
+
+
+def bernoulli_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
+    """Emission sigmoid(u) and pi KL of the sigmoids."""
+    u = wide(mu) + state if form == "error" else state
+    return torch.sigmoid(u).to(mu.dtype), precision * sum_samples(bernoulli_energy(u, wide(mu)), len(precision))
+
+
+def bernoulli_step(
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor,
+    precision: Tensor,
+    keep: Tensor | None,
+    move: Tensor | None,
+    *,
+    form: str,
+    moved: bool = False,
+) -> Step:
+    """dE/du = p (1-p) d, dE/dmu = q - p, emission p: the table's last row."""
+    mu_, g = wide(mu), wide(grad)
+    d = torch.zeros_like(mu_) if state is None else (state if form == "error" else state - mu_)
+    p, q, pi = torch.sigmoid(mu_ + d), torch.sigmoid(mu_), per_sample(precision, mu_)
+    energy = precision * sum_samples(bernoulli_energy(mu_ + d, mu_), len(precision))
+    new = d
+    if keep is not None and move is not None:
+        new = _moved(d, g, keep, move / precision)
+    if form == "error":
+        return new, (p * (1 - p) * (pi * d + g) + pi * (q - p)).to(mu.dtype), energy
+    if moved:
+        p = torch.sigmoid(mu_ + new)
+    return mu_ + new, (pi * (q - p)).to(mu.dtype), energy
+
+
+# Categorical with logits along the last axis: p = softmax(u), q = softmax(mu). A logit of -inf is masked: p = q = 0.
+
+
+def mask_logits(mu: Tensor, causal: bool, padding: Tensor | None) -> Tensor:
+    """Attention's logits ``[B, heads, N, K]`` with -inf where a query may not look.
+
+    causal: query i sees keys 0 .. i + K - N. padding ``[B, K]``: True where a key is padding.
+    """
+    if causal:
+        n, k = mu.shape[-2:]
+        hidden = torch.ones(n, k, dtype=torch.bool, device=mu.device).triu(1 + k - n)
+        mu = mu.masked_fill(hidden, -torch.inf)
+    if padding is not None:
+        mu = mu.masked_fill(padding[:, None, None, :], -torch.inf)
+    return mu
+
+
+def log_softmax(u: Tensor) -> Tensor:
+    """log softmax along the last axis that gives -inf, not NaN, in rows whose every logit is -inf."""
+    lse = torch.logsumexp(u, -1, keepdim=True)
+    return u - torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
+
+
+def categorical_energy(u: Tensor, mu: Tensor) -> Tensor:
+    """p (log p - log q) per element, 0 where masked."""
+    log_p, log_q = log_softmax(u), log_softmax(mu)
+    return torch.where(mu == -torch.inf, torch.zeros_like(u), log_p.exp() * (log_p - log_q))
+
+
+def categorical_forward(
+    mu: Tensor, state: Tensor, precision: Tensor, *, form: str, causal: bool = False, padding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Emission softmax(u) and pi KL of the softmaxes, over the last axis."""
+    logits = mask_logits(wide(mu), causal, padding)
+    u = logits + state if form == "error" else mask_logits(state, causal, padding)
+    return log_softmax(u).exp().to(mu.dtype), precision * sum_samples(categorical_energy(u, logits), len(precision))
+
+
+def categorical_step(
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor,
+    precision: Tensor,
+    keep: Tensor | None,
+    move: Tensor | None,
+    *,
+    form: str,
+    moved: bool = False,
+    causal: bool = False,
+    padding: Tensor | None = None,
+) -> Step:
+    """dE/du = p (log p - log q - E), dE/dmu = q - p, and g returns as p (g - <p, g>): the table's third row.
+
+    The state moves by g - <p, g>: logits count only up to a shift. Masked entries of d and of dF/dmu are 0.
+    """
+    logits, g = mask_logits(wide(mu), causal, padding), wide(grad)
+    masked = logits == -torch.inf
+    d = torch.zeros_like(logits) if state is None else (state if form == "error" else state - logits)
+    d = d.masked_fill(masked, 0.0)
+    p, q, pi = log_softmax(logits + d).exp(), log_softmax(logits).exp(), per_sample(precision, logits)
+    energy = precision * sum_samples(categorical_energy(logits + d, logits), len(precision))
+    push = (g - (p * g).sum(-1, keepdim=True)).masked_fill(masked, 0.0)
+    new = d
+    if keep is not None and move is not None:
+        new = _moved(d, push, keep, move / precision)
+    if form == "error":
+        total = p * (pi * (d - (p * d).sum(-1, keepdim=True)) + push) + pi * (q - p)
+        return new, total.to(mu.dtype), energy
+    if moved:
+        p = log_softmax(logits + new).exp()
+    u = (logits + new).masked_fill(masked, 0.0)
+    return u, (pi * (q - p)).to(mu.dtype), energy
+
+
+# Categorical clamped to labels: the output node of a classifier or a language model.
+
+
+def clamped_categorical_forward(mu: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """-log q_y per row ``[R]`` (0 where the label is ignored) and the row's log-sum-exp ``[R]``, of mu ``[R, C]``."""
+    mu = wide(mu)
+    lse = torch.logsumexp(mu, -1)
+    kept = labels != ignore_index
+    target = mu.gather(-1, labels.where(kept, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(kept, lse - target, 0.0), lse
+
+
+def clamped_categorical_backward(
+    mu: Tensor, labels: Tensor, lse: Tensor, grad_energy: Tensor, ignore_index: int
+) -> Tensor:
+    """dE/dmu = (q - y) grad_energy ``[R, C]``, 0 in ignored rows; grad_energy ``[R]``."""
+    kept = labels != ignore_index
+    scale = torch.where(kept, grad_energy, 0.0).unsqueeze(-1)
+    grad = (wide(mu) - lse.unsqueeze(-1)).exp() * scale
+    index = labels.where(kept, 0).unsqueeze(-1)
+    return grad.scatter_add(-1, index, -scale).to(mu.dtype)

@@ -1,0 +1,27 @@
+"""Packaging of pc_triton. `kernels/` at the top level is imported as `pc_triton.kernels`."""
+
+from setuptools import setup
+
+TRAIN = ["tokenizers>=0.20", "safetensors>=0.4", "tqdm>=4.60", "matplotlib>=3.7"]
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6", "triton>=3.6; platform_system == 'Linux'"]
+
+setup(
+    name="pc_triton",
+    version="0.1.0",
+    description="Predictive coding beyond Gaussian distributions: PyTorch layers on fused Triton kernels",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["pc_triton", "pc_triton.kernels"],
+    package_dir={"pc_triton.kernels": "kernels"},
+    package_data={"pc_triton": ["py.typed"]},
+    install_requires=["torch>=2.6", "numpy>=1.26"],
+    extras_require={
+        "train": TRAIN,
+        "gpu": ["triton>=3.6; platform_system == 'Linux'"],
+        "bench": ["scikit-learn>=1.4", "pcx==0.6.3", "fabricpc==0.6.0"],
+        "dev": [*TRAIN, *TEST, "scikit-learn>=1.4", "ruff>=0.9", "mypy>=1.13"],
+    },
+    entry_points={"console_scripts": ["pc-triton = pc_triton.cli:main"]},
+)

@@ -27,21 +27,18 @@ def softplus(x):
 
 @triton.jit
 def kl(u, mu, d, p, p_not):
-    """p d - softplus(u) + softplus(mu) per element, d = u - mu.
+    """p d - softplus(u) + softplus(mu) per element, d = u - mu; never negative.
 
-    A KL is the same after u, mu, d change sign: taken at -|u|, where no two terms are large. Near d = 0, where they cancel,
-    the series in d; its coefficients are the cumulants of the distribution at u. Never negative.
+    The KL stays when u, mu and d change sign, and at -|u| none of its terms is large. Near d = 0, where they cancel, it
+    is a series in d whose coefficients are the derivatives of softplus at u.
     """
     z = tl.where(u < 0, -d, d)
     v = p * p_not
     t = tl.abs(p - p_not)
-    high = (
-        1.0 / 24
-        - v * 0.25
-        + t * (1.0 - 12.0 * v) * z * (1.0 / 120)
-        + (1.0 - 30.0 * v * (1.0 - 4.0 * v)) * z * z / 720.0
-    )
-    series = v * z * z * (0.5 + t * z * (1.0 / 6) + z * z * high)
+    fourth = (1.0 - 6.0 * v) * (1.0 / 24)
+    fifth = t * (1.0 - 12.0 * v) * (1.0 / 120)
+    sixth = (1.0 - 30.0 * v * (1.0 - 4.0 * v)) * (1.0 / 720)
+    series = v * z * z * (0.5 + z * (t * (1.0 / 6) + z * (fourth + z * (fifth + z * sixth))))
     direct = softplus(tl.where(u < 0, mu, -mu)) - softplus(-tl.abs(u)) - tl.minimum(p, p_not) * z
     return tl.where(tl.abs(d) < 0.25, series, tl.maximum(direct, 0.0))
 
@@ -102,8 +99,9 @@ def _step(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """d <- keep d - (move / pi) g; dF/dmu = pi (q - p), in error form + p (1 - p) (pi d + g). COLS elements of ROWS samples.
+    """d <- keep d - (move / pi) g; dF/dmu = pi (q - p), in error form + p (1 - p) (pi d + g).
 
+    A program takes COLS elements of ROWS samples.
     Floor, bytes per element: read mu, g and the state (4), write the state (4) and dF/dmu.
     """
     rows, cols, partial = row_tile(n_samples, n, ROWS, COLS)

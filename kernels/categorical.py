@@ -1,8 +1,8 @@
 """Categorical value node with logits along the last axis: p = softmax(u), q = softmax(mu), E = pi sum KL[p || q].
 
-A row that fits one tile is read once and stays in registers. A longer one is read twice (thrice where the gradient is taken
-at the moved state), after an online log-sum-exp. A logit of -inf is masked, p = q = d = 0, and so is what CAUSAL or PADDING
-hides.
+A row that fits one tile is read once and stays in registers. A longer one is read twice, first for an online
+log-sum-exp (thrice where the gradient is taken at the moved state). A logit of -inf is masked, p = q = d = 0, and so is
+what CAUSAL or PADDING hides.
 """
 
 from __future__ import annotations
@@ -14,48 +14,56 @@ from torch import Tensor
 
 from .common import check, check_node, coefficients, exp_tail, log1p, on_device, row_tile, sum_partials, tile
 
-SHORT = 8192  # columns of the longest row that is kept in registers
-LONG = 4096  # columns that a program takes at a time of a longer row
+SHORT = 4096  # columns of the longest row that is kept in registers
+LONG = 2048  # columns that a program takes at a time of a longer row
 
 
 @triton.jit
-def row_end(rows, node, CAUSAL: tl.constexpr):
-    """The first column that no row of the program sees."""
-    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item = node
+def row_facts(rows, n_rows, n_columns, n_queries, rows_per_item, CAUSAL: tl.constexpr):
+    """The last column each row sees, the first that no row of the program sees, and each row's place in padding."""
+    row = tl.where(rows < n_rows, rows, 0).to(tl.int32)  # a 64-bit division spills registers
+    last = row % n_queries + (n_columns - n_queries)
     end = n_columns
     if CAUSAL:
-        seen = tl.max(tl.where(rows < n_rows, rows % n_queries, 0)) + (n_columns - n_queries) + 1
-        end = tl.minimum(seen, n_columns).to(tl.int32)
-    return end
+        end = tl.minimum(tl.max(last) + 1, n_columns)
+    return last, end, (row // rows_per_item).to(tl.int64) * n_columns
 
 
 @triton.jit
-def load_node(
-    rows, cols, node, ERROR: tl.constexpr, HAS_STATE: tl.constexpr, CAUSAL: tl.constexpr, PADDING: tl.constexpr
-):
-    """u, mu, d = u - mu of a tile, and which entries live; the others hold 0."""
-    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item = node
-    live = (rows < n_rows) & (cols < n_columns)
-    if CAUSAL:
-        live = live & (cols <= rows % n_queries + (n_columns - n_queries))
-    if PADDING:
-        live = live & (tl.load(padding_ptr + rows // rows_per_item * n_columns + cols, mask=live, other=1) == 0)
+def load_node(rows, cols, node, ERROR: tl.constexpr, READ: tl.constexpr, CAUSAL: tl.constexpr, PADDING: tl.constexpr):
+    """A tile: offsets, mask, which entries live, and u, mu and d = u - mu, 0 where not; READ: there is a state."""
+    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, last, padding_row = node
     offsets = rows * n_columns + cols
+    mask = (rows < n_rows) & (cols < n_columns)
+    live = mask
+    if CAUSAL:
+        live = live & (cols <= last)
+    if PADDING:
+        live = live & (tl.load(padding_ptr + (padding_row + cols), mask=live, other=1) == 0)
     mu = tl.load(mu_ptr + offsets, mask=live, other=float("-inf")).to(tl.float32)
     live = live & (mu != float("-inf"))
     mu = tl.where(live, mu, 0.0)
     u = mu
     d = tl.zeros_like(mu)
-    if HAS_STATE:
+    if READ:
         state = tl.load(state_ptr + offsets, mask=live, other=0.0)
         u = mu + state if ERROR else state
         d = state if ERROR else state - mu
-    return u, mu, d, live
+    return offsets, mask, live, u, mu, d
+
+
+@triton.jit
+def load_grad(grad_ptr, node_tile, READ: tl.constexpr):
+    """g of a tile, 0 where masked or where nothing needs it."""
+    g = tl.zeros_like(node_tile[5])
+    if READ:
+        g = tl.load(grad_ptr + node_tile[0], mask=node_tile[2], other=0.0).to(tl.float32)
+    return g
 
 
 @triton.jit
 def no_sums(ROWS: tl.constexpr):
-    """The running sums before a row's first tile."""
+    """The running sums of ``add_tile`` before a row's first tile."""
     low = tl.full([ROWS, 1], float("-inf"), tl.float32)
     nil = tl.zeros([ROWS, 1], tl.float32)
     return low, nil, nil, nil, low, nil
@@ -63,24 +71,24 @@ def no_sums(ROWS: tl.constexpr):
 
 @triton.jit
 def online_softmax(x, live, peak, total):
-    """One tile more of a row: e^(x - peak), the new peak and total, and the factor that rescales older sums."""
+    """One tile more of a row: its peak, its sum of weights e^(x - peak), the weights, what rescales older sums."""
     x = tl.where(live, x, float("-inf"))
     highest = tl.maximum(peak, tl.max(x, axis=1, keep_dims=True))
     finite = tl.where(highest == float("-inf"), 0.0, highest)
     weights = tl.exp(x - finite)
     scale = tl.exp(peak - finite)
-    return weights, highest, total * scale + tl.sum(weights, axis=1, keep_dims=True), scale
+    return highest, total * scale + tl.sum(weights, axis=1, keep_dims=True), weights, scale
 
 
 @triton.jit
 def add_tile(sums, node_tile, g):
-    """The row's peak of u, its sums of e^u, e^u d and e^u g, its peak of mu and sum of e^mu, one tile further."""
+    """A row's peak of u, sums of e^u, e^u d and e^u g, peak of mu and sum of e^mu, one tile further."""
     peak_u, total_u, sum_d, sum_g, peak_mu, total_mu = sums
-    u, mu, d, live = node_tile
-    weights, peak_u, total_u, scale = online_softmax(u, live, peak_u, total_u)
+    _, _, live, u, mu, d = node_tile
+    peak_u, total_u, weights, scale = online_softmax(u, live, peak_u, total_u)
     sum_d = sum_d * scale + tl.sum(weights * d, axis=1, keep_dims=True)
     sum_g = sum_g * scale + tl.sum(weights * g, axis=1, keep_dims=True)
-    weights, peak_mu, total_mu, scale = online_softmax(mu, live, peak_mu, total_mu)
+    peak_mu, total_mu, _, _ = online_softmax(mu, live, peak_mu, total_mu)
     return peak_u, total_u, sum_d, sum_g, peak_mu, total_mu
 
 
@@ -91,19 +99,20 @@ def settle(peak, total):
 
 
 @triton.jit
-def row_means(sums):
-    """<p, d>, <p, g>, and (peak, 1 / total) of u and of mu, and KL = <p, d> - (lse u - lse mu): noise where u is near mu."""
+def finish(sums):
+    """<p, d>, <p, g>, KL = <p, d> - (lse u - lse mu), which is noise where u is near mu; u and mu settled."""
     peak_u, total_u, sum_d, sum_g, peak_mu, total_mu = sums
     peak_u, inverse_u = settle(peak_u, total_u)
     peak_mu, inverse_mu = settle(peak_mu, total_mu)
     mean_d = sum_d * inverse_u
     kl = mean_d - (peak_u - peak_mu) - tl.log(inverse_mu / inverse_u)
-    return mean_d, sum_g * inverse_u, peak_u, inverse_u, peak_mu, inverse_mu, kl
+    return mean_d, sum_g * inverse_u, kl, (peak_u, inverse_u), (peak_mu, inverse_mu)
 
 
 @triton.jit
-def softmax_tile(x, live, peak, inverse):
-    """e^(x - peak) / total, 0 where masked."""
+def softmax(x, live, settled):
+    """e^(x - peak) / total of a tile, 0 where masked."""
+    peak, inverse = settled
     return tl.exp(tl.where(live, x - peak, float("-inf"))) * inverse
 
 
@@ -120,19 +129,18 @@ def kl_terms(p, q, x, kl):
 
 @triton.jit
 def kl_of(terms, kl):
-    """A row's KL: from the terms where it is small, direct where they would overflow."""
+    """A row's KL: from the terms where it is small, direct where it is large."""
     return tl.where(kl > 1.0, kl, log1p(tl.maximum(terms, 0.0)))
 
 
 @triton.jit
-def emit(emission_ptr, rows, cols, node, node_tile, means):
+def write_emission(emission_ptr, node_tile, row):
     """Write p of a tile; its share of e^KL - 1."""
-    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item = node
-    mean_d, mean_g, peak_u, inverse_u, peak_mu, inverse_mu, kl = means
-    u, mu, d, live = node_tile
-    p = softmax_tile(u, live, peak_u, inverse_u)
-    tl.store(emission_ptr + rows * n_columns + cols, p, mask=(rows < n_rows) & (cols < n_columns))
-    return kl_terms(p, softmax_tile(mu, live, peak_mu, inverse_mu), d - mean_d, kl)
+    mean_d, _, kl, settled_u, settled_mu = row
+    offsets, mask, live, u, mu, d = node_tile
+    p = softmax(u, live, settled_u)
+    tl.store(emission_ptr + offsets, p, mask=mask)
+    return kl_terms(p, softmax(mu, live, settled_mu), d - mean_d, kl)
 
 
 @triton.jit
@@ -161,78 +169,64 @@ def _forward(
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
-    node = (mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item)
+    inside = rows < n_rows
+    sample = (rows.to(tl.int32) // rows_per_sample).to(tl.int64)
+    last, end, padding_row = row_facts(rows, n_rows, n_columns, n_queries, rows_per_item, CAUSAL)
+    node = (mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, last, padding_row)
     sums = no_sums(ROWS)
     if ONE_TILE:
         node_tile = load_node(rows, cols, node, ERROR, True, CAUSAL, PADDING)
-        means = row_means(add_tile(sums, node_tile, node_tile[2]))
-        terms = emit(emission_ptr, rows, cols, node, node_tile, means)
+        row = finish(add_tile(sums, node_tile, node_tile[5]))
+        terms = write_emission(emission_ptr, node_tile, row)
     else:
-        for start in range(0, row_end(rows, node, CAUSAL), COLS):
+        for start in range(0, end, COLS):
             node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING)
-            sums = add_tile(sums, node_tile, node_tile[2])
-        means = row_means(sums)
+            sums = add_tile(sums, node_tile, node_tile[5])
+        row = finish(sums)
         terms = tl.zeros([ROWS, 1], tl.float32)
         for start in range(0, n_columns, COLS):
             node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING)
-            terms += emit(emission_ptr, rows, start + cols, node, node_tile, means)
-    pi = tl.load(precision_ptr + rows // rows_per_sample, mask=rows < n_rows, other=1.0)
-    tl.store(energy_ptr + rows, pi * kl_of(terms, means[6]), mask=rows < n_rows)
+            terms += write_emission(emission_ptr, node_tile, row)
+    pi = tl.load(precision_ptr + sample, mask=inside, other=1.0)
+    tl.store(energy_ptr + rows, pi * kl_of(terms, row[2]), mask=inside)
 
 
 @triton.jit
-def load_grad(grad_ptr, rows, cols, node, live, READ: tl.constexpr):
-    """g of a tile, 0 where masked or where nothing needs it."""
-    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item = node
-    if READ:
-        g = tl.load(grad_ptr + rows * n_columns + cols, mask=live, other=0.0).to(tl.float32)
-    else:
-        g = tl.where(live, 0.0, 0.0)
-    return g
-
-
-@triton.jit
-def moved_d(d, g, live, means, coefficient):
-    """keep d - (move / pi) (g - <p, g>), and 0 where masked."""
-    pi, keep, push = coefficient
-    return tl.where(live, keep * d - push * (g - means[1]), 0.0)
+def move_d(node_tile, g, row, coefficient):
+    """keep d - (move / pi) (g - <p, g>), 0 where masked."""
+    _, keep, push = coefficient
+    return tl.where(node_tile[2], keep * node_tile[5] - push * (g - row[1]), 0.0)
 
 
 @triton.jit
 def write_step(
-    out,
-    rows,
-    cols,
-    node,
+    grad_mu_ptr,
+    state_ptr,
     node_tile,
     g,
-    means,
+    row,
+    settled_moved,
     coefficient,
-    moved,
     ERROR: tl.constexpr,
     MOVE: tl.constexpr,
     MOVED: tl.constexpr,
 ):
     """Write the moved state and dF/dmu of a tile; its share of e^KL - 1."""
-    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item = node
-    mean_d, mean_g, peak_u, inverse_u, peak_mu, inverse_mu, kl = means
-    u, mu, d, live = node_tile
-    pi, keep, push = coefficient
-    offsets = rows * n_columns + cols
-    mask = (rows < n_rows) & (cols < n_columns)
-    p = softmax_tile(u, live, peak_u, inverse_u)
-    q = softmax_tile(mu, live, peak_mu, inverse_mu)
+    mean_d, mean_g, kl, settled_u, settled_mu = row
+    offsets, mask, live, u, mu, d = node_tile
+    pi = coefficient[0]
+    p = softmax(u, live, settled_u)
+    q = softmax(mu, live, settled_mu)
     terms = kl_terms(p, q, d - mean_d, kl)
     grad_mu = pi * (q - p)
     if ERROR:
         grad_mu += p * (pi * (d - mean_d) + (g - mean_g))
     if MOVE:
-        new = moved_d(d, g, live, means, coefficient)
+        new = move_d(node_tile, g, row, coefficient)
         tl.store(state_ptr + offsets, new if ERROR else mu + new, mask=mask)
         if MOVED:
-            peak, inverse = moved
-            grad_mu = pi * (q - softmax_tile(mu + new, live, peak, inverse))
-    tl.store(out + offsets, grad_mu, mask=mask)
+            grad_mu = pi * (q - softmax(mu + new, live, settled_moved))
+    tl.store(grad_mu_ptr + offsets, grad_mu, mask=mask)
     return terms
 
 
@@ -255,7 +249,7 @@ def _step(
     ERROR: tl.constexpr,
     HAS_STATE: tl.constexpr,
     MOVE: tl.constexpr,
-    MOVED: tl.constexpr,  # in state form with MOVE alone
+    MOVED: tl.constexpr,  # only in state form, and with MOVE
     CAUSAL: tl.constexpr,
     PADDING: tl.constexpr,
     ONE_TILE: tl.constexpr,
@@ -264,51 +258,45 @@ def _step(
 ):
     """d <- keep d - (move / pi) (g - <p, g>); dF/dmu = pi (q - p), in error form + p (pi (d - <p, d>) + g - <p, g>).
 
-    A program takes ROWS whole rows.
-    Floor, bytes per element: read mu, g and the state (4), write the state (4) and dF/dmu; a row over one tile is read twice.
+    A program takes ROWS whole rows. Floor, bytes per element: read mu, g and the state (4), write the state (4) and
+    dF/dmu; a row over one tile is read twice, under MOVED three times.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
     inside = rows < n_rows
-    node = (mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, n_queries, rows_per_item)
-    coefficient = coefficients(precision_ptr, keep_ptr, move_ptr, rows // rows_per_sample, inside, MOVE)
-    READ: tl.constexpr = ERROR or MOVE
+    sample = (rows.to(tl.int32) // rows_per_sample).to(tl.int64)
+    last, end, padding_row = row_facts(rows, n_rows, n_columns, n_queries, rows_per_item, CAUSAL)
+    node = (mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, last, padding_row)
+    coefficient = coefficients(precision_ptr, keep_ptr, move_ptr, sample, inside, MOVE)
     sums = no_sums(ROWS)
     moved = (sums[0], sums[1])
     if ONE_TILE:
         node_tile = load_node(rows, cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
-        u, mu, d, live = node_tile
-        g = load_grad(grad_ptr, rows, cols, node, live, READ)
-        means = row_means(add_tile(sums, node_tile, g))
+        g = load_grad(grad_ptr, node_tile, ERROR or MOVE)
+        row = finish(add_tile(sums, node_tile, g))
         if MOVED:
-            new = moved_d(d, g, live, means, coefficient)
-            weights, peak, total, scale = online_softmax(mu + new, live, sums[0], sums[1])
+            x = node_tile[4] + move_d(node_tile, g, row, coefficient)
+            peak, total, _, _ = online_softmax(x, node_tile[2], sums[0], sums[1])
             moved = settle(peak, total)
-        terms = write_step(grad_mu_ptr, rows, cols, node, node_tile, g, means, coefficient, moved, ERROR, MOVE, MOVED)
+        terms = write_step(grad_mu_ptr, state_ptr, node_tile, g, row, moved, coefficient, ERROR, MOVE, MOVED)
     else:
-        end = row_end(rows, node, CAUSAL)
         for start in range(0, end, COLS):
             node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
-            g = load_grad(grad_ptr, rows, start + cols, node, node_tile[3], READ)
-            sums = add_tile(sums, node_tile, g)
-        means = row_means(sums)
+            sums = add_tile(sums, node_tile, load_grad(grad_ptr, node_tile, ERROR or MOVE))
+        row = finish(sums)
         if MOVED:
             peak, total = moved
             for start in range(0, end, COLS):
-                u, mu, d, live = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
-                g = load_grad(grad_ptr, rows, start + cols, node, live, READ)
-                new = moved_d(d, g, live, means, coefficient)
-                weights, peak, total, scale = online_softmax(mu + new, live, peak, total)
+                node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
+                x = node_tile[4] + move_d(node_tile, load_grad(grad_ptr, node_tile, True), row, coefficient)
+                peak, total, _, _ = online_softmax(x, node_tile[2], peak, total)
             moved = settle(peak, total)
         terms = tl.zeros([ROWS, 1], tl.float32)
         for start in range(0, n_columns, COLS):
-            at = start + cols
-            node_tile = load_node(rows, at, node, ERROR, HAS_STATE, CAUSAL, PADDING)
-            g = load_grad(grad_ptr, rows, at, node, node_tile[3], READ)
-            terms += write_step(
-                grad_mu_ptr, rows, at, node, node_tile, g, means, coefficient, moved, ERROR, MOVE, MOVED
-            )
-    tl.store(energy_ptr + rows, coefficient[0] * kl_of(terms, means[6]), mask=inside)
+            node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
+            g = load_grad(grad_ptr, node_tile, ERROR or MOVE)
+            terms += write_step(grad_mu_ptr, state_ptr, node_tile, g, row, moved, coefficient, ERROR, MOVE, MOVED)
+    tl.store(energy_ptr + rows, coefficient[0] * kl_of(terms, row[2]), mask=inside)
 
 
 def check_masks(mu: Tensor, causal: bool, padding: Tensor | None) -> None:
@@ -333,7 +321,7 @@ def check_masks(mu: Tensor, causal: bool, padding: Tensor | None) -> None:
 
 def plan(columns: int) -> tuple[bool, int, int, int]:
     """ONE_TILE, ROWS, COLS and num_warps for rows of that length."""
-    return (True, *tile(columns, 2048, SHORT)) if columns <= SHORT else (False, 1, LONG, 8)
+    return (True, *tile(columns, 1024, SHORT)) if columns <= SHORT else (False, 1, LONG, 8)
 
 
 def categorical_forward(
@@ -452,11 +440,11 @@ def _clamped_forward(
     for start in range(0, n_columns, COLS):
         cols = start + tl.arange(0, COLS)[None, :]
         mask = inside & (cols < n_columns)
-        mu = tl.load(mu_ptr + rows * n_columns + cols, mask=mask, other=float("-inf")).to(tl.float32)
-        weights, peak, total, scale = online_softmax(mu, mask, peak, total)
+        mu = tl.load(mu_ptr + (rows * n_columns + cols), mask=mask, other=float("-inf")).to(tl.float32)
+        peak, total, _, _ = online_softmax(mu, mask, peak, total)
     labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
     a_column = inside & (labels >= 0) & (labels < n_columns)
-    target = tl.load(mu_ptr + rows * n_columns + labels, mask=a_column, other=float("nan")).to(tl.float32)
+    target = tl.load(mu_ptr + (rows * n_columns + labels), mask=a_column, other=float("nan")).to(tl.float32)
     peak, inverse = settle(peak, total)
     lse = tl.where(total == 0.0, float("-inf"), peak - tl.log(inverse))
     energy = tl.where(labels == ignore_index, 0.0, (peak - target) - tl.log(inverse))
@@ -515,7 +503,7 @@ def clamped_categorical_forward(mu: Tensor, labels: Tensor, ignore_index: int) -
         raise ValueError("mu has no columns: give each row at least one category")
     energy, lse = torch.empty(n_rows, device=mu.device), torch.empty(n_rows, device=mu.device)
     if n_rows:
-        rows, cols, warps = tile(n_columns, 2048, LONG)
+        rows, cols, warps = tile(n_columns, 1024, LONG)
         with on_device(mu):
             _clamped_forward[(triton.cdiv(n_rows, rows),)](
                 mu.contiguous(),

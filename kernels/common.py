@@ -75,10 +75,10 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def tile(columns: int, elements: int, longest: int) -> tuple[int, int, int]:
-    """ROWS, COLS and num_warps of a program over rows of that length: at least ``elements``, several short rows at once."""
+    """ROWS, COLS and num_warps of a program over rows of that length: several short rows make up ``elements``."""
     cols = min(triton.next_power_of_2(columns), longest)
     rows = max(1, elements // cols)
-    return rows, cols, max(4, min(16, rows * cols // 512))
+    return rows, cols, max(4, min(16, rows * cols // 256))
 
 
 def sum_partials(energy: Tensor, samples: int) -> Tensor:
@@ -97,14 +97,14 @@ def row_tile(n_rows, n_columns, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def coefficients(precision_ptr, keep_ptr, move_ptr, samples, inside, MOVE: tl.constexpr):
+def coefficients(precision_ptr, keep_ptr, move_ptr, sample, inside, MOVE: tl.constexpr):
     """pi, keep and move / pi of each row's sample."""
-    pi = tl.load(precision_ptr + samples, mask=inside, other=1.0)
+    pi = tl.load(precision_ptr + sample, mask=inside, other=1.0)
     keep = pi
     push = pi
     if MOVE:
-        keep = tl.load(keep_ptr + samples, mask=inside, other=0.0)
-        push = tl.load(move_ptr + samples, mask=inside, other=0.0) / pi
+        keep = tl.load(keep_ptr + sample, mask=inside, other=0.0)
+        push = tl.load(move_ptr + sample, mask=inside, other=0.0) / pi
     return pi, keep, push
 
 

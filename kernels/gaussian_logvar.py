@@ -33,10 +33,11 @@ def _forward(
     inside = rows < n_rows
     mask = inside & (cols < n)
     mean = rows * (2 * n) + cols
+    log_variance = mean + n
     m_hat = tl.load(mu_ptr + mean, mask=mask, other=0.0).to(tl.float32)
-    s_hat = tl.load(mu_ptr + mean + n, mask=mask, other=0.0).to(tl.float32)
+    s_hat = tl.load(mu_ptr + log_variance, mask=mask, other=0.0).to(tl.float32)
     m = tl.load(state_ptr + mean, mask=mask, other=0.0)
-    s = tl.load(state_ptr + mean + n, mask=mask, other=0.0)
+    s = tl.load(state_ptr + log_variance, mask=mask, other=0.0)
     xi = tl.load(noise_ptr + rows * n + cols, mask=mask, other=0.0).to(tl.float32)
     dm, ds = m, s
     if ERROR:
@@ -45,7 +46,8 @@ def _forward(
     else:
         dm -= m_hat
         ds -= s_hat
-    pi = tl.load(precision_ptr + rows // rows_per_sample, mask=inside, other=1.0)
+    sample = (rows.to(tl.int32) // rows_per_sample).to(tl.int64)  # a 64-bit division spills registers
+    pi = tl.load(precision_ptr + sample, mask=inside, other=1.0)
     kl = exp_tail(ds) + dm * dm * tl.exp(-s_hat)
     tl.store(emission_ptr + rows * n + cols, m + tl.exp(0.5 * s) * xi, mask=mask)
     tl.store(energy_ptr + partial, 0.5 * pi * tl.sum(kl, axis=1, keep_dims=True), mask=inside)
@@ -84,15 +86,17 @@ def _step(
     inside = rows < n_rows
     mask = inside & (cols < n)
     mean = rows * (2 * n) + cols
-    pi, keep, push = coefficients(precision_ptr, keep_ptr, move_ptr, rows // rows_per_sample, inside, MOVE)
-    s_hat = tl.load(mu_ptr + mean + n, mask=mask, other=0.0).to(tl.float32)
+    log_variance = mean + n
+    sample = (rows.to(tl.int32) // rows_per_sample).to(tl.int64)  # a 64-bit division spills registers
+    pi, keep, push = coefficients(precision_ptr, keep_ptr, move_ptr, sample, inside, MOVE)
+    s_hat = tl.load(mu_ptr + log_variance, mask=mask, other=0.0).to(tl.float32)
     dm = tl.zeros([ROWS, COLS], tl.float32)
     ds = dm
     if not ERROR:
         m_hat = tl.load(mu_ptr + mean, mask=mask, other=0.0).to(tl.float32)
     if HAS_STATE:
         dm = tl.load(state_ptr + mean, mask=mask, other=0.0)
-        ds = tl.load(state_ptr + mean + n, mask=mask, other=0.0)
+        ds = tl.load(state_ptr + log_variance, mask=mask, other=0.0)
         if not ERROR:
             dm -= m_hat
             ds -= s_hat
@@ -105,19 +109,19 @@ def _step(
         h = g * xi * tl.exp(0.5 * (s_hat + ds))
     if ERROR:
         tl.store(grad_mu_ptr + mean, g, mask=mask)
-        tl.store(grad_mu_ptr + mean + n, 0.5 * (h - pi * distance), mask=mask)
+        tl.store(grad_mu_ptr + log_variance, 0.5 * (h - pi * distance), mask=mask)
     shown_m, shown_s = dm, ds
     if MOVE:
         new_m = keep * dm - push * tl.exp(s_hat) * g
         new_s = ds - (1.0 - keep) * expm1(ds) - push * h
         tl.store(state_ptr + mean, new_m if ERROR else m_hat + new_m, mask=mask)
-        tl.store(state_ptr + mean + n, new_s if ERROR else s_hat + new_s, mask=mask)
+        tl.store(state_ptr + log_variance, new_s if ERROR else s_hat + new_s, mask=mask)
         if MOVED:
             shown_m, shown_s = new_m, new_s
     if not ERROR:
         scaled = shown_m * tl.exp(-s_hat)
         tl.store(grad_mu_ptr + mean, -pi * scaled, mask=mask)
-        tl.store(grad_mu_ptr + mean + n, -0.5 * pi * (expm1(shown_s) + shown_m * scaled), mask=mask)
+        tl.store(grad_mu_ptr + log_variance, -0.5 * pi * (expm1(shown_s) + shown_m * scaled), mask=mask)
 
 
 def gaussian_logvar_forward(

@@ -11,6 +11,7 @@ from .dispatch import use_backend
 from .distributions import Bernoulli, Categorical, Distribution, Gaussian, GaussianLogVar, Laplace, StudentT
 from .free_energy import FreeEnergy, Settled
 from .nn import Attention, Linear, MultiheadAttention, convert
+from .report import NodeReport, Report
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,8 @@ __all__ = [
     "Laplace",
     "Linear",
     "MultiheadAttention",
+    "NodeReport",
+    "Report",
     "Settled",
     "StudentT",
     "convert",

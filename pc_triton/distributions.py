@@ -148,6 +148,10 @@ class Distribution(nn.Module):
             push = torch.autograd.grad(self.emission(u, **frozen), u, grad)[0]
         return sum_samples(self._variance(mu, unit) * push * push, samples)
 
+    def units(self, mu: Tensor) -> float:
+        """The number of units whose states mu holds: its elements; for a Categorical its rows."""
+        return mu.numel()
+
     def _in_units(self, u: Tensor, mu: Tensor, unit: Tensor | None) -> Tensor:
         if unit is None:
             return self.energy(u, mu)
@@ -335,6 +339,10 @@ class Categorical(Distribution):
         rows = mu.reshape(-1, mu.shape[-1])
         energy = _ClampedCategorical.apply(rows, target.reshape(-1), self.ignore_index)
         return sum_samples(energy, len(mu)), kept.sum()
+
+    def units(self, mu: Tensor) -> float:
+        """Rows."""
+        return mu.numel() / mu.shape[-1]
 
     def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
         return torch.xlogy(target, target) - target * log_softmax(mu)

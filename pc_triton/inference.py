@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from .free_energy import FreeEnergy
 
 
+TRUST = 0.3
+"""The largest root-mean-square move of a node's states, in units of its scale, that "auto" precision lets the first
+Newton step make: a node that F hardly depends on is not thrown far for its share."""
+
+
 class ValueNode:
     """One visit of a family's module in the model's forward: a value node of one batch."""
 
@@ -30,8 +35,10 @@ class ValueNode:
         self.mu = mu  # the prediction, of the first pass (of the last one for the output node)
         self.emission = mu
         self.version = 0
+        self.pi = torch.empty(0)  # [S], the precision
         self.unit: Tensor | None = None  # [S], the root mean square of mu per sample
         self.state: Tensor | None = None  # u or e by the form; None: at the prediction
+        self.accepted: Tensor | None = None  # the last state the guard accepted
         self.energy: Tensor | None = None  # [S], of the last forward pass
         self.residual: Tensor | None = None  # [S], the norm of the natural gradient at the last probe
         self.free = True  # False: the output node, and a node that does not reach the output
@@ -46,7 +53,7 @@ class _Visit(torch.autograd.Function):
         ctx.save_for_backward(mu)
         ctx.node, ctx.inference = node, inference
         emission, energy = node.family.node_forward(
-            mu, node.state, inference.pi, node.unit, form=inference.form, **node.frozen
+            mu, node.state, node.pi, node.unit, form=inference.form, **node.frozen
         )
         if emission is node.state:
             emission = emission.detach()  # autograd marks what a Function returns; the state itself stays a leaf
@@ -64,7 +71,7 @@ class _Visit(torch.autograd.Function):
         # F is linear in its energies, so a loss scaled by its user (mean over items, GradScaler) scales pi.
         if inference.mode == "learn":
             _, grad_mu, _ = node.family.node_step(
-                mu, node.state, grad, inference.pi * grad_energy, node.unit, None, None,
+                mu, node.state, grad, node.pi * grad_energy, node.unit, None, None,
                 form=inference.form, **node.frozen,
             )  # fmt: skip
             return grad_mu, None, None, None
@@ -80,23 +87,26 @@ class _Visit(torch.autograd.Function):
 class Inference:
     """The states of one batch through its inference. `FreeEnergy` drives it; a value node calls `visit`."""
 
-    def __init__(self, owner: FreeEnergy, inputs: Any, target: Tensor | None, *, clamp_input: bool = True) -> None:
+    def __init__(self, owner: FreeEnergy, inputs: Any, target: Tensor | None, *, clamp_input: bool = True, order: str = "") -> None:
         self.owner, self.target, self.clamp_input = owner, target, clamp_input
+        self.order = order or owner.order
         self.args, self.kwargs, first = _batch(inputs)
         self.samples = first.shape[0]
         if target is not None:
             check_finite("y", target)
-        self.form = "error" if owner.order == "error" else "state"
+        self.form = "error" if self.order == "error" else "state"
         self.mode = "first"  # then "infer", "incremental", "probe" or "learn"
         self.nodes: list[ValueNode] = []
         self.visits = 0
         self.output: ValueNode | None = None  # the node whose emission the model returns, if any
         self.out: Tensor = torch.empty(0)  # what the model returned in the last pass
         self.items = torch.ones(())
-        pi = 1.0 if owner.precision == "auto" else float(owner.precision)
-        self.pi = torch.full((self.samples,), pi, device=first.device)
-        self.slope = torch.zeros_like(self.pi)
-        self.set_step(torch.full_like(self.pi, owner.step))
+        self.set_step(torch.full((self.samples,), owner.step, device=first.device))
+        self.slope = torch.zeros_like(self.step)  # of F along the first move
+        self.accepted = self.slope  # F [S] at the states to which the guard would go back
+        self.moves = 0
+        self.guarded = owner.adaptive and owner.state_optimizer is None
+        self.remembers = self.guarded and (self.form == "state" or owner.steps > 3)  # keeps the accepted states
         self.energies: list[Tensor] = []  # F [S] of every forward pass
         self.optimizer: torch.optim.Optimizer | None = None
         self._anchor = torch.zeros((), requires_grad=True)
@@ -137,6 +147,7 @@ class Inference:
             )
         node = ValueNode(family, name, mu, {**family.frozen(mu), **frozen})
         if not self.owner.calibrates:
+            node.pi = torch.full_like(self.step, float(self.owner.precision))
             node.state = wide(mu.detach()).clone()
         self.nodes.append(node)
         return node
@@ -147,8 +158,8 @@ class Inference:
         by_gradient = self.optimizer is not None or self.mode == "probe"
         state = node.state.clone() if by_gradient else node.state  # a kernel moves it in place
         state, grad_mu, _ = node.family.node_step(
-            mu, state, grad, self.pi, node.unit, self.keep, self.move,
-            form=self.form, moved=self.owner.order == "sweep", **node.frozen,
+            mu, state, grad, node.pi, node.unit, self.keep, self.move,
+            form=self.form, moved=self.order == "sweep", **node.frozen,
         )  # fmt: skip
         if not by_gradient:
             node.state = state
@@ -218,42 +229,47 @@ class Inference:
     # The parts of inference.
 
     def calibrate(self, energy: Tensor) -> None:
-        """Set precision and units from one backward pass at the prediction; in error form that makes the first move.
+        """Set precisions and units from one backward pass at the prediction; in error form that makes the first move.
 
-        With G the gradient in the errors, in units of each node's scale, inference lowers F by |G|^2 / (2 pi) to first
-        order in 1 / pi. ``precision="auto"`` therefore sets pi = |G|^2 / (2 delta |F|) per sample: inference may
-        explain away the fraction delta of F. Nothing in this depends on the model's scale, width or depth.
+        With G the gradient in a node's errors, in units of the node's scale, inference lowers F by |G|^2 / (2 pi) to
+        first order in 1 / pi. ``precision="auto"`` sets pi = n |G|^2 / (2 delta |F|) for each of the n nodes and each
+        sample, so that every node may explain away the same part delta / n of F (and none moves by more than `TRUST`).
+        Nothing in this depends on the model's scale, width or depth, nor on the rest of the batch.
         """
-        owner = self.owner
         free = [node for node in self.nodes if node.free]
         grads: tuple[Tensor | None, ...] = (None,) * len(free)
         if energy.requires_grad:
             grads = torch.autograd.grad(energy.sum(), [node.emission for node in free], allow_unused=True)
-        energy = energy.detach()
-        total = torch.zeros_like(energy)
+        self.accepted = energy.detach()
+        self.set_step(torch.full_like(self.accepted, self.owner.step))
         for node, grad in zip(free, grads):
             node.mu, node.free = node.mu.detach(), grad is not None
-            if owner.precision == "auto" and node.family.measured:
-                node.unit = (sum_samples(wide(node.mu) ** 2, self.samples) * (self.samples / node.mu.numel())).sqrt()
-            if grad is not None:
-                total = total + node.family.fall(node.mu, grad, self.samples, node.unit, **node.frozen)
-        if owner.precision == "auto":
-            self.pi = (total / (2 * owner.displacement * energy.abs())).nan_to_num(1.0).clamp(1e-12, 1e12)
-        else:
-            self.pi = torch.full_like(energy, float(owner.precision))
-        self.slope = total / self.pi
-        self.set_step(torch.full_like(energy, owner.step))
-        for node, grad in zip(free, grads):
-            if grad is not None:
-                if self.form == "state":
-                    node.state = wide(node.mu).clone()
-                elif owner.state_optimizer is not None:
-                    node.state = torch.zeros_like(wide(node.mu))
-                else:
-                    node.state, _, _ = node.family.node_step(
-                        node.mu, None, grad, self.pi, node.unit, self.keep, self.move, form="error", **node.frozen
-                    )
+        reached = [(node, grad) for node, grad in zip(free, grads) if grad is not None]
+        for node, grad in reached:
+            self._set_precision(node, grad, len(reached))
+            if self.form == "state":
+                node.state = wide(node.mu).clone()
+            elif self.owner.state_optimizer is not None:
+                node.state = torch.zeros_like(wide(node.mu))
+            else:
+                node.state, _, _ = node.family.node_step(
+                    node.mu, None, grad, node.pi, node.unit, self.keep, self.move, form="error", **node.frozen
+                )
+                self.moves = 1
             node.mu = node.emission = node.mu.new_empty(0)  # read no more: let them go
+
+    def _set_precision(self, node: ValueNode, grad: Tensor, nodes: int) -> None:
+        owner, mu, f0 = self.owner, node.mu, self.accepted.abs()
+        if owner.precision == "auto" and node.family.measured:
+            node.unit = (sum_samples(wide(mu) ** 2, self.samples) * (self.samples / mu.numel())).sqrt()
+        squared = node.family.fall(mu, grad, self.samples, node.unit, **node.frozen)  # |G|^2
+        if owner.precision == "auto":
+            share = squared * nodes / (2 * owner.displacement * f0).clamp_min(torch.finfo(f0.dtype).tiny)
+            trust = (squared / (node.family.units(mu) / self.samples)).sqrt() / TRUST
+            node.pi = torch.maximum(share, trust).clamp(1e-12, 1e12)
+        else:
+            node.pi = torch.full_like(f0, float(owner.precision))
+        self.slope = self.slope + squared / node.pi
 
     def set_step(self, step: Tensor) -> None:
         """The step ``[S]`` of the next moves; 1 is Newton's where the node's own energy is all the curvature."""
@@ -265,34 +281,55 @@ class Inference:
             energy = self.forward("infer")
         self.mode = "infer"
         if self.owner.state_optimizer is None:
-            if self.form == "error":
+            if self.guarded:
                 self._guard()
             self._backward(energy)
+            self.moves += 1
             return
         if self.optimizer is None:
             self.optimizer = self.owner.state_optimizer([n.state for n in self.nodes if n.state is not None])
-        self.set_step(torch.ones_like(self.pi))  # the optimiser is given the whole natural gradient
+        self.set_step(torch.ones_like(self.step))  # the optimiser is given the whole natural gradient
         self._backward(energy)
         self.optimizer.step()
 
     def _guard(self) -> None:
-        """Set the step of each sample by what its last move did to F.
+        """Take back the last move in the samples whose F rose, and set the step of each sample.
 
-        After the first move, the parabola through F, its slope and F after the move gives the best step along it: a
-        sample whose F rose goes back to that parabola's minimum, the others go on with that step, at most Newton's.
-        Later a sample whose F rose halves its step.
+        The first move of error form: the parabola through F, its slope and F after the move gives the best step along
+        it. A sample whose F rose goes back to that parabola's minimum; the others go on with that step, at most
+        Newton's. Any other move: a sample whose F rose goes halfway back and halves its step.
         """
-        before, now = self.energies[-2], self.energies[-1]
-        if len(self.energies) > 2:
-            self.set_step(torch.where(now > before, 0.5 * self.step, self.step))
+        before, now = self.accepted, self.energies[-1]
+        rose = now > before if self.moves else torch.zeros_like(now, dtype=torch.bool)
+        self.accepted = torch.minimum(before, now) if self.moves else now
+        if self.form == "error" and self.moves == 1:
+            first = self.step
+            curvature = 2 * (now - before + first * self.slope) / first**2
+            self.set_step(torch.where(curvature > self.slope, self.slope / curvature, torch.ones_like(curvature)))
+            back = self.step / first  # e = 0 lay before the move: going back is shortening e
+        else:
+            self.set_step(torch.where(rose, 0.5 * self.step, self.step))
+            back = torch.ones_like(self.step)
+        self.keep = torch.where(rose, back, self.keep)
+        self.move = torch.where(rose, torch.zeros_like(back), self.move)
+        if not self.remembers:
             return
-        curvature = 2 * (now - before + self.step * self.slope) / self.step**2
-        best = torch.where(curvature > self.slope, self.slope / curvature, torch.ones_like(curvature))
-        rose = now > before
-        first = self.step
-        self.set_step(best)
-        self.keep = torch.where(rose, best / first, self.keep)
-        self.move = torch.where(rose, torch.zeros_like(best), self.move)
+        for node in self.nodes:
+            if node.state is not None:
+                rows = per_sample(rose, node.state)
+                if node.accepted is not None:
+                    node.state = torch.where(rows, 0.5 * (node.accepted + node.state), node.state)
+                    node.accepted = torch.where(rows, node.accepted, node.state)
+                else:
+                    begun = torch.zeros_like(node.state) if self.form == "error" else node.state
+                    node.accepted = torch.where(rows, begun, node.state)
+
+    def long_run(self, steps: int) -> Tensor:
+        """The lowest F per sample ``[S]`` that ``steps`` more guarded inference steps reach."""
+        self.guarded = self.remembers = True
+        for _ in range(steps):
+            self.infer()
+        return self.accepted
 
     def learn(self) -> Tensor:
         """The learning pass: F per sample ``[S]``, whose backward leaves the weight gradients."""
@@ -302,7 +339,7 @@ class Inference:
         """F per sample ``[S]`` at the states; leaves in every node the norm of its natural gradient. Moves nothing."""
         energy = self.forward("probe")
         held = self.keep, self.move
-        self.keep, self.move = torch.zeros_like(self.pi), torch.ones_like(self.pi)
+        self.keep, self.move = torch.zeros_like(self.step), torch.ones_like(self.step)
         self._backward(energy)
         self.keep, self.move = held
         return energy.detach()

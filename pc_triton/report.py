@@ -1,0 +1,141 @@
+"""`Report`: where a model's inference stands on one batch: energy and residual per node, and the regime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .inference import Inference
+from .reference import sum_samples
+
+if TYPE_CHECKING:
+    from .free_energy import FreeEnergy
+
+LONG_RUN = 60
+"""Further inference steps, with the guard, that the reachable fall of F is measured by."""
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """One value node on one batch: means over the samples."""
+
+    name: str
+    family: str
+    precision: float
+    energy: float
+    """Nats per item."""
+    residual: float
+    """Norm of the natural gradient V dF/du after inference, in units of that at the prediction: 0 where settled."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The regime of inference on one batch, from `FreeEnergy.report`. Print it for a table.
+
+    Settled is not the same as far from backpropagation: with a high precision the equilibrium lies close to the
+    forward pass. Hence both `settled` and `cosine`.
+    """
+
+    nodes: tuple[NodeReport, ...]
+    steps: int
+    free_energies: tuple[float, ...]
+    """F per item at the prediction and after each of the T inference steps, in nats."""
+    long_run: float
+    """F per item after a long run: the reachable minimum."""
+    residual: float
+    """Norm of the natural gradient of all states after T steps, relative to that at the prediction."""
+    cosine: float
+    """Cosine of the whole weight gradient to backpropagation's."""
+    worst_cosine: float
+    """The smallest such cosine of one parameter."""
+
+    @property
+    def settled(self) -> float:
+        """The fraction of the reachable fall of F that the T steps achieved."""
+        reachable = self.free_energies[0] - self.long_run
+        return (self.free_energies[0] - self.free_energies[-1]) / reachable if reachable > 0 else 1.0
+
+    @property
+    def regime(self) -> str:
+        """One line: settled fraction, what inference explained away of F, residual, cosines."""
+        first = self.free_energies[0]
+        explained = (first - self.free_energies[-1]) / abs(first) if first else 0.0
+        return (
+            f"settled {self.settled:.1%} of the reachable fall in {self.steps} steps (it explains {explained:.2%} of F), "
+            f"residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} (worst parameter {self.worst_cosine:.3f})"
+        )
+
+    def __str__(self) -> str:
+        width = max(4, *(len(node.name) for node in self.nodes))
+        lines = [f"{'node':<{width}}  {'family':<14}  {'precision':>9}  {'energy':>9}  {'residual':>8}"]
+        for node in self.nodes:
+            lines.append(
+                f"{node.name:<{width}}  {node.family:<14}  {node.precision:>9.3g}  {node.energy:>9.3g}  {node.residual:>8.2g}"
+            )
+        lines.append("F per item: " + ", ".join(f"{f:.6g}" for f in self.free_energies) + f"; long run {self.long_run:.6g}")
+        return "\n".join([*lines, self.regime])
+
+
+def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
+    """Measure a `Report` on one batch; see `FreeEnergy.report`."""
+    with torch.random.fork_rng():
+        random = torch.get_rng_state()
+        inference = Inference(owner, x, y)
+        owner.settle(inference, owner.steps)
+        last = inference.probe()
+        free = [node for node in inference.nodes if node.residual is not None]
+
+        torch.set_rng_state(random)  # the same noise
+        start = Inference(owner, x, y, order="error")
+        start.calibrate(start.forward("first"))
+        begun = [node.state for node in start.nodes if node.state is not None]
+        at_prediction = [sum_samples(state**2, start.samples).sqrt() / owner.step for state in begun]
+        long_run = torch.minimum(start.long_run(LONG_RUN), last)
+
+        torch.set_rng_state(random)
+        loss = owner(x, y) if owner.order != "incremental" else next(iter(owner.incremental(x, y)))
+        parameters = [p for p in owner.model.parameters() if p.requires_grad]
+        learning = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        torch.set_rng_state(random)
+        plain = Inference(owner, x, y, order="error").forward("first").sum()
+        backpropagation = torch.autograd.grad(plain, parameters, materialize_grads=True)
+
+    items = float(inference.items) or 1.0
+    nodes = tuple(
+        NodeReport(
+            node.name,
+            type(node.family).__name__,
+            float(node.pi.mean()),
+            float(node.energy.detach().sum()) / items,
+            _ratio([node.residual], [norm]),
+        )
+        for node, norm in zip(free, at_prediction)
+    )
+    cosines = [_cosine([g], [b]) for g, b in zip(learning, backpropagation) if b.any()]
+    return Report(
+        nodes,
+        owner.steps,
+        tuple(float(e.sum()) / items for e in [*inference.energies[: owner.steps], last]),
+        float(long_run.sum()) / items,
+        _ratio([node.residual for node in free], at_prediction),
+        _cosine(learning, backpropagation),
+        min(cosines, default=1.0),
+    )
+
+
+def _ratio(norms: Sequence[Tensor | None], to: Sequence[Tensor]) -> float:
+    """The ratio of two norms, each given in parts."""
+    top, bottom = (sum(float(n.square().sum()) for n in part if n is not None) for part in (norms, to))
+    return (top / bottom) ** 0.5 if bottom else 0.0
+
+
+def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Cosine of the angle between two vectors, each given in parts, in float64."""
+    dot, aa, bb = (
+        sum(float((x.double() * y.double()).sum()) for x, y in pairs) for pairs in (zip(a, b), zip(a, a), zip(b, b))
+    )
+    return dot / (aa * bb) ** 0.5 if aa and bb else 0.0

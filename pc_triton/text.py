@@ -1,0 +1,83 @@
+"""Text to train on: reading it, its held-out part, and its byte-pair vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+BLOCK = 2000
+"""Characters of text, about, that go to one side of the split together."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is one line, ``problem: remedy``."""
+
+
+def read_text(path: str | None = None) -> str:
+    """The text of a UTF-8 file or, without one, Python's own language reference (``pydoc_data.topics``).
+
+    The reference repeats a fifth of its paragraphs under several topics; each is kept once, or a held-out paragraph
+    would be a training paragraph too. Its size differs among Python versions.
+    Raises InputError for a file that is missing, unreadable, empty or not UTF-8.
+    """
+    if path is None:
+        return _language_reference()
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}: give a readable text file with --data") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 at byte {error.start}: convert it, as with `iconv -t UTF-8`") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty: give a file with text")
+    return text.replace("\r\n", "\n")
+
+
+def _language_reference() -> str:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise InputError("this Python comes without pydoc_data: give a text file with --data") from None
+    paragraphs: dict[str, str] = {}
+    for topic in topics.values():
+        for paragraph in topic.split("\n\n"):
+            paragraphs.setdefault(" ".join(paragraph.split()), paragraph)
+    return "\n\n".join(paragraphs.values())
+
+
+def split(text: str) -> tuple[str, str]:
+    """The training and the held-out part of a text: every tenth block of about 2,000 characters is held out.
+
+    A block ends with a line where that is near. Of a text beyond 4 million characters less is held out: about 400,000
+    characters; of one below 40,000 the blocks are smaller.
+    """
+    size = max(1, min(BLOCK, len(text) // 20))
+    blocks, start = [], 0
+    while start < len(text):
+        end = text.find("\n", start + size, start + 2 * size) + 1 or start + 2 * size
+        blocks.append(text[start:end])
+        start = end
+    every = max(10, len(text) // 400_000)
+    held_out = blocks[every - 1 :: every]
+    del blocks[every - 1 :: every]
+    return "".join(blocks), "".join(held_out)
+
+
+def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
+    """A byte-level BPE tokenizer, which can encode any text, of exactly ``vocabulary`` >= 256 tokens learned from text.
+
+    Raises InputError if the vocabulary is too small, or larger than the text yields.
+    """
+    if vocabulary < 256:
+        raise InputError(f"vocabulary={vocabulary}: a byte-level vocabulary needs at least 256 tokens")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    size = tokenizer.get_vocab_size()
+    if size < vocabulary:
+        raise InputError(f"vocabulary={vocabulary}: this text yields {size} tokens: give more text or that vocabulary")
+    return tokenizer

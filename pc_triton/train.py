@@ -1,0 +1,466 @@
+"""Training the transformer of ``models.py`` on text, by predictive coding or by backpropagation; what the CLI calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import checkpoint
+from .distributions import Gaussian
+from .free_energy import FreeEnergy
+from .models import Transformer
+from .report import Report
+from .text import InputError, read_text, split, train_tokenizer
+
+METHODS = ("pc", "bp", "gaussian-pc")
+ORDERS = ("error", "sweep", "simultaneous", "incremental")
+MAY_CHANGE = ("data", "steps", "eval_every")  # when a run is resumed; the text itself is compared by its digest
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What defines a run. Raises InputError where a value is out of range."""
+
+    method: str = _setting("pc", "pc, bp (backpropagation) or gaussian-pc (every energy Gaussian)", METHODS)
+    data: str | None = _setting(None, "UTF-8 text file to train on; Python's language reference if not given")
+    width: int = _setting(128, "units of the residual stream, a multiple of heads")
+    heads: int = _setting(4, "attention heads")
+    blocks: int = _setting(2, "transformer blocks")
+    context: int = _setting(64, "tokens the model sees at once")
+    vocabulary: int = _setting(1024, "byte-pair tokens, at least 256")
+    batch: int = _setting(16, "sequences per training step")
+    steps: int = _setting(600, "training steps")
+    lr: float = _setting(2e-3, "peak learning rate of AdamW; 5 percent warm-up, then a cosine to a tenth")
+    seed: int = _setting(0, "seed of the weights and the batches")
+    inference_steps: int = _setting(3, "T, the inference steps of predictive coding")
+    order: str = _setting("error", "order of inference: " + ", ".join(ORDERS), ORDERS)
+    displacement: float = _setting(0.003, "fraction of the free energy that inference may explain away")
+    eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
+
+    def __post_init__(self) -> None:
+        for name in ("width", "heads", "blocks", "context", "batch", "steps", "inference_steps", "eval_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}={value}: give a whole number of at least 1")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"lr={self.lr}: give a positive finite learning rate, such as 2e-3")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed={self.seed}: give a whole number of at least 0")
+        for name, choices in (("method", METHODS), ("order", ORDERS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
+
+
+def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
+    """The model, float32 on the CPU, and the free energy it is trained by (None for backpropagation).
+
+    Gaussian PC is that of Pinchetti et al. 2022: Gaussian nodes on attention's softmax, and a Gaussian output energy of
+    variance 1 on the softmax of the logits, clamped to one-hot labels. Raises InputError for sizes out of range.
+    """
+    s = settings
+    gaussian = s.method == "gaussian-pc"
+    try:
+        attention = Gaussian() if gaussian else True
+        model = Transformer(s.vocabulary, s.width, s.heads, s.blocks, s.context, attention=attention)
+        if s.method == "bp":
+            return model, None
+        whole = nn.Sequential(model, nn.Softmax(-1)) if gaussian else model
+        output = Gaussian(1.0) if gaussian else None
+        inference = dict(steps=s.inference_steps, order=s.order, displacement=s.displacement)
+        return model, FreeEnergy(whole, output, **inference)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def losses(model: Transformer, free_energy: FreeEnergy | None, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """The losses of one training step, 0-dim, in nats per token; one, or T in incremental order.
+
+    x, y: int64 ``[B, N]``, tokens and the tokens that follow.
+    """
+    if free_energy is None:
+        yield F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    elif free_energy.order == "incremental":
+        yield from free_energy.incremental(x, _target(free_energy, y))
+    else:
+        yield free_energy(x, _target(free_energy, y))
+
+
+def _target(free_energy: FreeEnergy, y: Tensor) -> Tensor:
+    if isinstance(free_energy.output, Gaussian):
+        return F.one_hot(y, free_energy.model[0].head.out_features).float()  # type: ignore[index, union-attr]
+    return y
+
+
+def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """The text cut into sequences: x ``[S, context]`` and y, the token that follows each; the last few are left out.
+
+    tokens: int64 ``[L]``. Raises InputError for L <= context.
+    """
+    count = (len(tokens) - 1) // context
+    if count < 1:
+        raise InputError(
+            f"{len(tokens)} tokens of text for a context of {context}: give more text or a smaller context"
+        )
+    end = count * context
+    return tokens[:end].view(count, context), tokens[1 : end + 1].view(count, context)
+
+
+@torch.no_grad()
+def perplexity(model: Transformer, tokens: Tensor) -> float:
+    """Perplexity per token of plain forward passes over the windows of a text; tokens int64 ``[L]``, on any device."""
+    device = model.head.weight.device
+    total = torch.zeros((), dtype=torch.float64)
+    x, y = windows(tokens, model.context)
+    for some_x, some_y in zip(x.split(64), y.split(64)):
+        logits = model(some_x.to(device))
+        total += F.cross_entropy(logits.flatten(0, 1), some_y.to(device).flatten(), reduction="sum").cpu()
+    return float((total / y.numel()).exp())
+
+
+def unigram_perplexity(counts: Tensor, tokens: Tensor, context: int) -> float:
+    """Perplexity per token of the add-one smoothed unigram model, over the same tokens as `perplexity`.
+
+    counts: int64 ``[vocabulary]``, of the training tokens; tokens int64 ``[L]``.
+    """
+    log_q = (counts.double() + 1).log() - (counts.double() + 1).sum().log()
+    return float((-log_q[windows(tokens, context)[1]].mean()).exp())
+
+
+def regime(free_energy: FreeEnergy, tokens: Tensor, context: int, sequences: int) -> Report:
+    """`FreeEnergy.report` on the first sequences of a text; tokens int64 ``[L]``."""
+    device = next(free_energy.parameters()).device
+    x, y = (t[:sequences].to(device) for t in windows(tokens, context))
+    return free_energy.report(x, _target(free_energy, y))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called auto (a GPU if there is one), cpu or cuda. Raises InputError if it is not available."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("no CUDA GPU is available here: use --device cpu, or auto")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+
+
+def train(
+    settings: Settings,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train a transformer on text; leaves ``checkpoint.safetensors`` and ``curves.png`` in the folder ``out``.
+
+    resume: go on from the checkpoint in ``out``: on a CPU bit for bit as if the run had not stopped. overwrite: replace
+    the run that ``out`` holds. quiet: print nothing.
+
+    Returns ``held_out_perplexity`` and ``unigram_perplexity`` (per token), ``losses`` (nats per token, one a step),
+    ``evaluations`` (a dict with step, perplexity and, for PC, settled and cosine for each), ``report`` (a `Report`, or
+    None for backpropagation), ``regime`` (its line), ``parameters`` (their number), ``settings``, ``checkpoint`` and
+    ``curves`` (paths).
+
+    Raises InputError for settings, text, a checkpoint or a folder that cannot be used, and where the loss is no longer
+    finite (the last checkpoint is kept); KeyboardInterrupt, with a message, after the first Ctrl-C, the run being saved.
+    """
+    folder, place = Path(out), choose_device(device)
+    path = folder / checkpoint.NAME
+    if path.exists() and not (resume or overwrite):
+        raise InputError(f"{folder} already holds a run: add --resume or --overwrite, or choose another --out")
+    tensors, record = checkpoint.load(path) if resume else ({}, {})
+    train_text, held_out_text = split(read_text(settings.data))
+    digest = hashlib.sha256(train_text.encode("utf-8", "surrogatepass")).hexdigest()
+    if resume:
+        _check_same(path, settings, record, digest)
+        tokenizer = Tokenizer.from_str(record["tokenizer"])
+    else:
+        tokenizer = train_tokenizer(train_text, settings.vocabulary)
+    tokens, held_out = encode(tokenizer, train_text), encode(tokenizer, held_out_text)
+    for name, part in (("training", tokens), ("held-out", held_out)):
+        if len(part) <= settings.context:
+            few = f"{len(part)} tokens of {name} text for a context of {settings.context}"
+            raise InputError(f"{few}: give more text or a smaller --context")
+    counts = torch.bincount(tokens, minlength=settings.vocabulary)
+    unigram = unigram_perplexity(counts, held_out, settings.context)
+
+    torch.manual_seed(settings.seed)
+    model, free_energy = build(settings)
+    model.to(place)
+    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    batches = torch.Generator().manual_seed(settings.seed)
+    if resume:
+        _restore(path, tensors, model, optimizer, batches)
+    done: int = record.get("step", 0)
+    loss_curve: list[float] = record.get("losses", [])
+    evaluations: list[dict[str, Any]] = record.get("evaluations", [])
+    _make_folder(folder)
+
+    def save() -> None:
+        checkpoint.save(
+            path,
+            _state(model, optimizer, batches) | {"unigram": counts},
+            {
+                "settings": dataclasses.asdict(settings),
+                "step": done,
+                "losses": loss_curve,
+                "evaluations": evaluations,
+                "tokenizer": tokenizer.to_str(),
+                "text": digest,
+            },
+        )
+
+    def evaluate() -> None:
+        row: dict[str, Any] = {"step": done, "perplexity": perplexity(model, held_out)}
+        if not math.isfinite(row["perplexity"]):
+            raise _diverged(done, "held-out perplexity", row["perplexity"], settings, path)
+        if free_energy is not None:
+            report = regime(free_energy, held_out, settings.context, 4)
+            row |= {"settled": report.settled, "cosine": report.cosine}
+        evaluations.append(row)
+
+    def say(line: str) -> None:
+        if not quiet:
+            tqdm.write(line)
+
+    characters = len(held_out_text) / len(held_out)
+    say(
+        f"{settings.method} on {place.type}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(tokens):,} training and {len(held_out):,} held-out tokens of {characters:.1f} characters"
+    )
+    say(f"held-out perplexity of the unigram model: {unigram:.1f} per token")
+    bar = tqdm(total=settings.steps, initial=done, unit="step", disable=quiet or not sys.stderr.isatty())
+    fresh: list[Tensor] = []
+    with _ctrl_c() as stopped, bar:
+        while done < settings.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * _schedule(done, settings.steps)
+            start = torch.randint(len(tokens) - settings.context, (settings.batch, 1), generator=batches)
+            at = start + torch.arange(settings.context)
+            for loss in losses(model, free_energy, tokens[at].to(place), tokens[at + 1].to(place)):
+                optimizer.zero_grad()
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+            fresh.append(torch.stack([loss.detach(), norm]))
+            done += 1
+            bar.update()
+            due = done % settings.eval_every == 0 or done == settings.steps
+            if due or stopped() or len(fresh) == 10:  # reading the loss waits for a GPU, so not at every step
+                for k, (value, size) in enumerate(torch.stack(fresh).tolist(), done - len(fresh) + 1):
+                    if not math.isfinite(value + size):
+                        raise _diverged(k, "loss" if math.isfinite(size) else "gradient", value, settings, path)
+                    loss_curve.append(value)
+                fresh.clear()
+                bar.set_postfix_str(_status(loss_curve, evaluations))
+            if due:
+                evaluate()
+                bar.set_postfix_str(_status(loss_curve, evaluations))
+                say(f"step {done}/{settings.steps}: {_status(loss_curve, evaluations)} (unigram {unigram:.1f})")
+            if due or stopped():
+                save()
+            if stopped():
+                raise KeyboardInterrupt(f"stopped at step {done}: continue with --resume --out {folder}")
+
+    curves = folder / "curves.png"
+    checkpoint.write(curves, plot(settings, loss_curve, evaluations, unigram))
+    final = regime(free_energy, held_out, settings.context, settings.batch) if free_energy is not None else None
+    return {
+        "settings": settings,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "held_out_perplexity": evaluations[-1]["perplexity"],
+        "unigram_perplexity": unigram,
+        "losses": loss_curve,
+        "evaluations": evaluations,
+        "report": final,
+        "regime": final.regime if final is not None else "backpropagation: no inference",
+        "checkpoint": path,
+        "curves": curves,
+    }
+
+
+def encode(tokenizer: Tokenizer, text: str) -> Tensor:
+    """The tokens of a text, int64 ``[L]``."""
+    return torch.tensor(tokenizer.encode(text).ids, dtype=torch.int64)
+
+
+def load(path: str | Path, device: str = "auto") -> tuple[Transformer, FreeEnergy | None, Tokenizer, Tensor, Settings]:
+    """The model of a checkpoint on a device, its free energy, its tokenizer, its unigram counts ``[V]`` and settings.
+
+    path: the file, or the folder of the run. Raises InputError for a checkpoint or a device that cannot be used.
+    """
+    place = choose_device(device)
+    tensors, record = checkpoint.load(path)
+    settings = stored_settings(path, record)
+    model, free_energy = build(settings)
+    _restore(path, tensors, model)
+    return model.to(place), free_energy, Tokenizer.from_str(record["tokenizer"]), tensors["unigram"], settings
+
+
+def stored_settings(path: str | Path, record: dict[str, Any]) -> Settings:
+    """The settings in a checkpoint's record. Raises InputError if they are not those of this version."""
+    try:
+        return Settings(**record["settings"])
+    except (TypeError, KeyError):
+        raise InputError(f"{path} is of another version of pc_triton: use that version, or train again") from None
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer, tokens: Tensor, count: int, temperature: float = 1.0, top_k: int = 0, seed: int = 0
+) -> Tensor:
+    """A text's tokens with ``count`` more, drawn one by one: int64 ``[L + count]``, on the CPU.
+
+    tokens: int64 ``[L]``, L >= 1. temperature: divides the logits; 0 takes the likeliest token. top_k: draw from the k
+    likeliest tokens only; 0 is all. Raises InputError for values out of range.
+    """
+    if len(tokens) == 0:
+        raise InputError("the prompt is empty: give at least one character with --prompt")
+    if count < 1:
+        raise InputError(f"tokens={count}: give a whole number of at least 1")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature}: give 0 (the likeliest token) or a positive finite number")
+    if top_k < 0:
+        raise InputError(f"top_k={top_k}: give 0 (all tokens) or a positive whole number")
+    device, random = model.head.weight.device, torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        logits = model(tokens[None, -model.context :].to(device))[0, -1].double().cpu()
+        likeliest = logits.topk(1 if temperature == 0 else min(top_k or len(logits), len(logits)))
+        p = (likeliest.values / (temperature or 1.0)).softmax(-1)
+        tokens = torch.cat([tokens, likeliest.indices[torch.multinomial(p, 1, generator=random)]])
+    return tokens
+
+
+def plot(settings: Settings, losses: list[float], evaluations: list[dict[str, Any]], unigram: float) -> bytes:
+    """A PNG of both curves: the training loss of each step, and the held-out perplexity beside the unigram model's."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(range(1, len(losses) + 1), losses, linewidth=0.8)
+    name = "cross-entropy" if settings.method == "bp" else "free energy"
+    left.set(title=f"training {name} ({settings.method})", xlabel="step", ylabel=f"{name}, nats per token")
+    right.plot([row["step"] for row in evaluations], [row["perplexity"] for row in evaluations], marker="o")
+    right.axhline(unigram, color="gray", linestyle="--", label=f"unigram model, {unigram:.0f}")
+    right.set(title="held-out perplexity", xlabel="step", ylabel="per token", yscale="log")
+    right.legend()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return png.getvalue()
+
+
+def _schedule(step: int, steps: int) -> float:
+    """The learning rate at a step, as a fraction of its peak: 5 % warm-up, then a cosine to a tenth."""
+    return min(1.0, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+def _status(losses: list[float], evaluations: list[dict[str, Any]]) -> str:
+    recent = losses[-10:]
+    parts = [f"loss {sum(recent) / len(recent):.3f}"] if recent else []
+    if evaluations:
+        last = evaluations[-1]
+        parts.append(f"held-out perplexity {last['perplexity']:.1f}")
+        if "settled" in last:
+            parts.append(f"settled {last['settled']:.0%}, cosine {last['cosine']:.4f}")
+    return ", ".join(parts)
+
+
+def _diverged(step: int, what: str, value: float, settings: Settings, path: Path) -> InputError:
+    kept = f"; the earlier checkpoint is kept in {path}" if path.exists() else ""
+    return InputError(f"{what} at step {step} is not finite ({value}): lower --lr, now {settings.lr}{kept}")
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Generator) -> dict[str, Tensor]:
+    """Everything that changes in training: weights, optimiser state and random generators."""
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    for number, entries in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": t for name, t in entries.items()}
+    return tensors | {"rng.torch": torch.get_rng_state(), "rng.batches": batches.get_state()}
+
+
+def _restore(
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    batches: torch.Generator | None = None,
+) -> None:
+    """Put what `_state` took back. Raises InputError if it does not fit the model."""
+    try:
+        model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
+        if optimizer is not None and batches is not None:
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, t in tensors.items():
+                if name.startswith("optimizer."):
+                    _, number, entry = name.split(".")
+                    state.setdefault(int(number), {})[entry] = t
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            torch.set_rng_state(tensors["rng.torch"])
+            batches.set_state(tensors["rng.batches"])
+    except (RuntimeError, KeyError, ValueError):
+        raise InputError(
+            f"{path}: its tensors do not fit its settings: restore it from a copy, or train again"
+        ) from None
+
+
+def _check_same(path: Path, settings: Settings, record: dict[str, Any], digest: str) -> None:
+    """Raise InputError if a run with these settings and text would not be the checkpoint's, going on."""
+    stored = stored_settings(path, record)
+    for name in (f.name for f in dataclasses.fields(Settings) if f.name not in MAY_CHANGE):
+        old, new = getattr(stored, name), getattr(settings, name)
+        if old != new:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{path} was made with {option} {old}, not {new}: leave it out, or train in another --out")
+    if record["text"] != digest:
+        raise InputError(f"the text is not the one {path} was trained on: give the same --data (and the same Python)")
+    if record["step"] > settings.steps:
+        raise InputError(f"{path} is at step {record['step']} already: give --steps of at least that")
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder and try to write in it, so that a run does not fail at its first checkpoint."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}: choose another --out") from None
+    probe = folder / ".probe"
+    checkpoint.write(probe, b"")
+    probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C only sets what the yielded function returns; a second one interrupts at once."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

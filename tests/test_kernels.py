@@ -1,0 +1,526 @@
+"""Every kernel against the float64 oracle: in Triton's interpreter on a CPU, compiled where there is a GPU.
+
+A kernel's error may be twice that of plain torch at the same dtype, plus a few units in the last place of the largest
+value.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pc_triton import reference
+from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar
+
+MODULES = {"gaussian": gaussian, "gaussian_logvar": gaussian_logvar, "bernoulli": bernoulli, "categorical": categorical}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_CPU = pytest.mark.skipif(not INTERPRETED, reason="a CPU needs the interpreter: set TRITON_INTERPRET=1")
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")]
+
+Spot = tuple[str, torch.dtype]
+
+
+def spots(*dtypes: torch.dtype):
+    """Device and dtype; bfloat16 is silently wrong in the interpreter, so on a GPU alone."""
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        if dtype != torch.bfloat16:
+            yield pytest.param(("cpu", dtype), marks=ON_CPU, id=f"cpu-{name}")
+        yield pytest.param(("cuda", dtype), marks=ON_GPU, id=f"cuda-{name}")
+
+
+@pytest.fixture(params=spots(torch.float32, torch.float16, torch.bfloat16))
+def spot(request) -> Spot:
+    return request.param
+
+
+@pytest.fixture(params=spots(torch.float32))
+def device(request) -> str:
+    return request.param[0]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fill torch.empty with NaN, so that a partial write shows."""
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+
+        def poisoned(*args, plain=plain, **options):
+            x = plain(*args, **options)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def short_rows(monkeypatch):
+    """Send rows over 16 columns through the loops of long ones."""
+    monkeypatch.setattr(categorical, "SHORT", 16)
+    monkeypatch.setattr(categorical, "LONG", 16)
+
+
+def double(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def assert_close(what: str, actual, truth, plain, terms: float = 0.0) -> None:
+    """``terms``: the size of the float32 terms that a difference is made of."""
+    assert actual.shape == truth.shape, what
+    assert actual.dtype == plain.dtype, what
+    scale = truth.abs().max()
+    error, allowed = (actual.double() - truth).abs().max(), 2 * (plain.double() - truth).abs().max()
+    bound = allowed + 4 * torch.finfo(actual.dtype).eps * scale + 2 * torch.finfo(torch.float32).eps * terms + 1e-37
+    assert error <= bound, (
+        f"{what}: error {error:.2e} over {bound:.2e} (largest {scale:.2e}, torch's {allowed / 2:.2e})"
+    )
+
+
+def problem(family: str, shape, samples: int, spot: Spot, form: str, *, scale: float = 1.0, size: float = 1.0):
+    """mu, state, grad, (precision, keep, move), the family's further arguments; u - mu has that size."""
+    device, dtype = spot
+    generator = torch.Generator().manual_seed(sum(shape) + samples)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator)
+
+    logvar = family == "gaussian_logvar"
+    if logvar:  # beyond this e^s and e^(s - s^) leave float16
+        scale, size = min(scale, 0.5), min(size, 0.3)
+    shape = (*shape[:-1], shape[-1] * 2) if logvar else tuple(shape)
+    half = (*shape[:-1], shape[-1] // 2) if logvar else shape
+    mu, e, grad = (scale * normal(*shape)).to(dtype), size * normal(*shape), normal(*half).to(dtype)
+    state = e if form == "error" else mu.float() + e
+    coefficients = [c.to(device) for c in torch.rand(3, samples, generator=generator) + 0.25]
+    extra = (normal(*half).to(device, dtype),) if logvar else ()
+    return mu.to(device), state.to(device), grad.to(device), coefficients, extra
+
+
+def check_step(family, mu, state, grad, coefficients, extra, form, moved, **options) -> None:
+    kernel, oracle = (getattr(module, f"{family}_step") for module in (MODULES[family], reference))
+    precision, keep, move = coefficients
+    start = state
+    if state is None and form == "state":
+        start = mu.float()
+    arguments = (mu, start, grad, precision, keep, move, *extra)
+    truth = oracle(*map(double, arguments), form=form, moved=moved, **options)
+    plain = oracle(*arguments, form=form, moved=moved, **options)
+    given_state = None if state is None else state.clone()
+    got = kernel(mu, given_state, grad, precision, keep, move, *extra, form=form, moved=moved, **options)
+    words = f"{family} {form} {tuple(mu.shape)} moved={moved}"
+    if keep is None:
+        assert got[0] is given_state, words
+        if state is not None:
+            assert torch.equal(got[0], state), f"{words}: the learning pass moved the state"
+    else:
+        assert state is None or got[0] is given_state, words
+        assert_close(f"{words}: state", got[0], truth[0], plain[0])
+    assert_close(f"{words}: dF/dmu", got[1], truth[1], plain[1], terms=precision.max() + grad.abs().max())
+    assert_close(f"{words}: energy", got[2], truth[2], plain[2])
+    assert (got[2] >= 0).all(), words
+
+
+def check_forward(family, mu, state, coefficients, extra, form, **options) -> None:
+    kernel, oracle = (getattr(module, f"{family}_forward") for module in (MODULES[family], reference))
+    arguments = (mu, state, coefficients[0], *extra)
+    before = state.clone()
+    if family == "categorical" and form == "state":
+        state = state.masked_fill(mu == -torch.inf, -torch.inf)
+    known = mu, state, coefficients[0], *extra
+    truth = oracle(*map(double, known), form=form, **options)
+    plain = oracle(*known, form=form, **options)
+    got = kernel(*arguments, form=form, **options)
+    assert torch.equal(arguments[1], before)
+    for what, a, b, c in zip(("emission", "energy"), got, truth, plain):
+        assert_close(f"{family} {form} {tuple(mu.shape)}: {what}", a, b, c)
+    assert (got[1] >= 0).all()
+
+
+def check_all(family, shape, samples, spot, flags=None, scale=1.0, **options) -> None:
+    """Both forms, with and without a state, a move and the moved gradient."""
+    for form in ("error", "state"):
+        mu, state, grad, c, extra = problem(family, shape, samples, spot, form, scale=scale)
+        check_forward(family, mu, state, c, extra, form, **options)
+        for has_state, has_move, moved in flags or itertools.product((True, False), (True, False), (True, False)):
+            cs = c if has_move else [c[0], None, None]
+            check_step(family, mu, state if has_state else None, grad, cs, extra, form, moved, **options)
+
+
+SHAPES = [((1, 1), 1), ((3, 3), 3), ((4, 41), 2), ((5, 127), 5), ((2, 3, 1271), 2), ((70, 10), 35)]
+
+
+@pytest.mark.parametrize(("shape", "samples"), SHAPES, ids=str)
+@pytest.mark.parametrize("family", MODULES)
+def test_odd_shapes(family, shape, samples, spot):
+    check_all(family, shape, samples, spot)
+
+
+@pytest.mark.parametrize("family", MODULES)
+def test_long_rows(family, device):
+    shape = (1, 70_001 if family == "categorical" else 5_001)
+    check_all(family, shape, 1, (device, torch.float32), flags=[(True, True, True)])
+
+
+def test_a_quarter_million_columns(device):
+    spot = device, torch.float16
+    mu, state, grad, c, extra = problem("categorical", (1, 2**18 + 1), 1, spot, "error", scale=3.0)
+    check_step("categorical", mu, state, grad, c, extra, "error", False)
+
+
+@pytest.mark.parametrize("family", MODULES)
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    samples=st.integers(1, 5),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 300),
+    form=st.sampled_from(["error", "state"]),
+    has_state=st.booleans(),
+    has_move=st.booleans(),
+    moved=st.booleans(),
+    scale=st.sampled_from([1e-3, 1.0, 10.0]),
+)
+def test_random_shapes(family, device, samples, rows, columns, form, has_state, has_move, moved, scale):
+    spot = device, torch.float32
+    mu, state, grad, c, extra = problem(family, (samples * rows, columns), samples, spot, form, scale=scale)
+    check_forward(family, mu, state, c, extra, form)
+    c = c if has_move else [c[0], None, None]
+    check_step(family, mu, state if has_state else None, grad, c, extra, form, moved)
+
+
+# Attention's node.
+
+MASKS = [(True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 7), (7, 3), (11, 41)], ids=str)
+@pytest.mark.parametrize(("causal", "padded"), MASKS, ids=["causal", "padding", "both"])
+def test_attention(queries, keys, causal, padded, device):
+    padding = (torch.arange(2 * keys, device=device).view(2, keys) % 3 == 0) if padded else None
+    check_all("categorical", (2, 3, queries, keys), 2, (device, torch.float32), causal=causal, padding=padding)
+
+
+@pytest.mark.usefixtures("short_rows")
+@pytest.mark.parametrize(("causal", "padded"), [(False, False), *MASKS], ids=["plain", "causal", "padding", "both"])
+def test_attention_over_long_rows(causal, padded, device):
+    padding = (torch.arange(2 * 37, device=device).view(2, 37) % 3 == 0) if padded else None
+    flags = [(True, True, True), (True, True, False), (False, True, True), (True, False, False)]
+    check_all("categorical", (2, 1, 3, 37), 2, (device, torch.float32), flags, causal=causal, padding=padding)
+
+
+@pytest.mark.parametrize("columns", [13, 37])
+@pytest.mark.usefixtures("short_rows")
+def test_rows_masked_whole(columns, device):
+    """A row of -inf gives zeros and not NaN, beside rows that are masked in part."""
+    for form in ("error", "state"):
+        mu, state, grad, c, _ = problem("categorical", (4, columns), 2, (device, torch.float32), form)
+        mu[1] = -torch.inf
+        mu[2, ::2] = -torch.inf
+        check_forward("categorical", mu, state, c, (), form)
+        for moved in (False, True):
+            check_step("categorical", mu, state, grad, c, (), form, moved)
+        new, grad_mu, energy = categorical.categorical_step(mu, state, grad, *c, form=form, moved=True)
+        for x in (new[1], grad_mu[1], new[2, ::2], grad_mu[2, ::2]):
+            assert (x == 0).all()
+        assert energy.isfinite().all()
+
+
+# Extreme values.
+
+
+@pytest.mark.parametrize("family", ["bernoulli", "categorical"])
+@pytest.mark.parametrize("form", ["error", "state"])
+def test_saturated_logits(family, form, spot):
+    """u and mu each at 80, -80 or 0: one-hot, agreeing and opposed."""
+    device, dtype = spot
+    values = torch.tensor([80.0, -80.0, 0.0, 79.0])
+    mu = values.repeat(4, 8).to(device, dtype)
+    u = torch.cat([values.roll(i)[None].repeat(1, 8) for i in range(4)]).to(device)
+    state = u - mu.float() if form == "error" else u
+    grad = torch.linspace(-1, 1, 32, device=device).repeat(4, 1).to(dtype)
+    c = [torch.ones(4, device=device), torch.full((4,), 0.7, device=device), torch.full((4,), 0.3, device=device)]
+    check_forward(family, mu, state, c, (), form)
+    for moved in (False, True):
+        check_step(family, mu, state, grad, c, (), form, moved)
+
+
+@pytest.mark.parametrize("form", ["error", "state"])
+def test_far_variances(form, device):
+    mu, state, grad, c, extra = problem("gaussian_logvar", (4, 64), 4, (device, torch.float32), form, size=0.1)
+    shift = torch.tensor([-10.0, -3.0, 3.0, 10.0], device=device)[:, None]
+    mu[:, 64:] += shift
+    if form == "state":
+        state[:, 64:] += shift
+    for i in range(4):
+        one = [x[i : i + 1] for x in c]
+        arguments = mu[i : i + 1], state[i : i + 1].clone(), grad[i : i + 1], one, (extra[0][i : i + 1],), form
+        check_step(*("gaussian_logvar", *arguments), moved=False)
+
+
+# Properties.
+
+
+@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize("form", ["error", "state"])
+@pytest.mark.parametrize("columns", [41, 5000])
+def test_nothing_to_do_at_the_prediction(family, form, columns, spot):
+    """E = 0 and dF/dmu = 0, exactly, at u = mu with no gradient from above."""
+    mu, state, grad, c, extra = problem(family, (2, columns), 2, spot, form, scale=4.0, size=0.0)
+    for moved in (False, True):
+        new, grad_mu, energy = getattr(MODULES[family], f"{family}_step")(
+            mu, state.clone(), torch.zeros_like(grad), *c, *extra, form=form, moved=moved
+        )
+        assert torch.equal(new, state)
+        assert (grad_mu == 0).all()
+        assert (energy == 0).all()
+
+
+@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2, 0.2, 1.0])
+def test_small_energies_keep_their_digits(family, size, device):
+    """A relative error of 2e-5 of each sample's energy, where the plain formula loses all of it in float32."""
+    mu, state, _, c, extra = problem(family, (4, 200), 4, (device, torch.float32), "error", scale=3.0, size=size)
+    _, energy = getattr(MODULES[family], f"{family}_forward")(mu, state, c[0], *extra, form="error")
+    if family == "categorical" or (family == "bernoulli" and size < 1e-3):  # float64 loses too many digits as well
+        probability = mu.double().softmax(-1) if family == "categorical" else mu.double().sigmoid()
+        if size < 1e-3:
+            d = state.double()
+            if family == "categorical":
+                curvature = (probability * d * d).sum(-1) - (probability * d).sum(-1) ** 2
+            else:
+                curvature = (probability * (1 - probability) * d * d).sum(-1)
+            truth = 0.5 * c[0] * curvature
+            torch.testing.assert_close(energy.double(), truth, rtol=max(2e-5, 3 * size), atol=0.0)
+            return
+    truth = getattr(reference, f"{family}_forward")(
+        mu.double(), state.double(), c[0].double(), *map(double, extra), form="error"
+    )[1]
+    torch.testing.assert_close(energy.double(), truth, rtol=2e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("columns", [41, 5000])
+def test_logits_count_up_to_a_shift(columns, device):
+    mu, state, grad, c, _ = problem("categorical", (2, columns), 2, (device, torch.float32), "error")
+    new, grad_mu, energy = categorical.categorical_step(mu, state.clone(), grad, *c, form="error")
+    again, same_grad, same_energy = categorical.categorical_step(mu - 2, state + 5, grad + 3, *c, form="error")
+    torch.testing.assert_close(same_energy, energy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(same_grad, grad_mu, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again - 5 * c[1][:, None], new, rtol=1e-5, atol=1e-5)
+
+
+# What a caller may hand over.
+
+
+@pytest.mark.parametrize("family", MODULES)
+def test_strided_inputs(family, device):
+    mu, state, grad, c, extra = problem(family, (6, 40), 3, (device, torch.float32), "state")
+    mu, grad = mu.t().contiguous().t(), grad.t().contiguous().t()
+    extra = tuple(x.repeat(1, 2)[:, : x.shape[1]] for x in extra)
+    c = [x.repeat_interleave(2)[::2] for x in c]
+    check_forward(family, mu, state, c, extra, "state")
+    check_step(family, mu, state, grad, c, extra, "state", True)
+    c = [x[:1].expand(3) for x in c]
+    check_step(family, mu, state, grad, c, extra, "state", False)
+
+
+@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)], ids=str)
+def test_empty(family, shape, device):
+    for form in ("error", "state"):
+        mu, state, grad, c, extra = problem(family, shape, shape[0], (device, torch.float32), form)
+        emission, energy = getattr(MODULES[family], f"{family}_forward")(mu, state, c[0], *extra, form=form)
+        assert emission.shape == grad.shape
+        assert torch.equal(energy, torch.zeros_like(c[0]))
+        for given_state in (state, None):
+            new, grad_mu, energy = getattr(MODULES[family], f"{family}_step")(
+                mu, given_state, grad, *c, *extra, form=form
+            )
+            assert new.shape == mu.shape
+            assert grad_mu.shape == (grad if family == "gaussian" and form == "error" else mu).shape
+            assert torch.equal(energy, torch.zeros_like(c[0]))
+
+
+def test_gaussian_error_hands_grad_on(device):
+    mu, state, grad, c, _ = problem("gaussian", (3, 41), 3, (device, torch.float32), "error")
+    before = grad.clone()
+    assert gaussian.gaussian_step(mu, state, grad, *c, form="error")[1] is grad
+    assert torch.equal(grad, before)
+
+
+def arguments(**changes):
+    mu = torch.zeros(4, 6)
+    pi = torch.ones(2)
+    return {
+        "mu": mu,
+        "state": torch.zeros(4, 6),
+        "grad": mu,
+        "precision": pi,
+        "keep": pi,
+        "move": pi,
+        "form": "error",
+    } | changes
+
+
+BAD = [
+    ({"form": "both"}, ValueError, 'form is .both.: say "error" or "state"'),
+    ({"mu": torch.zeros(4, 6).double()}, TypeError, "mu is float64 .* cast it, or use pc_triton.reference"),
+    ({"mu": torch.zeros(4, 6).int()}, TypeError, "mu is int32: cast it to float32, float16 or bfloat16"),
+    ({"mu": torch.zeros(())}, ValueError, "mu has 0 dimensions"),
+    ({"grad": torch.zeros(4, 5)}, ValueError, r"grad has shape \[4, 5\]: give it \[4, 6\]"),
+    ({"precision": torch.ones(2, device="meta")}, ValueError, "precision is on meta and mu on cpu: move it there"),
+    ({"precision": torch.ones(3)}, ValueError, "mu has 4 rows, no multiple of the 3 samples of precision"),
+    ({"precision": torch.ones(2).half()}, TypeError, "precision is float16: cast it to float32"),
+    ({"precision": torch.ones(2, 1)}, ValueError, r"precision has shape \[2, 1\]: give it \[2\]"),
+    ({"keep": None}, ValueError, "keep and move go together"),
+    ({"keep": torch.ones(4)}, ValueError, r"keep has shape \[4\]: give it \[2\]"),
+    ({"move": torch.ones(2).double()}, TypeError, "move is float64"),
+    ({"state": torch.zeros(4, 6).half()}, TypeError, "state is float16: cast it to float32"),
+    ({"state": torch.zeros(6)}, ValueError, r"state has shape \[6\]"),
+    ({"state": torch.zeros(6, 4).t()}, ValueError, "state is not contiguous and is moved in place"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), BAD, ids=[words[:30] for _, _, words in BAD])
+@pytest.mark.parametrize("family", MODULES)
+def test_bad_arguments(family, changes, error, words):
+    extra = {}
+    changes = dict(changes)
+    if family == "gaussian_logvar":
+        extra = {"noise": torch.zeros(4, 3)}
+        changes.setdefault("grad", torch.zeros(4, 3))
+        words = words.replace(r"\[4, 6\]", r"\[4, 3\]")
+    with pytest.raises(error, match=words):
+        getattr(MODULES[family], f"{family}_step")(**arguments(**changes), **extra)
+
+
+def test_bad_noise_and_masks():
+    with pytest.raises(ValueError, match=r"noise has shape \[4, 6\]: give it \[4, 3\]"):
+        gaussian_logvar.gaussian_logvar_step(**arguments(grad=torch.zeros(4, 3)), noise=torch.zeros(4, 6))
+    odd = arguments(mu=torch.zeros(4, 5), state=torch.zeros(4, 5), grad=torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="mu has 5 columns: give it an even number"):
+        gaussian_logvar.gaussian_logvar_step(**odd, noise=torch.zeros(4, 2))
+    logits = torch.zeros(2, 1, 3, 4)
+    four = arguments(mu=logits, state=logits.clone(), grad=logits)
+    with pytest.raises(ValueError, match=r"padding has shape \[2, 3\]: give it \[2, 4\], \[batch, keys\]"):
+        categorical.categorical_step(**four, padding=torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(TypeError, match="padding is float32: give a bool tensor"):
+        categorical.categorical_step(**four, padding=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="padding is on meta and mu on cpu"):
+        categorical.categorical_step(**four, padding=torch.zeros(2, 4, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match="padding needs"):
+        categorical.categorical_step(**arguments(), padding=torch.zeros(2, 4, dtype=torch.bool))
+    one = torch.zeros(4)
+    with pytest.raises(ValueError, match="causal needs"):
+        categorical.categorical_step(**arguments(mu=one, state=one.clone(), grad=one), causal=True)
+
+
+# The node clamped to labels.
+
+
+def check_clamped(mu, labels, grad_energy, ignore_index=-100) -> None:
+    def both(module, cast=lambda x: x):
+        energy, lse = module.clamped_categorical_forward(cast(mu), labels, ignore_index)
+        return energy, lse, module.clamped_categorical_backward(cast(mu), labels, lse, cast(grad_energy), ignore_index)
+
+    for what, a, b, c in zip(("energy", "lse", "dE/dmu"), both(categorical), both(reference, double), both(reference)):
+        assert_close(f"clamped {tuple(mu.shape)}: {what}", a, b, c)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 3), (7, 41), (3, 127), (4, 1271), (33, 10)], ids=str)
+def test_clamped(rows, columns, spot):
+    device, dtype = spot
+    mu = 3 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
+    labels = torch.arange(rows) * 7 % columns
+    labels[rows // 2] = -100 if rows > 1 else 0
+    grad_energy = torch.linspace(-1, 2, rows)
+    check_clamped(mu.to(device, dtype), labels.to(device), grad_energy.to(device))
+    check_clamped(mu.to(device, dtype).t().contiguous().t(), labels.int().to(device).long(), grad_energy.to(device))
+
+
+@pytest.mark.parametrize("columns", [70_001, 2**18 + 1])
+def test_clamped_long_rows(columns, device):
+    mu = 5 * torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([columns - 1, 5])
+    check_clamped(mu.to(device), labels.to(device), torch.tensor([0.5, -2.0]).to(device))
+
+
+def test_clamped_extremes(spot):
+    device, dtype = spot
+    mu = torch.tensor([[80.0, -80, 0], [-80, 80, 79], [-torch.inf, 1, 2], [3, -torch.inf, -torch.inf]]).to(
+        device, dtype
+    )
+    labels = torch.tensor([1, 1, 2, 0], device=device)
+    check_clamped(mu, labels, torch.tensor([1.0, 2, 3, 4], device=device))
+
+
+def test_clamped_ignores_and_warns(device):
+    """ignore_index may be a column; a label that is no column gives NaN, with nothing read out of bounds."""
+    mu = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    check_clamped(mu, torch.tensor([2, 0, 1, 2], device=device), torch.ones(4, device=device), ignore_index=2)
+    energy, _ = categorical.clamped_categorical_forward(mu, torch.tensor([5, -1, -100, 0], device=device), -100)
+    assert energy.isnan().tolist() == [True, True, False, False]
+
+
+def test_clamped_empty_and_bad(device):
+    labels = torch.zeros(0, dtype=torch.int64, device=device)
+    mu = torch.zeros(0, 5, device=device)
+    energy, lse = categorical.clamped_categorical_forward(mu, labels, -100)
+    assert energy.shape == lse.shape == (0,)
+    assert categorical.clamped_categorical_backward(mu, labels, lse, energy, -100).shape == (0, 5)
+    mu, labels = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
+    for bad, error, words in (
+        ((mu.double(), labels), TypeError, "mu is float64"),
+        ((mu[0], labels), ValueError, "mu has 1 dimensions: give it \\[rows, columns\\]"),
+        ((mu, labels[:1]), ValueError, "labels have shape \\[1\\]: give one to each of the 2 rows"),
+        ((mu, labels.float()), TypeError, "labels are float32: cast them to int64"),
+        ((mu, labels.to("meta")), ValueError, "labels are on meta and mu on cpu"),
+        ((mu[:, :0], labels), ValueError, "mu has no columns"),
+    ):
+        with pytest.raises(error, match=words):
+            categorical.clamped_categorical_forward(*bad, -100)
+
+
+# What a GPU alone can show.
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("family", MODULES)
+def test_no_launch_waits_for_the_gpu(family):
+    mu, state, grad, c, extra = problem(family, (8, 1000), 4, ("cuda", torch.bfloat16), "error")
+    step = getattr(MODULES[family], f"{family}_step")
+    step(mu, state, grad, *c, *extra, form="error")
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(mu, state, grad, *c, *extra, form="error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.graph(graph):
+        step(mu, state, grad, *c, *extra, form="error")
+    twice = state.clone()
+    step(mu, twice, grad, *c, *extra, form="error")
+    graph.replay()
+    assert torch.equal(state, twice)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")
+def test_past_two_to_the_31_elements():
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs 40 GB")
+    rows, columns = 2**19 + 8, 4096
+    mu = torch.zeros(rows, columns, dtype=torch.float16, device="cuda")
+    state = torch.zeros(rows, columns, device="cuda")
+    state[-1] = 1.0
+    precision = torch.ones(rows, device="cuda")
+    emission, energy = gaussian.gaussian_forward(mu, state, precision, form="error")
+    assert (emission[-1] == 1).all()
+    assert energy[-1] == columns / 2
+    del emission
+    state[-1, 7] = 3.0
+    emission, _ = categorical.categorical_forward(mu, state, precision, form="error")
+    torch.testing.assert_close(emission[-1].float(), state[-1].softmax(-1), rtol=2e-3, atol=1e-6)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check_node, coefficients, expm1, log1p, on_device, row_tile, sum_partials, tile
+from .common import UNFUSED, check_node, coefficients, expm1, log1p, on_device, row_tile, sum_partials, tile
 
 
 @triton.jit
@@ -159,6 +159,7 @@ def bernoulli_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str
             ROWS=rows,
             COLS=cols,
             num_warps=warps,
+            **UNFUSED,
         )
     return emission, sum_partials(energy, samples)
 
@@ -205,5 +206,6 @@ def bernoulli_step(
             ROWS=rows,
             COLS=cols,
             num_warps=warps,
+            **UNFUSED,
         )
     return state, grad_mu, sum_partials(energy, samples)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check, check_node, coefficients, exp_tail, log1p, on_device, row_tile, sum_partials, tile
+from .common import UNFUSED, check, check_node, coefficients, exp_tail, log1p, on_device, row_tile, sum_partials, tile
 
 SHORT = 4096  # columns of the longest row that is kept in registers
 LONG = 2048  # columns that a program takes at a time of a longer row
@@ -357,6 +357,7 @@ def categorical_forward(
             ROWS=rows,
             COLS=cols,
             num_warps=warps,
+            **UNFUSED,
         )
     return emission, sum_partials(energy, samples)
 
@@ -413,6 +414,7 @@ def categorical_step(
             ROWS=rows,
             COLS=cols,
             num_warps=warps,
+            **UNFUSED,
         )
     return state, grad_mu, sum_partials(energy, samples)
 
@@ -516,6 +518,7 @@ def clamped_categorical_forward(mu: Tensor, labels: Tensor, ignore_index: int) -
                 ROWS=rows,
                 COLS=cols,
                 num_warps=warps,
+                **UNFUSED,
             )
     return energy, lse
 
@@ -544,5 +547,6 @@ def clamped_categorical_backward(
                 ROWS=rows,
                 COLS=cols,
                 num_warps=warps,
+                **UNFUSED,
             )
     return grad_mu

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+UNFUSED = {"enable_fp_fusion": False}  # launch option: q - p in one fused instruction is not 0 where q = p
 
 
 def check(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check_node, coefficients, on_device, row_tile, sum_partials, tile
+from .common import UNFUSED, check_node, coefficients, on_device, row_tile, sum_partials, tile
 
 
 @triton.jit
@@ -110,6 +110,7 @@ def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str)
             ROWS=rows,
             COLS=cols,
             num_warps=warps,
+            **UNFUSED,
         )
     return emission, sum_partials(energy, samples)
 
@@ -157,5 +158,6 @@ def gaussian_step(
             ROWS=rows,
             COLS=cols,
             num_warps=warps,
+            **UNFUSED,
         )
     return state, grad_mu, sum_partials(energy, samples)

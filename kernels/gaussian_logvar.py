@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check_node, coefficients, exp_tail, expm1, on_device, row_tile, sum_partials, tile
+from .common import UNFUSED, check_node, coefficients, exp_tail, expm1, on_device, row_tile, sum_partials, tile
 
 
 @triton.jit
@@ -152,6 +152,7 @@ def gaussian_logvar_forward(
             ROWS=rows,
             COLS=cols,
             num_warps=warps,
+            **UNFUSED,
         )
     return emission, sum_partials(energy, samples)
 
@@ -202,5 +203,6 @@ def gaussian_logvar_step(
             ROWS=rows,
             COLS=cols,
             num_warps=warps,
+            **UNFUSED,
         )
     return state, grad_mu, sum_partials(energy, samples)

@@ -87,8 +87,8 @@ def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
             return model, None
         whole = nn.Sequential(model, nn.Softmax(-1)) if gaussian else model
         output = Gaussian(1.0) if gaussian else None
-        inference = dict(steps=s.inference_steps, order=s.order, displacement=s.displacement)
-        return model, FreeEnergy(whole, output, **inference)  # type: ignore[arg-type]
+        order: Any = s.order
+        return model, FreeEnergy(whole, output, steps=s.inference_steps, order=order, displacement=s.displacement)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -182,7 +182,7 @@ def train(
     ``curves`` (paths).
 
     Raises InputError for settings, text, a checkpoint or a folder that cannot be used, and where the loss is no longer
-    finite (the last checkpoint is kept); KeyboardInterrupt, with a message, after the first Ctrl-C, the run being saved.
+    finite (the last checkpoint is kept); KeyboardInterrupt, with a message, after the first Ctrl-C, once it is saved.
     """
     folder, place = Path(out), choose_device(device)
     path = folder / checkpoint.NAME

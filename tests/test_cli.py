@@ -1,0 +1,395 @@
+"""The command line as a user runs it, at tiny sizes."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tokenizers", reason="the command line's extras: pip install 'pc_triton[train]'")
+
+from safetensors.torch import load_file, save_file
+
+from pc_triton import checkpoint
+from pc_triton import train as training
+from pc_triton.cli import main
+from pc_triton.text import InputError
+from pc_triton.train import Settings
+
+SENTENCES = (
+    "the cat sat on the mat",
+    "a dog ran over the hill",
+    "one bird sings in the old tree",
+    "we read a long book",
+)
+TEXT = "".join(f"{SENTENCES[i * i % 4]} and {SENTENCES[i * 7 % 3]}, {i % 10} times.\n" for i in range(400))
+SIZES = (
+    "--width 16 --heads 2 --blocks 1 --context 16 --vocabulary 300 --batch 4 --steps 20 --eval-every 10 --device cpu"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "pc"
+    assert main(train_arguments(data, folder)) == 0
+    return folder
+
+
+def train_arguments(data, out, more=""):
+    return ["train", "--data", str(data), "--out", str(out), *SIZES.split(), *more.split()]
+
+
+def failure(capsys, arguments):
+    """Run what must fail; return its one line."""
+    assert main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("pc-triton: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.count(": ") >= 3, "a problem and a remedy"
+    return captured.err
+
+
+def command(*arguments, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    line = [sys.executable, "-m", "pc_triton.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **options
+    )
+
+
+def interrupt_at(monkeypatch, step):
+    """Send this process a Ctrl-C within training step ``step`` (from 1)."""
+    original, calls = training.losses, []
+
+    def losses(*arguments):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(training, "losses", losses)
+
+
+# What works.
+
+
+def test_as_a_user_runs_it(tmp_path, data):
+    """Train, evaluate, generate, in processes of their own."""
+    out = tmp_path / "run"
+    process = command(*train_arguments(data, out))
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert stderr == "", "no progress bar in a log"
+    assert "step 10/20: loss" in stdout
+    assert "blocks.0.attn" in stdout, "energies per node"
+    assert "of the reachable fall in 3 steps" in stdout
+    assert "cosine to backpropagation" in stdout
+    assert "(unigram model)" in stdout
+    assert sorted(os.listdir(out)) == ["checkpoint.safetensors", "curves.png"]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
+    last = stdout.splitlines()[-1]
+
+    process = command("eval", "--checkpoint", out, "--device", "cpu")
+    stdout, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert stdout.splitlines()[-1] == last, "the same held-out perplexity"
+    process = command("generate", "--checkpoint", out / "checkpoint.safetensors", "--prompt", "the cat", "--tokens", 5)
+    stdout, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert stdout.startswith("the cat")
+    assert len(stdout) > len("the cat\n")
+
+
+@pytest.mark.parametrize("method", ["bp", "gaussian-pc"])
+def test_other_methods(tmp_path, data, capsys, method):
+    assert main(train_arguments(data, tmp_path, f"--method {method} --quiet")) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert f"({method})" in captured.out
+    assert ("backpropagation: no inference" if method == "bp" else "cosine to backpropagation") in captured.out
+    assert main(["eval", "--checkpoint", str(tmp_path), "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("order", ["sweep", "simultaneous", "incremental"])
+def test_other_orders(tmp_path, data, order):
+    assert main(train_arguments(data, tmp_path, f"--order {order} --steps 2 --inference-steps 2 --quiet")) == 0
+
+
+def test_it_learns(tmp_path, data):
+    settings = Settings(
+        data=str(data), width=32, heads=2, blocks=1, context=16, vocabulary=300, batch=8, steps=60, lr=1e-2
+    )
+    result = training.train(settings, tmp_path, device="cpu", quiet=True)
+    assert result["held_out_perplexity"] < 0.5 * result["unigram_perplexity"]
+    assert len(result["losses"]) == 60
+    assert [row["step"] for row in result["evaluations"]] == [60]
+    assert result["report"].settled > 0.5
+    assert result["curves"].is_file()
+
+
+@pytest.mark.parametrize("method", ["pc", "bp"])
+def test_resume_is_bit_for_bit(tmp_path, data, capsys, monkeypatch, method):
+    """20 steps straight are 13 steps, a Ctrl-C, and the rest."""
+    assert main(train_arguments(data, tmp_path / "straight", f"--method {method}")) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 13)
+        assert main(train_arguments(data, tmp_path / "parts", f"--method {method}")) == 130
+    line = capsys.readouterr().err
+    assert line == f"pc-triton: stopped at step 13: continue with --resume --out {tmp_path / 'parts'}\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert checkpoint.load(tmp_path / "parts")[1]["step"] == 13
+    assert main(["train", "--resume", "--out", str(tmp_path / "parts"), "--device", "cpu"]) == 0
+    straight, record = checkpoint.load(tmp_path / "straight")
+    parts, record_of_parts = checkpoint.load(tmp_path / "parts")
+    assert record == record_of_parts
+    assert straight.keys() == parts.keys()
+    for name, t in straight.items():
+        assert torch.equal(t, parts[name]), name
+
+
+def test_resume_of_a_finished_run_and_more_steps(tmp_path, run, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    resume = ["train", "--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    before = (tmp_path / "run" / checkpoint.NAME).read_bytes()
+    assert main(resume) == 0
+    assert (tmp_path / "run" / checkpoint.NAME).read_bytes() == before
+    assert main([*resume, "--steps", "22"]) == 0
+    assert checkpoint.load(tmp_path / "run")[1]["step"] == 22
+
+
+def test_generate(run, capsys):
+    def generated(*more):
+        arguments = ["generate", "--checkpoint", str(run), "--prompt", "a dog ü", "--tokens", "30", *more]
+        assert main(arguments) == 0
+        return capsys.readouterr().out
+
+    assert generated("--seed", "1") == generated("--seed", "1") != generated("--seed", "2")
+    greedy = generated("--temperature", "0")
+    assert greedy == generated("--top-k", "1", "--seed", "5")
+    assert greedy.startswith("a dog ü")
+
+
+def test_evaluation_of_another_text(tmp_path, run, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("completely different words, unlike those before\n" * 30, encoding="utf-8")
+    assert main(["eval", "--checkpoint", str(run), "--data", str(other), "--device", "cpu"]) == 0
+    assert "held-out perplexity per token" in capsys.readouterr().out
+
+
+def test_the_unigram_model():
+    counts = torch.tensor([3, 0, 1])
+    q = (counts + 1) / 7
+    tokens = torch.tensor([2, 0, 1, 0, 2])
+    expected = torch.exp(-q[tokens[1:]].log().mean())
+    assert training.unigram_perplexity(counts, tokens, 2) == pytest.approx(float(expected))
+
+
+# What does not.
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "is empty: give a file with text"),
+        (b" \n\n", "is empty: give a file with text"),
+        (b"good \xff\xfe bad" * 100, "not UTF-8 at byte 5"),
+        (b"a few words", "yields"),
+        (b"abcdefghijkl" * 50, "yields"),
+    ],
+)
+def test_data_that_cannot_be_used(tmp_path, capsys, content, message):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert message in failure(capsys, train_arguments(path, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--method hebb", "invalid choice"),
+        ("--frobnicate", "unrecognized arguments"),
+        ("--steps many", "invalid int value"),
+        ("--steps 0", "steps=0"),
+        ("--batch -1", "batch=-1"),
+        ("--inference-steps 0", "inference_steps=0"),
+        ("--displacement 1.5", "displacement=1.5"),
+        ("--lr nan", "lr=nan"),
+        ("--lr 0", "lr=0.0"),
+        ("--seed -1", "seed=-1"),
+        ("--heads 3", "no multiple"),
+        ("--vocabulary 100", "at least 256"),
+        ("--vocabulary 50000", "yields"),
+        ("--context 100000", "give more text or a smaller --context"),
+        ("--lr 1e30", "not finite"),
+        ("--resume", "no such checkpoint"),
+    ],
+)
+def test_settings_out_of_range(tmp_path, data, capsys, more, message):
+    assert message in failure(capsys, train_arguments(data, tmp_path / "run", more))
+    assert not (tmp_path / "run").exists() or os.listdir(tmp_path / "run") == []
+
+
+def test_no_command(capsys):
+    assert "required" in failure(capsys, [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_device_that_is_not_there(tmp_path, data, run, capsys):
+    arguments = [*train_arguments(data, tmp_path / "run"), "--device", "cuda"]
+    assert "no CUDA GPU" in failure(capsys, arguments)
+    assert "no CUDA GPU" in failure(capsys, ["eval", "--checkpoint", run, "--device", "cuda"])
+
+
+def test_a_run_is_not_replaced_unasked(tmp_path, data, run, capsys):
+    before = (run / checkpoint.NAME).read_bytes()
+    assert "already holds a run" in failure(capsys, train_arguments(data, run))
+    assert (run / checkpoint.NAME).read_bytes() == before
+    shutil.copytree(run, tmp_path / "copy")
+    assert main(train_arguments(data, tmp_path / "copy", "--overwrite --steps 2")) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--width", "32"], "--width 16, not 32: leave it out"),
+        (["--method", "bp"], "--method pc, not bp: leave it out"),
+        (["--steps", "5"], "at step 20 already"),
+        (["--data", __file__], "the text is not the one"),
+    ],
+)
+def test_resume_of_another_configuration(run, capsys, more, message):
+    before = (run / checkpoint.NAME).read_bytes()
+    assert message in failure(capsys, ["train", "--resume", "--out", run, *more])
+    assert (run / checkpoint.NAME).read_bytes() == before
+
+
+def test_checkpoints_that_cannot_be_used(tmp_path, run, capsys):
+    path = tmp_path / checkpoint.NAME
+    whole = (run / checkpoint.NAME).read_bytes()
+    tensors, record = checkpoint.load(run)
+    use = (["eval", "--checkpoint", path], ["generate", "--checkpoint", path, "--prompt", "the"])
+    use = (*use, ["train", "--resume", "--out", tmp_path])
+    for arguments in use:
+        assert "no such checkpoint" in failure(capsys, arguments)
+        path.write_bytes(whole[: len(whole) // 2])
+        assert "truncated" in failure(capsys, arguments)
+        save_file(load_file(run / checkpoint.NAME), path)
+        assert "no checkpoint of" in failure(capsys, arguments)
+        checkpoint.save(path, tensors, record | {"settings": record["settings"] | {"width": 32}})
+        assert "do not fit its settings" in failure(capsys, arguments)
+        checkpoint.save(path, tensors, record | {"settings": {"size": 3}})
+        assert "another version" in failure(capsys, arguments)
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "\udcff"], "not UTF-8"),
+        (["--prompt", "a", "--tokens", "0"], "tokens=0"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
+        (["--prompt", "a", "--top-k", "-3"], "top_k=-3"),
+        ([], "required: --prompt"),
+    ],
+)
+def test_generation_out_of_range(run, capsys, more, message):
+    assert message in failure(capsys, ["generate", "--checkpoint", run, *more])
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, data, capsys, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    assert "cannot make the folder" in failure(capsys, train_arguments(data, tmp_path / "file"))
+
+    def refused(*arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", refused)
+    assert "Permission denied" in failure(capsys, train_arguments(data, tmp_path / "run"))
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_a_disk_that_fills_up(tmp_path, data, capsys, monkeypatch):
+    """The checkpoint of step 10 stays; that of step 20 is not written at all."""
+    original, calls = os.fsync, []
+
+    def fsync(descriptor):
+        calls.append(1)
+        if len(calls) > 4:  # the probe and the first checkpoint, and their folder
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert "No space left on device: free space" in failure(capsys, train_arguments(data, tmp_path))
+    assert os.listdir(tmp_path) == [checkpoint.NAME]
+    assert checkpoint.load(tmp_path)[1]["step"] == 10
+    assert main(["train", "--resume", "--out", str(tmp_path), "--device", "cpu", "--quiet"]) == 0
+
+
+def test_a_loss_that_is_not_finite(tmp_path, data, capsys, monkeypatch):
+    original, calls = training.losses, []
+
+    def losses(*arguments):
+        calls.append(1)
+        yield from (loss * float("nan") if len(calls) == 14 else loss for loss in original(*arguments))
+
+    monkeypatch.setattr(training, "losses", losses)
+    line = failure(capsys, train_arguments(data, tmp_path))
+    assert "at step 14 is not finite (nan): lower --lr, now 0.002; the earlier checkpoint is kept" in line
+    assert checkpoint.load(tmp_path)[1]["step"] == 10
+
+
+def test_extras_that_are_not_installed(tmp_path, data):
+    line = "import sys; sys.modules['tokenizers'] = None; from pc_triton.cli import main; sys.exit(main(['eval']))"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert done.stderr == "pc-triton: error: tokenizers is not installed: pip install 'pc_triton[train]'\n"
+
+
+def test_ctrl_c_in_a_terminal(tmp_path, data):
+    """A real SIGINT to a real process, somewhere in a run too long to end."""
+    process = command(*train_arguments(data, tmp_path, "--steps 100000"))
+    deadline = time.monotonic() + 100
+    while not (tmp_path / checkpoint.NAME).exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert stderr.startswith("pc-triton: stopped at step ")
+    assert stderr.count("\n") == 1
+    assert checkpoint.load(tmp_path)[1]["step"] >= 10
+
+
+def test_settings_from_python():
+    with pytest.raises(InputError, match="method=x: choose one of"):
+        Settings(method="x")
+    with pytest.raises(InputError, match="width=3.5"):
+        Settings(width=3.5)

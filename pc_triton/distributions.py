@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compiled import tracing
 from .dispatch import backend
 from .reference import (
     Step,
@@ -105,7 +106,7 @@ class Distribution(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Emission and energy ``[S]`` of the node; arguments as in ``reference.py``."""
         u = mu + state if form == "error" else state
-        return self.emission(u, **frozen), pi * sum_samples(self._in_units(u, mu, unit), len(pi))
+        return self.emission(u, **frozen).to(mu.dtype), pi * sum_samples(self._in_units(u, mu, unit), len(pi))
 
     def node_step(
         self,
@@ -234,6 +235,11 @@ class GaussianLogVar(Distribution):
         m, s = u.chunk(2, -1)
         return m if noise is None else m + (0.5 * s).exp() * noise
 
+    def variance(self, mu: Tensor) -> Tensor:
+        """(e^s, 2), the inverse Fisher information of mean and log variance."""
+        _, s = mu.chunk(2, -1)
+        return torch.cat([s.exp(), torch.full_like(s, 2.0)], -1)
+
     def clamped(self, mu: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """1/2 [s^ + (y - m^)^2 e^-s^], summed per sample; target ``[S, ..., C]`` for mu ``[S, ..., 2 C]``."""
         m, s = mu.chunk(2, -1)
@@ -269,6 +275,7 @@ class Bernoulli(Distribution):
         return torch.sigmoid(u)
 
     def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
+        _check_probabilities(target)
         return F.binary_cross_entropy_with_logits(mu, target, reduction="none")
 
     def node_forward(self, mu, state, pi, unit, *, form):  # noqa: D102
@@ -327,24 +334,38 @@ class Categorical(Distribution):
         """
         if target.is_floating_point():
             return super().clamped(mu, target)
+        if target.dtype != torch.int64:
+            raise ValueError(f"labels are {target.dtype}: give int64, or probabilities in floating point")
         if target.shape != mu.shape[:-1]:
             raise ValueError(f"labels have shape {tuple(target.shape)}: logits {tuple(mu.shape)} need {tuple(mu.shape[:-1])}")
         kept = target != self.ignore_index
-        valid = (~kept | ((target >= 0) & (target < mu.shape[-1]))).all()
-        if valid.is_cuda:
-            torch._assert_async(valid, "a label is outside 0 .. C - 1")
-        elif not valid:
-            bad = target[kept & ((target < 0) | (target >= mu.shape[-1]))][0].item()
-            raise ValueError(f"label {bad} is outside 0 .. {mu.shape[-1] - 1} (ignore_index is {self.ignore_index})")
+        self.check_labels(target, mu.shape[-1])
         rows = mu.reshape(-1, mu.shape[-1])
         energy = _ClampedCategorical.apply(rows, target.reshape(-1), self.ignore_index)
         return sum_samples(energy, len(mu)), kept.sum()
+
+    def check_labels(self, labels: Tensor, classes: int) -> None:
+        """Raise ValueError for a label outside 0 .. classes - 1 that is not ignored (on a GPU assert on the device)."""
+        if tracing():
+            return
+        if not labels.is_cuda:
+            low, high = labels.aminmax()
+            if low >= 0 and high < classes:
+                return
+        wrong = ((labels < 0) | (labels >= classes)) & (labels != self.ignore_index)
+        if wrong.is_cuda:
+            torch._assert_async(~wrong.any(), "a label is outside 0 .. C - 1")
+        elif wrong.any():
+            raise ValueError(
+                f"label {labels[wrong][0].item()} is outside 0 .. {classes - 1} (ignore_index is {self.ignore_index})"
+            )
 
     def units(self, mu: Tensor) -> float:
         """Rows."""
         return mu.numel() / mu.shape[-1]
 
     def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
+        _check_probabilities(target)
         return torch.xlogy(target, target) - target * log_softmax(mu)
 
     def node_forward(self, mu, state, pi, unit, *, form, causal=False, padding=None):  # noqa: D102
@@ -361,6 +382,17 @@ class Categorical(Distribution):
         p, g = self.emission(wide(mu), causal, padding), wide(grad)
         mean = (p * g).sum(-1, keepdim=True)
         return sum_samples(p * (g - mean) ** 2, samples)
+
+
+def _check_probabilities(target: Tensor) -> None:
+    """Raise ValueError for a target outside [0, 1] (on a GPU assert on the device)."""
+    if tracing():
+        return
+    wrong = ((target < 0) | (target > 1)).any()
+    if wrong.is_cuda:
+        torch._assert_async(~wrong, "a target probability is outside [0, 1]")
+    elif wrong:
+        raise ValueError("a target is outside [0, 1]: this output takes probabilities")
 
 
 class Laplace(Distribution):

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from .compiled import CompiledSteps
 from .distributions import Distribution, Gaussian
 from .inference import Inference
 from .report import Report, report
@@ -105,6 +106,7 @@ class FreeEnergy(nn.Module):
         self.adaptive = step is None
         self.step = {"error": 0.8, "sweep": 0.5}.get(order, 0.2) if step is None else step
         self.state_optimizer = state_optimizer
+        self._compiled: CompiledSteps | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -133,14 +135,35 @@ class FreeEnergy(nn.Module):
         """
         if self.order == "incremental":
             raise ValueError("order='incremental': use `for loss in free_energy.incremental(x, y)`")
+        if self._compiled is not None:
+            return self._compiled(x, y)
+        return self.loss_and_inference(x, y)[0]
+
+    def loss_and_inference(self, x: Any, y: Tensor | None) -> tuple[Tensor, Inference]:
+        """The loss of a call, and the inference behind it; arguments and errors as in a call."""
         inference = Inference(self, x, y)
         if self.order == "error":
             if self.steps == 1:
-                return self._per_item(inference, inference.forward("first"))
+                return self._per_item(inference, inference.forward("first")), inference
             self.settle(inference, self.steps - 1)
         else:
             self.settle(inference, self.steps)
-        return self._per_item(inference, inference.learn())
+        return self._per_item(inference, inference.learn()), inference
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Compile the whole training step, all of inference and the weight gradients, as one graph; for small models.
+
+        As ``nn.Module.compile`` it works in place: call it once, and train as before. Small models on a CPU spend most
+        of a step in Python and autograd, and this removes it. The graph is made at the first batch of each shape, by
+        ``torch.compile``'s inductor (which needs a C++ compiler), and lives while parameters keep their shapes and
+        ``requires_grad``. options: inductor's, such as ``{"max_autotune": True}``.
+
+        The model's forward must not depend on the values of its inputs. Raises ValueError here for
+        ``order="incremental"`` or a state_optimizer, at the first batch for dropout or tensors on a GPU.
+        """
+        if self.order == "incremental" or self.state_optimizer is not None:
+            raise ValueError("compile() needs order error, sweep or simultaneous, and state_optimizer=None")
+        self._compiled = CompiledSteps(self, options)
 
     def incremental(self, x: Any, y: Tensor | None = None) -> Iterator[Tensor]:
         """Incremental PC: yields the free energy per item at each of the T steps, for you to move the weights.

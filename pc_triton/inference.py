@@ -9,12 +9,14 @@ learning pass.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .compiled import tracing
 from .distributions import Categorical, Distribution, Gaussian, current
 from .reference import per_sample, sum_samples, wide
 
@@ -92,8 +94,7 @@ class Inference:
         self.order = order or owner.order
         self.args, self.kwargs, first = _batch(inputs)
         self.samples = first.shape[0]
-        if target is not None:
-            check_finite("y", target)
+        check_finite("y", target)
         self.form = "error" if self.order == "error" else "state"
         self.mode = "first"  # then "infer", "incremental", "probe" or "learn"
         self.nodes: list[ValueNode] = []
@@ -171,6 +172,15 @@ class Inference:
             node.state.grad = natural
         return grad_mu
 
+    def check_values(self, inputs: Any, target: Tensor | None) -> None:
+        """Raise ValueError for values that a batch of this inference's shapes could not have; see `FreeEnergy.forward`."""
+        _batch(inputs)
+        check_finite("y", target)
+        if target is not None and not target.is_floating_point():
+            family = output_family(self.owner.output, self.output, target)
+            if isinstance(family, Categorical):
+                family.check_labels(target, self.out.shape[-1])
+
     # Passes.
 
     def forward(self, mode: str) -> Tensor:
@@ -224,7 +234,7 @@ class Inference:
     def _backward(self, energy: Tensor) -> None:
         """One backward pass: every value node moves its state. Weight gradients are not computed."""
         if energy.requires_grad:
-            torch.autograd.grad(energy.sum(), self._anchor, allow_unused=True)
+            torch.autograd.grad(energy, self._anchor, _ones(energy), allow_unused=True)
 
     # The parts of inference.
 
@@ -239,7 +249,8 @@ class Inference:
         free = [node for node in self.nodes if node.free]
         grads: tuple[Tensor | None, ...] = (None,) * len(free)
         if energy.requires_grad:
-            grads = torch.autograd.grad(energy.sum(), [node.emission for node in free], allow_unused=True)
+            emissions = [node.emission for node in free]
+            grads = torch.autograd.grad(energy, emissions, _ones(energy), allow_unused=True)
         self.accepted = energy.detach()
         self.set_step(torch.full_like(self.accepted, self.owner.step))
         for node, grad in zip(free, grads):
@@ -345,6 +356,11 @@ class Inference:
         return energy.detach()
 
 
+def _ones(energy: Tensor) -> Tensor:
+    """The gradient of the summed energy in each sample's, made of nothing that a graph would have to keep for it."""
+    return torch.full(energy.shape, 1.0, dtype=energy.dtype, device=energy.device)
+
+
 def output_family(given: Distribution | None, node: ValueNode | None, target: Tensor) -> Distribution:
     """The family of the clamped output: the one given; Categorical for labels; the output node's own; Gaussian(1)."""
     own = Gaussian(1.0) if node is None else node.family
@@ -353,14 +369,13 @@ def output_family(given: Distribution | None, node: ValueNode | None, target: Te
     return own if target.is_floating_point() or isinstance(own, Categorical) else Categorical()
 
 
-def check_finite(name: str, t: Tensor) -> None:
+def check_finite(name: str, t: Tensor | None) -> None:
     """Raise ValueError if t holds NaN or infinity (on a GPU a device-side assertion, so as not to wait for it)."""
-    if not t.is_floating_point():
+    if t is None or tracing() or not t.is_floating_point():
         return
-    finite = t.detach().isfinite().all()
     if t.is_cuda:
-        torch._assert_async(finite, f"{name} holds NaN or infinity")
-    elif not finite:
+        torch._assert_async(t.detach().isfinite().all(), f"{name} holds NaN or infinity")
+    elif not math.isfinite(t.detach().sum()) and not t.isfinite().all():  # a sum may overflow, but is one pass
         raise ValueError(f"{name} holds NaN or infinity: clean the data before inference")
 
 

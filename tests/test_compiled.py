@@ -1,0 +1,121 @@
+"""`FreeEnergy.compile`: the compiled step gives eager's numbers, and refuses what it cannot hold."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import pc_triton as pc
+from pc_triton.compiled import trace
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+ORDERS = [
+    {"order": "error", "steps": 1},
+    {"order": "error", "steps": 2},
+    {"order": "error", "steps": 4},
+    {"order": "sweep", "steps": 2},
+    {"order": "simultaneous", "steps": 3, "precision": 1.0, "step": 0.1},
+]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(pc.Linear(6, 9), nn.Tanh(), pc.Linear(9, 7), nn.Tanh(), pc.Linear(7, 4))
+
+
+def batch(samples: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(samples)
+    return torch.randn(samples, 6, generator=generator), torch.randint(4, (samples,), generator=generator)
+
+
+def gradients(loss: torch.Tensor, model: nn.Module) -> list[torch.Tensor | None]:
+    model.zero_grad()
+    loss.backward()
+    return [p.grad for p in model.parameters()]
+
+
+def assert_same(found, wanted) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        if b is None:
+            assert a is None
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=lambda o: f"{o['order']}-{o['steps']}")
+def test_trace_is_eager(options):
+    """The flat graph, before inductor, gives the same loss and gradients on other values of the same shape."""
+    model = network()
+    free_energy = pc.FreeEnergy(model, **options)
+    graph, _ = trace(lambda x, y: free_energy.loss_and_inference(x, y)[0], model, batch())
+    x, y = batch()
+    x = x + 1.0
+    with torch.no_grad():
+        model[0].weight.mul_(1.3)
+    loss, *found = graph(*(p.detach() for p in model.parameters()), x, y)
+    eager = free_energy(x, y)
+    torch.testing.assert_close(loss, eager.detach(), rtol=1e-5, atol=1e-6)
+    assert_same(found, gradients(eager, model))
+
+
+def test_trace_skips_what_is_zero():
+    """Under the simultaneous order the error has reached only the top t nodes at step t."""
+    model = network()
+    free_energy = pc.FreeEnergy(model, order="simultaneous", steps=2, precision=1.0, step=0.1)
+    graph, _ = trace(lambda x, y: free_energy.loss_and_inference(x, y)[0], model, batch())
+    products = sum(n.op == "call_function" and n.target.name() in ("aten::mm", "aten::addmm") for n in graph.graph.nodes)
+    # forward: 3 at the prediction, and 2 in each of two later passes (the first layer's is the same); backward: the
+    # output's error twice, the second node's once; weights: 3
+    assert products == 3 + 2 * 2 + 3 + 3
+
+
+def test_trace_of_a_frozen_parameter():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    free_energy = pc.FreeEnergy(model)
+    graph, _ = trace(lambda x, y: free_energy.loss_and_inference(x, y)[0], model, batch())
+    _, *found = graph(*(p.detach() for p in model.parameters()), *batch())
+    wanted = gradients(free_energy(*batch()), model)
+    assert wanted[0] is None
+    assert_same(found, wanted[1:])
+
+
+@needs_compiler
+def test_compiled():
+    """A compiled step through backward(): eager's numbers, and bad values refused before anything is changed."""
+    eager, model = network(), network()
+    plain, compiled = pc.FreeEnergy(eager), pc.FreeEnergy(model)
+    compiled.compile(cpp_wrapper=False)  # compiles faster
+    x, y = batch()
+    assert_same(gradients(3 * compiled(x, y), model), gradients(3 * plain(x, y), eager))
+    model.zero_grad()
+    with pytest.raises(ValueError, match="x holds NaN"):
+        compiled(torch.full_like(x, torch.nan), y)
+    with pytest.raises(ValueError, match="label 4 is outside"):
+        compiled(x, torch.full_like(y, 4))
+    with pytest.raises(ValueError, match="batch of at least one"):
+        compiled(x[:0], y[:0])
+    with pytest.raises(ValueError, match="labels have shape"):
+        compiled(x, y[:3])
+    assert all(p.grad is None for p in model.parameters())
+    y[0] = -100  # ignored
+    torch.testing.assert_close(compiled(x, y), plain(x, y))
+    loss = compiled(x, y)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="compile"):
+        pc.FreeEnergy(network(), order="incremental").compile()
+    with pytest.raises(ValueError, match="compile"):
+        pc.FreeEnergy(network(), state_optimizer=torch.optim.SGD).compile()
+    model = nn.Sequential(pc.Linear(6, 9), nn.Dropout(0.5), pc.Linear(9, 4))
+    free_energy = pc.FreeEnergy(model)
+    free_energy.compile()
+    with pytest.raises(ValueError, match="dropout"):
+        free_energy(*batch())

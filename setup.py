@@ -1,15 +1,18 @@
 """Packaging of pc_triton. `kernels/` at the top level is imported as `pc_triton.kernels`."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 TRAIN = ["tokenizers>=0.20", "safetensors>=0.4", "tqdm>=4.60", "matplotlib>=3.7"]
-TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6", "triton>=3.6; platform_system == 'Linux'"]
+GPU = ["triton>=3.6; platform_system == 'Linux'"]
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6"]
 
 setup(
     name="pc_triton",
     version="0.1.0",
     description="Predictive coding beyond Gaussian distributions: PyTorch layers on fused Triton kernels",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
@@ -19,9 +22,10 @@ setup(
     install_requires=["torch>=2.6", "numpy>=1.26"],
     extras_require={
         "train": TRAIN,
-        "gpu": ["triton>=3.6; platform_system == 'Linux'"],
-        "bench": ["scikit-learn>=1.4", "pcx==0.6.3", "fabricpc==0.6.0"],
-        "dev": [*TRAIN, *TEST, "scikit-learn>=1.4", "ruff>=0.9", "mypy>=1.13"],
+        "gpu": GPU,
+        "pcx": ["scikit-learn>=1.4", "pcx==0.6.3"],  # the rivals of bench/digits.py need different versions of JAX
+        "fabricpc": ["scikit-learn>=1.4", "fabricpc==0.6.0"],
+        "dev": [*TRAIN, *GPU, *TEST, "scikit-learn>=1.4", "ruff>=0.9", "mypy>=1.13"],
     },
     entry_points={"console_scripts": ["pc-triton = pc_triton.cli:main"]},
 )

@@ -3,9 +3,9 @@
     python bench/digits.py                                  # this project and torch
     python bench/digits.py --pcx PYTHON --fabricpc PYTHON   # and the rivals, each with its own environment's python
 
-The network is 64-128-128-10, tanh, on scikit-learn's digits, batch 128, plain SGD. Every method runs in a process of its
-own, on one processor, and the processes take turns, a few steps each, so that all see the same machine; printed are each
-method's times as ratios to backpropagation's (median over the turns, and the quartiles), never a time. PCX and FabricPC
+The network is 64-128-128-10, tanh, on scikit-learn's digits, batch 128, plain SGD. Every method runs in a process of
+its own, on one processor, and the processes take turns, a few steps each, so that all see the same machine; printed are
+each method's times as ratios to backpropagation's (median over the turns, and the quartiles). PCX and FabricPC
 need different versions of JAX: make two environments (``pip install pcx==0.6.3 scikit-learn``, ``pip install
 fabricpc==0.6.0 scikit-learn``).
 """
@@ -170,9 +170,7 @@ def measure(pythons: dict[str, str], turns: int, steps: int, say: Callable[[str]
         for name, w in workers.items():
             low, _, high = quantiles(ratios[name], n=4)
             accuracy = w.ask("accuracy")
-            rows.append(
-                {"method": name, "ratio": median(ratios[name]), "low": low, "high": high, "accuracy": accuracy}
-            )
+            rows.append({"method": name, "ratio": median(ratios[name]), "low": low, "high": high, "accuracy": accuracy})
         return rows
     finally:
         for w in workers.values():
@@ -209,7 +207,8 @@ def main() -> None:
 
         machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({**machine, "turns": given.turns, "steps": given.steps, "rows": rows}, indent=1))
+        record = {**machine, "turns": given.turns, "steps": given.steps, "rows": rows}
+        given.out.write_text(json.dumps(record, indent=1))
     print(table(rows))
 
 

@@ -8,6 +8,7 @@ Network: 64-128-128-10, tanh, squared errors on the hidden nodes, cross-entropy 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def pcx(batches: Batches, steps: int) -> Trained:
     class Model(pxc.EnergyModule):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = [pxnn.Linear(m, n) for m, n in zip(SIZES, SIZES[1:])]
+            self.layers = [pxnn.Linear(m, n) for m, n in pairwise(SIZES)]
             self.vodes = [pxc.Vode() for _ in SIZES[2:]] + [pxc.Vode(pxc.ce_energy)]
             self.vodes[-1].h.frozen = True
 
@@ -115,7 +116,7 @@ def fabricpc(batches: Batches, steps: int, error_order: bool = False) -> Trained
     nodes += [Linear(shape=(10,), name="y", activation=SoftmaxActivation(), energy=CrossEntropyEnergy())]
     structure = graph(
         nodes=nodes,
-        edges=[Edge(source=a, target=b.slot("in")) for a, b in zip(nodes, nodes[1:])],
+        edges=[Edge(source=a, target=b.slot("in")) for a, b in pairwise(nodes)],
         task_map=TaskMap(x=nodes[0], y=nodes[-1]),
         inference=(EPCInference if error_order else InferenceSGD)(eta_infer=0.1, infer_steps=steps),
     )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .text import InputError
@@ -22,19 +26,16 @@ def save(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None
     An earlier checkpoint of that name is replaced whole or, where this fails, left whole. Raises InputError if the
     file cannot be written (a full disk, a folder without permission).
     """
-    from safetensors.torch import save as to_bytes
-
     whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write(path, to_bytes(whole, {"format": FORMAT, "record": json.dumps(record)}))
+    text = json.dumps(record)
+    write(path, to_bytes(whole, {"format": FORMAT, "record": text, "digest": _digest(whole, text)}))
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and the record of a checkpoint; path is the file or the folder it is in.
 
-    Raises InputError for a file that is missing, unreadable, truncated, or no checkpoint of this program.
+    Raises InputError for a file that is missing, unreadable, truncated, altered, or no checkpoint of this program.
     """
-    from safetensors import SafetensorError, safe_open
-
     file = Path(path)
     if file.is_dir():
         file = file / NAME
@@ -45,14 +46,23 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             metadata = archive.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise InputError(f"{file} is no checkpoint of `pc-triton train`: give one that is")
-            record = json.loads(metadata["record"])
-            return {name: archive.get_tensor(name) for name in archive.keys()}, record  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file} is damaged or truncated: restore it from a copy, or train again") from None
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+        if metadata.get("digest") == _digest(tensors, metadata.get("record", "")):
+            return tensors, json.loads(metadata["record"])
+    except SafetensorError:
+        pass
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}: make it readable") from None
+    raise InputError(f"{file} is damaged or truncated: restore it from a copy, or train again")
+
+
+def _digest(tensors: dict[str, Tensor], record: str) -> str:
+    """SHA-256 of all that a checkpoint holds, so that a flipped bit does not pass for a trained weight."""
+    digest = hashlib.sha256(record.encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write(path: Path, content: bytes) -> None:

@@ -7,43 +7,54 @@ status 2; Ctrl-C with one line and 130.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
+from .text import InputError
 
 if TYPE_CHECKING:
     from .train import Settings
 
 EXTRAS = ("matplotlib", "safetensors", "tokenizers", "tqdm")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; argv: the arguments without the program's name. Returns the exit status."""
+    """Run the command line; argv: the arguments without the program's name. Returns the exit status: 0, 2 or 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # generated text may hold what a terminal cannot show
     try:
-        from .text import InputError
         from .train import Settings
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        return _fail(f"{error.name} is not installed: pip install 'pc_triton[train]'")
-    try:
-        arguments = _parser(Settings, InputError).parse_args(argv)
+
+        arguments = _parser(Settings).parse_args(argv)
         arguments.command(arguments)
+        sys.stdout.flush()
     except InputError as error:
         return _fail(str(error))
     except KeyboardInterrupt as error:
-        print(f"pc-triton: {error or 'stopped before the first checkpoint: nothing to resume'}", file=sys.stderr)
+        print(f"pc-triton: {str(error) or 'stopped'}", file=sys.stderr)
         return 130
-    except (MemoryError, torch.OutOfMemoryError):
-        return _fail("out of memory: lower --batch, --context, --width or --blocks")
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
             raise
-        return _fail("out of memory: lower --batch, --context, --width or --blocks")
+        return _fail(f"{missing} is not installed: pip install 'pc_triton[train]'")
+    except OSError as error:
+        if error.filename is not None:
+            return _fail(f"{error.filename}: {error.strerror}: choose another path")
+        with contextlib.suppress(OSError):  # what is left in the buffer must not fail again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(f"cannot print: {error.strerror}: free space, or read the output to its end")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        return _fail("out of memory: train with a smaller --batch, --context, --width or --blocks")
     return 0
 
 
@@ -52,50 +63,63 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _parser(settings: type[Settings], error: type[Exception]) -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise error(f"{message}: see `{self.prog} --help`")
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}: see `{self.prog} --help`")
 
-    parser = Parser(
-        "pc-triton", description="Train a transformer by predictive coding, and use it.", allow_abbrev=False
+
+def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        "pc-triton",
+        description="Train a transformer language model by predictive coding, and use it.",
+        epilog="See `pc-triton train --help`, and likewise for eval and generate.",
+        allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="train | eval | generate")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
-    train = commands.add_parser("train", help="train a language model on text", allow_abbrev=False)
-    train.set_defaults(command=_train)
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        description = help[0].upper() + help[1:] + "."
+        added = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+        added.set_defaults(command=run)
+        return added
+
+    train = command("train", _train, "train a language model on text; leaves a checkpoint and a PNG of the curves")
     for f in dataclasses.fields(settings):
         kind = str if f.default is None else type(f.default)
-        default = "" if f.default is None else f" (default {f.default})"
-        choices, text = f.metadata["choices"], f.metadata["help"] + default
+        choices, text = f.metadata["choices"], f.metadata["help"]
+        text += "" if f.default is None else f" (default {f.default})"
+        metavar = None if choices else {int: "N", float: "X", str: "FILE"}[kind]
         option = "--" + f.name.replace("_", "-")
-        train.add_argument(
-            option, type=kind, choices=choices, default=argparse.SUPPRESS, help=text, metavar=f.name.upper()
-        )
-    train.add_argument("--out", help="folder of the run (default runs/METHOD)")
-    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
-    train.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+        train.add_argument(option, type=kind, choices=choices, default=argparse.SUPPRESS, help=text, metavar=metavar)
+    train.add_argument("--out", metavar="FOLDER", help="folder of the run (default runs/METHOD)")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
+    again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     train.add_argument("--quiet", action="store_true", help="print the result only")
 
-    evaluate = commands.add_parser("eval", help="measure a trained model", allow_abbrev=False)
-    evaluate.set_defaults(command=_eval)
+    evaluate = command("eval", _eval, "measure a trained model: perplexity, and the regime of its inference")
     evaluate.add_argument(
-        "--data", help="UTF-8 text file to measure on, whole; by default the held-out part of the run's text"
+        "--data",
+        metavar="FILE",
+        help="UTF-8 text file to measure on, whole; by default the held-out part of the run's text",
     )
 
-    generate = commands.add_parser("generate", help="continue a prompt", allow_abbrev=False)
-    generate.set_defaults(command=_generate)
-    generate.add_argument("--prompt", required=True, help="text to continue")
-    generate.add_argument("--tokens", type=int, default=100, help="tokens to add (default 100)")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    generate = command("generate", _generate, "continue a prompt by a trained model")
+    generate.add_argument("--prompt", metavar="TEXT", required=True, help="text to continue")
+    generate.add_argument("--tokens", metavar="N", type=int, default=100, help="tokens to add (default 100)")
     generate.add_argument(
-        "--top-k", type=int, default=40, help="draw from the k likeliest tokens; 0 is all (default 40)"
+        "--temperature", metavar="X", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)"
     )
-    generate.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
-    for command in (evaluate, generate):
-        command.add_argument("--checkpoint", default="runs/pc", help="a run's folder or its file (default runs/pc)")
-    for command in (train, evaluate, generate):
-        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
+    generate.add_argument(
+        "--top-k", metavar="N", type=int, default=40, help="draw from the N likeliest tokens; 0 is all (default 40)"
+    )
+    generate.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the draws (default 0)")
+    for added in (evaluate, generate):
+        added.add_argument(
+            "--checkpoint", metavar="PATH", default="runs/pc", help="a run's folder or its file (default runs/pc)"
+        )
+    for added in (train, evaluate, generate):
+        added.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     return parser
 
 
@@ -117,26 +141,25 @@ def _train(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         quiet=arguments.quiet,
     )
-    if result["report"] is not None:
-        print(result["report"])
-    else:
-        print(result["regime"])
+    print(result["report"] or result["regime"])
     print(f"curves {result['curves']}, checkpoint {result['checkpoint']}")
     _print_perplexities(settings.method, result["held_out_perplexity"], result["unigram_perplexity"])
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from .text import read_text, split
-    from .train import encode, load, perplexity, regime, unigram_perplexity
+    from . import checkpoint
+    from .text import read_text
+    from .train import BACKPROPAGATION, encode, load, own_text, perplexity, regime, unigram_perplexity
 
     model, free_energy, tokenizer, counts, settings = load(arguments.checkpoint, arguments.device)
-    text = read_text(arguments.data) if arguments.data else split(read_text(settings.data))[1]
+    if arguments.data is None:
+        _, record = checkpoint.load(arguments.checkpoint)
+        _, text = own_text(arguments.checkpoint, record, settings.data)
+    else:
+        text = read_text(arguments.data)
     tokens = encode(tokenizer, text)
     measured = perplexity(model, tokens)
-    if free_energy is not None:
-        print(regime(free_energy, tokens, settings.context, settings.batch))
-    else:
-        print("backpropagation: no inference")
+    print(regime(free_energy, tokens, settings.context, settings.batch) if free_energy else BACKPROPAGATION)
     _print_perplexities(settings.method, measured, unigram_perplexity(counts, tokens, settings.context))
 
 
@@ -145,7 +168,6 @@ def _print_perplexities(method: str, model: float, unigram: float) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from .text import InputError
     from .train import encode, generate, load
 
     try:

@@ -1,7 +1,7 @@
-"""A whole training step as one graph: all of inference and the weight gradients, traced once, compiled, and replayed.
+"""A whole training step as one graph: all of inference and the weight gradients, traced once and compiled.
 
-Small models on a CPU spend most of a PC step in Python and in autograd's bookkeeping, once per inference step. Traced to
-a flat list of ATen operations, as ``torch.compile`` does for one backward pass, that is paid once per shape of the
+Small models on a CPU spend most of a PC step in Python and in autograd's bookkeeping, once per inference step. Traced
+to a flat list of ATen operations, as ``torch.compile`` does for one backward pass, that is paid once per shape of the
 input. What is structurally zero (the error of a node that no signal has reached) and what repeats (the first layer's
 product with the clamped input) is then computed once or not at all.
 """
@@ -67,7 +67,7 @@ class CompiledSteps:
             return owner.loss_and_inference(*tree_unflatten(batch, spec))[0]
 
         graph, example = trace(loss, owner.model, inputs)
-        return torch._inductor.compile(graph, example, options=self.options), inference.check_values
+        return torch._inductor.compile(graph, example, options=self.options), inference.check_values  # type: ignore[arg-type]
 
 
 def trace(
@@ -131,7 +131,7 @@ def _simplify(graph: fx.GraphModule) -> None:
             zero.add(node)  # a node still at its prediction has no error, and sends none down
             value = node.meta["val"]
             constant[node] = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-        elif all(n in constant for n in node.all_input_nodes):
+        elif callable(node.target) and all(n in constant for n in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), constant.__getitem__)
             constant[node] = node.target(*args, **kwargs)
     for number, (node, value) in enumerate(constant.items()):

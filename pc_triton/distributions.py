@@ -30,7 +30,6 @@ from .reference import (
     wide,
 )
 
-
 if TYPE_CHECKING:
     from .inference import Inference
 
@@ -143,7 +142,7 @@ class Distribution(nn.Module):
         return mu + new, pi_ * e_mu, energy
 
     def fall(self, mu: Tensor, grad: Tensor, samples: int, unit: Tensor | None, **frozen: Any) -> Tensor:
-        """<J'g, V J'g> per sample ``[S]``: 2 pi times the fall of F that inference may cause, to first order in 1/pi."""
+        """<J'g, V J'g> per sample ``[S]``: 2 pi times the fall of F by inference, to first order in 1 / pi."""
         with torch.enable_grad():
             u = mu.detach().requires_grad_()
             push = torch.autograd.grad(self.emission(u, **frozen), u, grad)[0]
@@ -196,15 +195,13 @@ class Gaussian(Distribution):
             return pi / self._sigma2
         return pi / (unit * unit).clamp_min(1e-30)
 
-    def node_forward(self, mu, state, pi, unit, *, form):  # noqa: D102
+    def node_forward(self, mu, state, pi, unit, *, form):
         return backend(mu).gaussian_forward(mu, state, self._precision(pi, unit), form=form)
 
-    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False):  # noqa: D102
-        return backend(mu).gaussian_step(
-            mu, state, grad, self._precision(pi, unit), keep, move, form=form, moved=moved
-        )
+    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False):
+        return backend(mu).gaussian_step(mu, state, grad, self._precision(pi, unit), keep, move, form=form, moved=moved)
 
-    def fall(self, mu, grad, samples, unit):  # noqa: D102
+    def fall(self, mu, grad, samples, unit):
         g = wide(grad)
         return sum_samples(g * g, samples) * (self._sigma2 if unit is None else unit * unit)
 
@@ -248,13 +245,13 @@ class GaussianLogVar(Distribution):
         energy = 0.5 * (s + (target - m) ** 2 * (-s).exp())
         return sum_samples(energy, len(mu)), torch.tensor(float(len(mu)), device=mu.device)
 
-    def node_forward(self, mu, state, pi, unit, *, form, noise):  # noqa: D102
+    def node_forward(self, mu, state, pi, unit, *, form, noise):
         return backend(mu).gaussian_logvar_forward(mu, state, pi, noise, form=form)
 
-    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, noise):  # noqa: D102
+    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, noise):
         return backend(mu).gaussian_logvar_step(mu, state, grad, pi, keep, move, noise, form=form, moved=moved)
 
-    def fall(self, mu, grad, samples, unit, *, noise):  # noqa: D102
+    def fall(self, mu, grad, samples, unit, *, noise):
         _, s = wide(mu).chunk(2, -1)
         g = wide(grad)
         return sum_samples(s.exp() * g * g * (1 + 0.5 * wide(noise) ** 2), samples)
@@ -278,13 +275,13 @@ class Bernoulli(Distribution):
         _check_probabilities(target)
         return F.binary_cross_entropy_with_logits(mu, target, reduction="none")
 
-    def node_forward(self, mu, state, pi, unit, *, form):  # noqa: D102
+    def node_forward(self, mu, state, pi, unit, *, form):
         return backend(mu).bernoulli_forward(mu, state, pi, form=form)
 
-    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False):  # noqa: D102
+    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False):
         return backend(mu).bernoulli_step(mu, state, grad, pi, keep, move, form=form, moved=moved)
 
-    def fall(self, mu, grad, samples, unit):  # noqa: D102
+    def fall(self, mu, grad, samples, unit):
         p, g = torch.sigmoid(wide(mu)), wide(grad)
         return sum_samples(p * (1 - p) * g * g, samples)
 
@@ -337,7 +334,8 @@ class Categorical(Distribution):
         if target.dtype != torch.int64:
             raise ValueError(f"labels are {target.dtype}: give int64, or probabilities in floating point")
         if target.shape != mu.shape[:-1]:
-            raise ValueError(f"labels have shape {tuple(target.shape)}: logits {tuple(mu.shape)} need {tuple(mu.shape[:-1])}")
+            need = tuple(mu.shape[:-1])
+            raise ValueError(f"labels have shape {tuple(target.shape)}: logits {tuple(mu.shape)} need {need}")
         kept = target != self.ignore_index
         self.check_labels(target, mu.shape[-1])
         rows = mu.reshape(-1, mu.shape[-1])
@@ -368,17 +366,15 @@ class Categorical(Distribution):
         _check_probabilities(target)
         return torch.xlogy(target, target) - target * log_softmax(mu)
 
-    def node_forward(self, mu, state, pi, unit, *, form, causal=False, padding=None):  # noqa: D102
+    def node_forward(self, mu, state, pi, unit, *, form, causal=False, padding=None):
         return backend(mu).categorical_forward(mu, state, pi, form=form, causal=causal, padding=padding)
 
-    def node_step(  # noqa: D102
-        self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, causal=False, padding=None
-    ):
+    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, causal=False, padding=None):
         return backend(mu).categorical_step(
             mu, state, grad, pi, keep, move, form=form, moved=moved, causal=causal, padding=padding
         )
 
-    def fall(self, mu, grad, samples, unit, *, causal=False, padding=None):  # noqa: D102
+    def fall(self, mu, grad, samples, unit, *, causal=False, padding=None):
         p, g = self.emission(wide(mu), causal, padding), wide(grad)
         mean = (p * g).sum(-1, keepdim=True)
         return sum_samples(p * (g - mean) ** 2, samples)
@@ -396,7 +392,7 @@ def _check_probabilities(target: Tensor) -> None:
 
 
 class Laplace(Distribution):
-    """Laplace of scale 1, in units of the node's own scale: the tutorial's example of a family written by its energy."""
+    """Laplace of scale 1, in units of the node's own scale: an example of a family written by its energy alone."""
 
     measured = True
 

@@ -46,9 +46,9 @@ class FreeEnergy(nn.Module):
         model: any module with value nodes: `Linear`, `Attention`, a family such as `Categorical` after any
             module, or what `convert` makes.
         output: family of the output, clamped to y. By default Categorical for integer y; else the family of the node
-            whose emission the model returns; else Gaussian of variance 1. Such a last node is the output, no free state.
+            whose emission the model returns; else Gaussian of variance 1. Such a last node is the output and not free.
         steps: T >= 1, the inference steps, each a forward and a backward pass of the model.
-        order: ``"error"``: the free variables are the errors e = u - mu, all moved at once; one step reaches every depth
+        order: ``"error"``: the free variables are the errors e = u - mu, all moved at once; a step reaches every depth
             (Goemaere et al. 2025, arXiv 2505.20137). The learning pass makes the last of the T moves: the cost is
             (2 T + 1) / 3 of backpropagation's products, and T = 1 *is* backpropagation.
             ``"simultaneous"``: all states move from the same old states, as in the paper. ``"sweep"``: top-down, each

@@ -89,9 +89,9 @@ class _Visit(torch.autograd.Function):
 class Inference:
     """The states of one batch through its inference. `FreeEnergy` drives it; a value node calls `visit`."""
 
-    def __init__(self, owner: FreeEnergy, inputs: Any, target: Tensor | None, *, clamp_input: bool = True, order: str = "") -> None:
+    def __init__(self, owner: FreeEnergy, inputs: Any, target: Tensor | None, *, clamp_input: bool = True) -> None:
         self.owner, self.target, self.clamp_input = owner, target, clamp_input
-        self.order = order or owner.order
+        self.order = owner.order
         self.args, self.kwargs, first = _batch(inputs)
         self.samples = first.shape[0]
         check_finite("y", target)
@@ -122,8 +122,8 @@ class Inference:
         else:
             if self.visits == len(self.nodes) or self.nodes[self.visits].family is not family:
                 raise RuntimeError(
-                    f"node {self.owner.name_of(family)!r}: the model visits its nodes in another order than in its first "
-                    "pass; inference needs the same path at every step"
+                    f"node {self.owner.name_of(family)!r}: the model visits its nodes in another order than in its "
+                    "first pass; inference needs the same path at every step"
                 )
             node = self.nodes[self.visits]
         self.visits += 1
@@ -158,14 +158,15 @@ class Inference:
         assert node.state is not None
         by_gradient = self.optimizer is not None or self.mode == "probe"
         state = node.state.clone() if by_gradient else node.state  # a kernel moves it in place
-        state, grad_mu, _ = node.family.node_step(
+        moved, grad_mu, _ = node.family.node_step(
             mu, state, grad, node.pi, node.unit, self.keep, self.move,
             form=self.form, moved=self.order == "sweep", **node.frozen,
         )  # fmt: skip
+        assert moved is not None
         if not by_gradient:
-            node.state = state
+            node.state = moved
             return grad_mu
-        natural = node.state - state  # the natural gradient, since the step is 1
+        natural = node.state - moved  # the natural gradient, since the step is 1
         if self.mode == "probe":
             node.residual = sum_samples(natural * natural, self.samples).sqrt()
         else:
@@ -173,7 +174,7 @@ class Inference:
         return grad_mu
 
     def check_values(self, inputs: Any, target: Tensor | None) -> None:
-        """Raise ValueError for values that a batch of this inference's shapes could not have; see `FreeEnergy.forward`."""
+        """Raise ValueError for values that this inference's batch could not have; see `FreeEnergy.forward`."""
         _batch(inputs)
         check_finite("y", target)
         if target is not None and not target.is_floating_point():

@@ -20,13 +20,15 @@ class Block(nn.Module):
         self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x ``[B, N, width]`` to the same shape."""
+        """x ``[B, N, width]``, in the dtype of the weights, to the same shape and dtype."""
         x = x + self.attn(self.ln1(x))
         return x + self.down(F.gelu(self.up(self.ln2(x))))
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer language model with learned positions (GPT-2's layout and initialisation, std 0.02).
+    """A decoder-only transformer language model with learned positions.
+
+    The layout and the initialisation (standard deviation 0.02) are those of GPT-2 (Radford et al. 2019).
 
     vocabulary, width, heads, blocks, context: its sizes, context in tokens. attention: the node of the attention
     weights, as ``node`` in `Attention`. Raises ValueError for sizes below 1 or a width that is no multiple of heads.
@@ -43,9 +45,10 @@ class Transformer(nn.Module):
         attention: Distribution | bool = True,
     ) -> None:
         super().__init__()
-        for name, size in dict(vocabulary=vocabulary, width=width, heads=heads, blocks=blocks, context=context).items():
-            if size < 1:
-                raise ValueError(f"{name}={size}: give a whole number of at least 1")
+        if min(vocabulary, width, heads, blocks, context) < 1:
+            raise ValueError(f"{(vocabulary, width, heads, blocks, context)=}: give whole numbers of at least 1")
+        if width % heads:
+            raise ValueError(f"width={width} is no multiple of heads={heads}: give a width that the heads share evenly")
         self.context = context
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(blocks))
@@ -59,7 +62,9 @@ class Transformer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, N, vocabulary]`` of the tokens that follow; tokens int64 ``[B, N]``, N <= context.
+        """Logits ``[B, N, vocabulary]``, in the dtype of the weights, of the tokens that follow each token.
+
+        tokens: int64 ``[B, N]``, N <= context, on the device of the weights.
 
         Raises ValueError for a longer sequence.
         """

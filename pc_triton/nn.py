@@ -91,7 +91,7 @@ class Attention(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, context: Tensor | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Attention of x ``[B, N, embed_dim]`` over itself, or over context ``[B, K, embed_dim]``: ``[B, N, embed_dim]``.
+        """Attention of x ``[B, N, embed_dim]`` over itself or over context ``[B, K, embed_dim]``; x's shape.
 
         key_padding_mask: bool ``[B, K]``, True where a key is padding. Raises ValueError for a wrong shape or dtype.
         """
@@ -144,13 +144,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = F._in_projection_packed(query, key, value, self.in_proj_weight, self.in_proj_bias)  # type: ignore
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         bias = None
-        for mask, shape in (
-            (attn_mask, (-1, self.num_heads, q.shape[2], k.shape[2]) if attn_mask is not None and attn_mask.dim() == 3 else None),
-            (key_padding_mask, (len(q), 1, 1, -1)),
-        ):
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[:, None, None, :]
+        for mask in (attn_mask, key_padding_mask):
             if mask is not None:
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf) if mask.dtype == torch.bool else mask
-                mask = mask if shape is None else mask.reshape(shape)
+                if mask.dtype == torch.bool:
+                    mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
                 bias = mask if bias is None else bias + mask
         out, weights = _attend(self.node, q, k, v, False, None, bias, self.dropout if self.training else 0.0)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
@@ -210,7 +211,7 @@ def _check_padding(mask: Tensor | None, keys: Tensor) -> None:
 
 
 def convert(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-    """Give a model's layers value nodes, in place: the same parameters, outputs and state dict, and now trainable by PC.
+    """Give a model's layers value nodes, in place: parameters, outputs and state dict stay, and PC can train it.
 
     Converts every ``nn.Linear``, ``nn.MultiheadAttention`` and ``nn.Softmax`` over the last axis, and with them
     ``nn.TransformerEncoderLayer`` (whose fused inference path is switched off, since it would pass by its layers).
@@ -234,7 +235,7 @@ def convert(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
                 continue
             module.__class__ = MultiheadAttention
             module.node = Categorical()
-            module.out_proj.__class__ = Linear
+            module.out_proj.__class__ = Linear  # type: ignore[assignment]
             module.out_proj.node = Gaussian()
             changes[name] = "MultiheadAttention -> pc.MultiheadAttention"
         elif type(module) is nn.TransformerEncoderLayer:
@@ -243,9 +244,9 @@ def convert(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         elif type(module) is nn.TransformerEncoder:
             module.use_nested_tensor = False
         elif type(module) is nn.Softmax and module.dim == -1:
-            module.__class__ = Categorical
-            module.ignore_index = -100
+            module.__class__ = Categorical  # type: ignore[assignment]
+            module.ignore_index = -100  # type: ignore[assignment]
             changes[name] = "Softmax -> pc.Categorical"
-    if not changes:
+    if not any("->" in change for change in changes.values()):
         raise ValueError("nothing to convert: the model has no nn.Linear, nn.MultiheadAttention or nn.Softmax(-1)")
     return model, changes

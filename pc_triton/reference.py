@@ -90,7 +90,8 @@ def gaussian_step(
     energy = torch.zeros_like(precision) if d is None else 0.5 * precision * sum_samples(d * d, len(precision))
     if error:
         return new, grad, energy
-    assert new is not None and shown is not None
+    assert new is not None
+    assert shown is not None
     return wide(mu) + new, (-per_sample(precision, mu) * shown).to(mu.dtype), energy
 
 
@@ -220,7 +221,7 @@ def categorical_forward(
 ) -> tuple[Tensor, Tensor]:
     """Emission softmax(u) and pi KL of the softmaxes, over the last axis."""
     logits = mask_logits(wide(mu), causal, padding)
-    u = logits + state if form == "error" else mask_logits(state, causal, padding)
+    u = logits + state if form == "error" else state.masked_fill(logits == -torch.inf, -torch.inf)
     return log_softmax(u).exp().to(mu.dtype), precision * sum_samples(categorical_energy(u, logits), len(precision))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,19 +66,19 @@ class Report:
         first = self.free_energies[0]
         explained = (first - self.free_energies[-1]) / abs(first) if first else 0.0
         return (
-            f"settled {self.settled:.1%} of the reachable fall in {self.steps} steps (it explains {explained:.2%} of F), "
-            f"residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} (worst parameter {self.worst_cosine:.3f})"
+            f"settled {self.settled:.1%} of the reachable fall in {self.steps} steps (it explains {explained:.2%} of "
+            f"F), residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} (worst parameter "
+            f"{self.worst_cosine:.3f})"
         )
 
     def __str__(self) -> str:
         width = max(4, *(len(node.name) for node in self.nodes))
         lines = [f"{'node':<{width}}  {'family':<14}  {'precision':>9}  {'energy':>9}  {'residual':>8}"]
         for node in self.nodes:
-            lines.append(
-                f"{node.name:<{width}}  {node.family:<14}  {node.precision:>9.3g}  {node.energy:>9.3g}  {node.residual:>8.2g}"
-            )
-        lines.append("F per item: " + ", ".join(f"{f:.6g}" for f in self.free_energies) + f"; long run {self.long_run:.6g}")
-        return "\n".join([*lines, self.regime])
+            numbers = f"{node.precision:>9.3g}  {node.energy:>9.3g}  {node.residual:>8.2g}"
+            lines.append(f"{node.name:<{width}}  {node.family:<14}  {numbers}")
+        free_energies = ", ".join(f"{f:.6g}" for f in self.free_energies)
+        return "\n".join([*lines, f"F per item: {free_energies}; long run {self.long_run:.6g}", self.regime])
 
 
 def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
@@ -87,21 +88,25 @@ def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
         inference = Inference(owner, x, y)
         owner.settle(inference, owner.steps)
         last = inference.probe()
-        free = [node for node in inference.nodes if node.residual is not None]
-
+        settler = copy.copy(owner)  # the same nodes and precisions, settled by the guarded error order
+        settler.order, settler.state_optimizer = "error", None
         torch.set_rng_state(random)  # the same noise
-        start = Inference(owner, x, y, order="error")
+        start = Inference(settler, x, y)
         start.calibrate(start.forward("first"))
-        begun = [node.state for node in start.nodes if node.state is not None]
-        at_prediction = [sum_samples(state**2, start.samples).sqrt() / owner.step for state in begun]
+        free, at_prediction = [], []
+        for node, begun in zip(inference.nodes, start.nodes):
+            if node.residual is not None and begun.state is not None:
+                free.append(node)
+                at_prediction.append(sum_samples(begun.state**2, start.samples).sqrt() / owner.step)
         long_run = torch.minimum(start.long_run(LONG_RUN), last)
 
         torch.set_rng_state(random)
-        loss = owner(x, y) if owner.order != "incremental" else next(iter(owner.incremental(x, y)))
+        incremental = owner.order == "incremental"
+        loss = next(owner.incremental(x, y)) if incremental else owner.loss_and_inference(x, y)[0]
         parameters = [p for p in owner.model.parameters() if p.requires_grad]
         learning = torch.autograd.grad(loss, parameters, materialize_grads=True)
         torch.set_rng_state(random)
-        plain = Inference(owner, x, y, order="error").forward("first").sum()
+        plain = Inference(settler, x, y).forward("first").sum()
         backpropagation = torch.autograd.grad(plain, parameters, materialize_grads=True)
 
     items = float(inference.items) or 1.0
@@ -110,7 +115,7 @@ def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
             node.name,
             type(node.family).__name__,
             float(node.pi.mean()),
-            float(node.energy.detach().sum()) / items,
+            float(node.energy.detach().sum() if node.energy is not None else 0.0) / items,
             _ratio([node.residual], [norm]),
         )
         for node, norm in zip(free, at_prediction)
@@ -119,7 +124,7 @@ def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
     return Report(
         nodes,
         owner.steps,
-        tuple(float(e.sum()) / items for e in [*inference.energies[: owner.steps], last]),
+        tuple(float(e.sum()) / items for e in inference.energies[-owner.steps - 1 :]),
         float(long_run.sum()) / items,
         _ratio([node.residual for node in free], at_prediction),
         _cosine(learning, backpropagation),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BLOCK = 2000
 """Characters of text, about, that go to one side of the split together."""
@@ -26,7 +28,7 @@ def read_text(path: str | None = None) -> str:
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: give a readable text file with --data") from None
+        raise InputError(f"{Path(path)}: {error.strerror}: give a readable text file with --data") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 at byte {error.start}: convert it, as with `iconv -t UTF-8`") from None
     if not text.strip():
@@ -67,15 +69,20 @@ def split(text: str) -> tuple[str, str]:
 def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
     """A byte-level BPE tokenizer, which can encode any text, of exactly ``vocabulary`` >= 256 tokens learned from text.
 
+    Byte-pair encoding is Sennrich et al. 2016 (arXiv 1508.07909), on bytes that of GPT-2.
+
     Raises InputError if the vocabulary is too small, or larger than the text yields.
     """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     if vocabulary < 256:
         raise InputError(f"vocabulary={vocabulary}: a byte-level vocabulary needs at least 256 tokens")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    most = min(vocabulary, 256 + len(text.encode()))  # a merge each: the trainer allocates what it is asked for
+    trainer = trainers.BpeTrainer(vocab_size=most, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     size = tokenizer.get_vocab_size()
     if size < vocabulary:

@@ -32,6 +32,7 @@ from .text import InputError, read_text, split, train_tokenizer
 METHODS = ("pc", "bp", "gaussian-pc")
 ORDERS = ("error", "sweep", "simultaneous", "incremental")
 MAY_CHANGE = ("data", "steps", "eval_every")  # when a run is resumed; the text itself is compared by its digest
+BACKPROPAGATION = "backpropagation: no inference"
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -42,7 +43,7 @@ def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) ->
 class Settings:
     """What defines a run. Raises InputError where a value is out of range."""
 
-    method: str = _setting("pc", "pc, bp (backpropagation) or gaussian-pc (every energy Gaussian)", METHODS)
+    method: str = _setting("pc", "predictive coding, backpropagation, or PC with every energy Gaussian", METHODS)
     data: str | None = _setting(None, "UTF-8 text file to train on; Python's language reference if not given")
     width: int = _setting(128, "units of the residual stream, a multiple of heads")
     heads: int = _setting(4, "attention heads")
@@ -53,20 +54,20 @@ class Settings:
     steps: int = _setting(600, "training steps")
     lr: float = _setting(2e-3, "peak learning rate of AdamW; 5 percent warm-up, then a cosine to a tenth")
     seed: int = _setting(0, "seed of the weights and the batches")
-    inference_steps: int = _setting(3, "T, the inference steps of predictive coding")
-    order: str = _setting("error", "order of inference: " + ", ".join(ORDERS), ORDERS)
+    inference_steps: int = _setting(2, "T, the inference steps of predictive coding")
+    order: str = _setting("error", "order of inference", ORDERS)
     displacement: float = _setting(0.003, "fraction of the free energy that inference may explain away")
     eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "blocks", "context", "batch", "steps", "inference_steps", "eval_every"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}={value}: give a whole number of at least 1")
+            if not isinstance(value, int) or not 1 <= value < 2**31:
+                raise InputError(f"{name}={value}: give a whole number of at least 1, below 2**31")
         if not 0 < self.lr < math.inf:
             raise InputError(f"lr={self.lr}: give a positive finite learning rate, such as 2e-3")
         if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed={self.seed}: give a whole number of at least 0")
+            raise InputError(f"seed={self.seed}: give a whole number of at least 0, below 2**63")
         for name, choices in (("method", METHODS), ("order", ORDERS)):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
@@ -94,9 +95,10 @@ def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
 
 
 def losses(model: Transformer, free_energy: FreeEnergy | None, x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """The losses of one training step, 0-dim, in nats per token; one, or T in incremental order.
+    """The losses of one training step, float32, 0-dim; one, or T in incremental order.
 
-    x, y: int64 ``[B, N]``, tokens and the tokens that follow.
+    x, y: int64 ``[B, N]``, tokens and the tokens that follow. In nats per token; of Gaussian PC, per sequence.
+    Raises ValueError as `FreeEnergy` does.
     """
     if free_energy is None:
         yield F.cross_entropy(model(x).flatten(0, 1), y.flatten())
@@ -120,7 +122,7 @@ def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
     count = (len(tokens) - 1) // context
     if count < 1:
         raise InputError(
-            f"{len(tokens)} tokens of text for a context of {context}: give more text or a smaller context"
+            f"{len(tokens)} tokens of text for a context of {context}: give more, or train with a smaller --context"
         )
     end = count * context
     return tokens[:end].view(count, context), tokens[1 : end + 1].view(count, context)
@@ -128,7 +130,10 @@ def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def perplexity(model: Transformer, tokens: Tensor) -> float:
-    """Perplexity per token of plain forward passes over the windows of a text; tokens int64 ``[L]``, on any device."""
+    """Perplexity per token of plain forward passes over the `windows` of a text; tokens int64 ``[L]``, on the CPU.
+
+    Raises InputError for a text shorter than the context.
+    """
     device = model.head.weight.device
     total = torch.zeros((), dtype=torch.float64)
     x, y = windows(tokens, model.context)
@@ -141,14 +146,18 @@ def perplexity(model: Transformer, tokens: Tensor) -> float:
 def unigram_perplexity(counts: Tensor, tokens: Tensor, context: int) -> float:
     """Perplexity per token of the add-one smoothed unigram model, over the same tokens as `perplexity`.
 
-    counts: int64 ``[vocabulary]``, of the training tokens; tokens int64 ``[L]``.
+    counts: int64 ``[vocabulary]``, of the training tokens; tokens int64 ``[L]``. Raises InputError for a text shorter
+    than the context.
     """
     log_q = (counts.double() + 1).log() - (counts.double() + 1).sum().log()
     return float((-log_q[windows(tokens, context)[1]].mean()).exp())
 
 
 def regime(free_energy: FreeEnergy, tokens: Tensor, context: int, sequences: int) -> Report:
-    """`FreeEnergy.report` on the first sequences of a text; tokens int64 ``[L]``."""
+    """`FreeEnergy.report` on the first sequences of a text; tokens int64 ``[L]``.
+
+    Raises InputError for a text shorter than the context.
+    """
     device = next(free_energy.parameters()).device
     x, y = (t[:sequences].to(device) for t in windows(tokens, context))
     return free_energy.report(x, _target(free_energy, y))
@@ -176,7 +185,7 @@ def train(
     resume: go on from the checkpoint in ``out``: on a CPU bit for bit as if the run had not stopped. overwrite: replace
     the run that ``out`` holds. quiet: print nothing.
 
-    Returns ``held_out_perplexity`` and ``unigram_perplexity`` (per token), ``losses`` (nats per token, one a step),
+    Returns ``held_out_perplexity`` and ``unigram_perplexity`` (per token), ``losses`` (one a step, see `losses`),
     ``evaluations`` (a dict with step, perplexity and, for PC, settled and cosine for each), ``report`` (a `Report`, or
     None for backpropagation), ``regime`` (its line), ``parameters`` (their number), ``settings``, ``checkpoint`` and
     ``curves`` (paths).
@@ -188,13 +197,14 @@ def train(
     path = folder / checkpoint.NAME
     if path.exists() and not (resume or overwrite):
         raise InputError(f"{folder} already holds a run: add --resume or --overwrite, or choose another --out")
-    tensors, record = checkpoint.load(path) if resume else ({}, {})
-    train_text, held_out_text = split(read_text(settings.data))
-    digest = hashlib.sha256(train_text.encode("utf-8", "surrogatepass")).hexdigest()
     if resume:
-        _check_same(path, settings, record, digest)
+        tensors, record = checkpoint.load(path)
+        _check_same(path, settings, record)
+        train_text, held_out_text = own_text(path, record, settings.data)
         tokenizer = Tokenizer.from_str(record["tokenizer"])
     else:
+        tensors, record = {}, {}
+        train_text, held_out_text = split(read_text(settings.data))
         tokenizer = train_tokenizer(train_text, settings.vocabulary)
     tokens, held_out = encode(tokenizer, train_text), encode(tokenizer, held_out_text)
     for name, part in (("training", tokens), ("held-out", held_out)):
@@ -226,7 +236,7 @@ def train(
                 "losses": loss_curve,
                 "evaluations": evaluations,
                 "tokenizer": tokenizer.to_str(),
-                "text": digest,
+                "text": _digest(train_text, held_out_text),
             },
         )
 
@@ -268,20 +278,26 @@ def train(
             due = done % settings.eval_every == 0 or done == settings.steps
             if due or stopped() or len(fresh) == 10:  # reading the loss waits for a GPU, so not at every step
                 for k, (value, size) in enumerate(torch.stack(fresh).tolist(), done - len(fresh) + 1):
-                    if not math.isfinite(value + size):
-                        raise _diverged(k, "loss" if math.isfinite(size) else "gradient", value, settings, path)
+                    if not math.isfinite(value):
+                        raise _diverged(k, "loss", value, settings, path)
+                    if not math.isfinite(size):
+                        raise _diverged(k, "gradient's norm", size, settings, path)
                     loss_curve.append(value)
                 fresh.clear()
                 bar.set_postfix_str(_status(loss_curve, evaluations))
             if due:
                 evaluate()
-                bar.set_postfix_str(_status(loss_curve, evaluations))
-                say(f"step {done}/{settings.steps}: {_status(loss_curve, evaluations)} (unigram {unigram:.1f})")
             if due or stopped():
                 save()
+            if due:
+                bar.set_postfix_str(_status(loss_curve, evaluations))
+                say(f"step {done}/{settings.steps}: {_status(loss_curve, evaluations)} (unigram {unigram:.1f})")
             if stopped():
                 raise KeyboardInterrupt(f"stopped at step {done}: continue with --resume --out {folder}")
 
+    if not evaluations or evaluations[-1]["step"] < done:  # resumed where it was stopped, with no step to go
+        evaluate()
+        save()
     curves = folder / "curves.png"
     checkpoint.write(curves, plot(settings, loss_curve, evaluations, unigram))
     final = regime(free_energy, held_out, settings.context, settings.batch) if free_energy is not None else None
@@ -293,10 +309,21 @@ def train(
         "losses": loss_curve,
         "evaluations": evaluations,
         "report": final,
-        "regime": final.regime if final is not None else "backpropagation: no inference",
+        "regime": final.regime if final is not None else BACKPROPAGATION,
         "checkpoint": path,
         "curves": curves,
     }
+
+
+def own_text(path: str | Path, record: dict[str, Any], data: str | None) -> tuple[str, str]:
+    """The training and the held-out text of a checkpoint's run, read from data (a file; None is the default text).
+
+    Raises InputError if that cannot be read, or is not the text of the run.
+    """
+    parts = split(read_text(data))
+    if record["text"] != _digest(*parts):
+        raise InputError(f"the text is not the one {path} was trained on: give the same --data (and the same Python)")
+    return parts
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Tensor:
@@ -332,7 +359,7 @@ def generate(
     """A text's tokens with ``count`` more, drawn one by one: int64 ``[L + count]``, on the CPU.
 
     tokens: int64 ``[L]``, L >= 1. temperature: divides the logits; 0 takes the likeliest token. top_k: draw from the k
-    likeliest tokens only; 0 is all. Raises InputError for values out of range.
+    likeliest tokens only; 0 is all. seed: of the draws. Raises InputError for values out of range.
     """
     if len(tokens) == 0:
         raise InputError("the prompt is empty: give at least one character with --prompt")
@@ -342,22 +369,28 @@ def generate(
         raise InputError(f"temperature={temperature}: give 0 (the likeliest token) or a positive finite number")
     if top_k < 0:
         raise InputError(f"top_k={top_k}: give 0 (all tokens) or a positive whole number")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed={seed}: give a whole number of at least 0, below 2**63")
     device, random = model.head.weight.device, torch.Generator().manual_seed(seed)
     for _ in range(count):
         logits = model(tokens[None, -model.context :].to(device))[0, -1].double().cpu()
         likeliest = logits.topk(1 if temperature == 0 else min(top_k or len(logits), len(logits)))
-        p = (likeliest.values / (temperature or 1.0)).softmax(-1)
+        p = ((likeliest.values - likeliest.values[0]) / (temperature or 1.0)).softmax(-1)
         tokens = torch.cat([tokens, likeliest.indices[torch.multinomial(p, 1, generator=random)]])
     return tokens
 
 
 def plot(settings: Settings, losses: list[float], evaluations: list[dict[str, Any]], unigram: float) -> bytes:
-    """A PNG of both curves: the training loss of each step, and the held-out perplexity beside the unigram model's."""
+    """A PNG of both curves: the training loss of each step, and the held-out perplexity beside the unigram model's.
+
+    losses, evaluations, unigram: as `train` returns them.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(range(1, len(losses) + 1), losses, linewidth=0.8)
     name = "cross-entropy" if settings.method == "bp" else "free energy"
-    left.set(title=f"training {name} ({settings.method})", xlabel="step", ylabel=f"{name}, nats per token")
+    item = "sequence" if settings.method == "gaussian-pc" else "token"
+    left.set(title=f"training {name} ({settings.method})", xlabel="step", ylabel=f"{name}, nats per {item}")
     right.plot([row["step"] for row in evaluations], [row["perplexity"] for row in evaluations], marker="o")
     right.axhline(unigram, color="gray", linestyle="--", label=f"unigram model, {unigram:.0f}")
     right.set(title="held-out perplexity", xlabel="step", ylabel="per token", yscale="log")
@@ -385,7 +418,7 @@ def _status(losses: list[float], evaluations: list[dict[str, Any]]) -> str:
 
 def _diverged(step: int, what: str, value: float, settings: Settings, path: Path) -> InputError:
     kept = f"; the earlier checkpoint is kept in {path}" if path.exists() else ""
-    return InputError(f"{what} at step {step} is not finite ({value}): lower --lr, now {settings.lr}{kept}")
+    return InputError(f"{what} at step {step} is not finite ({value}): train with a --lr below {settings.lr}{kept}")
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Generator) -> dict[str, Tensor]:
@@ -421,29 +454,35 @@ def _restore(
         ) from None
 
 
-def _check_same(path: Path, settings: Settings, record: dict[str, Any], digest: str) -> None:
-    """Raise InputError if a run with these settings and text would not be the checkpoint's, going on."""
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _check_same(path: Path, settings: Settings, record: dict[str, Any]) -> None:
+    """Raise InputError if a run with these settings would not be the checkpoint's, going on."""
     stored = stored_settings(path, record)
     for name in (f.name for f in dataclasses.fields(Settings) if f.name not in MAY_CHANGE):
         old, new = getattr(stored, name), getattr(settings, name)
         if old != new:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{path} was made with {option} {old}, not {new}: leave it out, or train in another --out")
-    if record["text"] != digest:
-        raise InputError(f"the text is not the one {path} was trained on: give the same --data (and the same Python)")
     if record["step"] > settings.steps:
         raise InputError(f"{path} is at step {record['step']} already: give --steps of at least that")
 
 
 def _make_folder(folder: Path) -> None:
-    """Make the folder and try to write in it, so that a run does not fail at its first checkpoint."""
+    """Make the folder and try to write in it, so that a run does not fail at its first checkpoint.
+
+    What a killed run left half-written there is removed.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}: choose another --out") from None
     probe = folder / ".probe"
     checkpoint.write(probe, b"")
-    probe.unlink(missing_ok=True)
+    for left in (probe, *folder.glob(".*.tmp")):
+        left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -66,7 +66,9 @@ def test_trace_skips_what_is_zero():
     model = network()
     free_energy = pc.FreeEnergy(model, order="simultaneous", steps=2, precision=1.0, step=0.1)
     graph, _ = trace(lambda x, y: free_energy.loss_and_inference(x, y)[0], model, batch())
-    products = sum(n.op == "call_function" and n.target.name() in ("aten::mm", "aten::addmm") for n in graph.graph.nodes)
+    products = sum(
+        n.op == "call_function" and n.target.name() in ("aten::mm", "aten::addmm") for n in graph.graph.nodes
+    )
     # forward: 3 at the prediction, and 2 in each of two later passes (the first layer's is the same); backward: the
     # output's error twice, the second node's once; weights: 3
     assert products == 3 + 2 * 2 + 3 + 3

@@ -9,24 +9,23 @@ product with the clamped input) is then computed once or not at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .dispatch import tracing
+from .inference import check_values, output_family
 
 if TYPE_CHECKING:
     from .free_energy import FreeEnergy
 
 OPTIONS = {"cpp_wrapper": True, "cpp.use_decompose_tanh": True}
 """Inductor's options by default: no Python between its kernels, and tanh by exp, vectorised (error 1e-7)."""
-
-
-def tracing() -> bool:
-    """Whether a step is being traced, when values cannot be looked at."""
-    return get_proxy_mode() is not None
 
 
 class CompiledSteps:
@@ -67,7 +66,9 @@ class CompiledSteps:
             return owner.loss_and_inference(*tree_unflatten(batch, spec))[0]
 
         graph, example = trace(loss, owner.model, inputs)
-        return torch._inductor.compile(graph, example, options=self.options), inference.check_values  # type: ignore[arg-type]
+        step = torch._inductor.compile(graph, example, options=self.options)  # type: ignore[arg-type]
+        family = None if y is None else output_family(owner.output, inference.output, y)
+        return step, partial(check_values, family=family, classes=inference.out.shape[-1])
 
 
 def trace(
@@ -91,8 +92,12 @@ def trace(
         return (value.detach(), *grads)
 
     example = [t.detach() for t in (*state.values(), *inputs)]
-    with torch.random.fork_rng():
-        graph = make_fx(step)(*example)
+    token = tracing.set(True)
+    try:
+        with torch.random.fork_rng():
+            graph = make_fx(step)(*example)
+    finally:
+        tracing.reset(token)
     for node in graph.graph.nodes:
         if node.op == "call_function" and any(word in node.target.name() for word in ("dropout", "bernoulli")):
             raise ValueError("compile() cannot hold dropout fixed through inference: set its probability to 0")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import reference
 
+tracing: ContextVar[bool] = ContextVar("pc_triton_tracing", default=False)
+"""Whether a training step is being traced by ``compiled.py``: values cannot be looked at then."""
 _forced: ContextVar[str | None] = ContextVar("pc_triton_backend", default=None)
 _triton: Any = None
 

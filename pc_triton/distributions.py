@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compiled import tracing
-from .dispatch import backend
+from .dispatch import backend, tracing
 from .reference import (
     Step,
     bernoulli_energy,
@@ -111,7 +110,7 @@ class Distribution(nn.Module):
         self,
         mu: Tensor,
         state: Tensor | None,
-        grad: Tensor,
+        grad: Tensor | None,
         pi: Tensor,
         unit: Tensor | None,
         keep: Tensor | None,
@@ -128,7 +127,9 @@ class Distribution(nn.Module):
             u = (mu + d).detach().requires_grad_()
             energy = sum_samples(self._in_units(u, mu_, unit), len(pi))
             e_u, e_mu = torch.autograd.grad(energy.sum(), [u, mu_], materialize_grads=True)
-            push = torch.autograd.grad(self.emission(u, **frozen), u, grad)[0]
+            push = mu.new_zeros(())
+            if grad is not None:
+                push = torch.autograd.grad(self.emission(u, **frozen), u, grad)[0]
         energy = pi * energy.detach()
         new = d
         if keep is not None and move is not None:
@@ -344,7 +345,7 @@ class Categorical(Distribution):
 
     def check_labels(self, labels: Tensor, classes: int) -> None:
         """Raise ValueError for a label outside 0 .. classes - 1 that is not ignored (on a GPU assert on the device)."""
-        if tracing():
+        if tracing.get():
             return
         if not labels.is_cuda:
             low, high = labels.aminmax()
@@ -382,7 +383,7 @@ class Categorical(Distribution):
 
 def _check_probabilities(target: Tensor) -> None:
     """Raise ValueError for a target outside [0, 1] (on a GPU assert on the device)."""
-    if tracing():
+    if tracing.get():
         return
     wrong = ((target < 0) | (target > 1)).any()
     if wrong.is_cuda:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .compiled import CompiledSteps
 from .distributions import Distribution, Gaussian
 from .inference import Inference
 from .report import Report, report
+
+if TYPE_CHECKING:
+    from .compiled import CompiledSteps
 
 Order = Literal["error", "sweep", "simultaneous", "incremental"]
 StateOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -163,6 +165,8 @@ class FreeEnergy(nn.Module):
         """
         if self.order == "incremental" or self.state_optimizer is not None:
             raise ValueError("compile() needs order error, sweep or simultaneous, and state_optimizer=None")
+        from .compiled import CompiledSteps  # brings in much of torch that nothing else needs
+
         self._compiled = CompiledSteps(self, options)
 
     def incremental(self, x: Any, y: Tensor | None = None) -> Iterator[Tensor]:

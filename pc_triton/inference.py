@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .compiled import tracing
+from .dispatch import tracing
 from .distributions import Categorical, Distribution, Gaussian, current
 from .reference import per_sample, sum_samples, wide
 
@@ -69,7 +69,8 @@ class _Visit(torch.autograd.Function):
     def backward(ctx, grad, grad_energy):
         (mu,) = ctx.saved_tensors
         node, inference = ctx.node, ctx.inference
-        grad = mu.new_zeros(ctx.shape) if grad is None else grad
+        if grad is None and (inference.form == "error" or inference.mode != "learn"):
+            grad = mu.new_zeros(ctx.shape)
         # F is linear in its energies, so a loss scaled by its user (mean over items, GradScaler) scales pi.
         if inference.mode == "learn":
             _, grad_mu, _ = node.family.node_step(
@@ -173,15 +174,6 @@ class Inference:
             node.state.grad = natural
         return grad_mu
 
-    def check_values(self, inputs: Any, target: Tensor | None) -> None:
-        """Raise ValueError for values that this inference's batch could not have; see `FreeEnergy.forward`."""
-        _batch(inputs)
-        check_finite("y", target)
-        if target is not None and not target.is_floating_point():
-            family = output_family(self.owner.output, self.output, target)
-            if isinstance(family, Categorical):
-                family.check_labels(target, self.out.shape[-1])
-
     # Passes.
 
     def forward(self, mode: str) -> Tensor:
@@ -203,7 +195,16 @@ class Inference:
             if node.energy is not None:
                 energy = energy + node.energy
         self.energies.append(energy.detach())
+        if mode != "first" or not self.owner.calibrates:
+            self._release()
         return energy
+
+    def _release(self) -> None:
+        """Keep values only: a value node's graph holds this object, and Python cannot collect such a cycle."""
+        self.out = self.out.detach()
+        for node in self.nodes:
+            node.mu, node.emission = node.mu.detach(), node.emission.detach()
+            node.energy = None if node.energy is None else node.energy.detach()
 
     def _check_pass(self) -> None:
         if not isinstance(self.out, Tensor):
@@ -370,9 +371,17 @@ def output_family(given: Distribution | None, node: ValueNode | None, target: Te
     return own if target.is_floating_point() or isinstance(own, Categorical) else Categorical()
 
 
+def check_values(inputs: Any, target: Tensor | None, family: Distribution | None, classes: int) -> None:
+    """Raise ValueError for what a batch may not hold: no samples, NaN, infinity, labels that are no class."""
+    _batch(inputs)
+    check_finite("y", target)
+    if target is not None and not target.is_floating_point() and isinstance(family, Categorical):
+        family.check_labels(target, classes)
+
+
 def check_finite(name: str, t: Tensor | None) -> None:
     """Raise ValueError if t holds NaN or infinity (on a GPU a device-side assertion, so as not to wait for it)."""
-    if t is None or tracing() or not t.is_floating_point():
+    if t is None or tracing.get() or not t.is_floating_point():
         return
     if t.is_cuda:
         torch._assert_async(t.detach().isfinite().all(), f"{name} holds NaN or infinity")

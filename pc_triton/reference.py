@@ -18,7 +18,8 @@ exponential families the Fisher information of the state), V dF/du = pi d + grad
     d <- keep d - (move / pi) grad,        keep = 1 - step, move = step: a descent step; 1 is Newton's.
 
 The same step therefore suits a unit of any scale and a saturated softmax alike; the fixed point is that of plain
-gradient descent. ``keep=None`` leaves the state where it is: the learning pass.
+gradient descent. ``keep=None`` leaves the state where it is: the learning pass, which in state form does not read
+``grad`` (it may be None).
 
 Shapes: mu, state, grad ``[S * r, ...]`` with S samples of r rows each; precision, keep, move and energies ``[S]``.
 Arithmetic is in float32, or in float64 where mu is float64; the emission has mu's dtype.
@@ -51,6 +52,11 @@ def sum_samples(x: Tensor, samples: int) -> Tensor:
     return x.reshape(samples, -1).sum(1)
 
 
+def _sent(grad: Tensor | None, mu: Tensor) -> Tensor:
+    """What the children send back; 0 where nothing reads it."""
+    return wide(mu).new_zeros(()) if grad is None else wide(grad)
+
+
 def _moved(d: Tensor | None, push: Tensor, keep: Tensor, move_over_precision: Tensor) -> Tensor:
     """d <- keep d - (move / pi) push."""
     new = -per_sample(move_over_precision, push) * push
@@ -72,7 +78,7 @@ def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str)
 def gaussian_step(
     mu: Tensor,
     state: Tensor | None,
-    grad: Tensor,
+    grad: Tensor | None,
     precision: Tensor,
     keep: Tensor | None,
     move: Tensor | None,
@@ -85,10 +91,11 @@ def gaussian_step(
     d = state if error or state is None else state - wide(mu)
     new = d
     if keep is not None and move is not None:
-        new = _moved(d, wide(grad), keep, move / precision)
+        new = _moved(d, _sent(grad, mu), keep, move / precision)
     shown = new if moved else d
     energy = torch.zeros_like(precision) if d is None else 0.5 * precision * sum_samples(d * d, len(precision))
     if error:
+        assert grad is not None
         return new, grad, energy
     assert new is not None
     assert shown is not None
@@ -119,7 +126,7 @@ def gaussian_logvar_energy(u: Tensor, mu: Tensor) -> Tensor:
 def gaussian_logvar_step(
     mu: Tensor,
     state: Tensor | None,
-    grad: Tensor,
+    grad: Tensor | None,
     precision: Tensor,
     keep: Tensor | None,
     move: Tensor | None,
@@ -129,7 +136,7 @@ def gaussian_logvar_step(
     moved: bool = False,
 ) -> Step:
     """The table's second row; V = (e^s^, 2), the inverse Fisher information of (m, s) at the prediction."""
-    mu_, g, xi = wide(mu), wide(grad), wide(noise)
+    mu_, g, xi = wide(mu), _sent(grad, mu), wide(noise)
     d = torch.zeros_like(mu_) if state is None else (state if form == "error" else state - mu_)
     (dm, ds), (_, s_hat) = d.chunk(2, -1), mu_.chunk(2, -1)
     variance, g_s = s_hat.exp(), g * xi * (0.5 * (s_hat + ds)).exp()  # g_s is 2 dm(u)/ds g
@@ -164,7 +171,7 @@ def bernoulli_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str
 def bernoulli_step(
     mu: Tensor,
     state: Tensor | None,
-    grad: Tensor,
+    grad: Tensor | None,
     precision: Tensor,
     keep: Tensor | None,
     move: Tensor | None,
@@ -173,7 +180,7 @@ def bernoulli_step(
     moved: bool = False,
 ) -> Step:
     """dE/du = p (1-p) d, dE/dmu = q - p, emission p: the table's last row."""
-    mu_, g = wide(mu), wide(grad)
+    mu_, g = wide(mu), _sent(grad, mu)
     d = torch.zeros_like(mu_) if state is None else (state if form == "error" else state - mu_)
     p, q, pi = torch.sigmoid(mu_ + d), torch.sigmoid(mu_), per_sample(precision, mu_)
     energy = precision * sum_samples(bernoulli_energy(mu_ + d, mu_), len(precision))
@@ -228,7 +235,7 @@ def categorical_forward(
 def categorical_step(
     mu: Tensor,
     state: Tensor | None,
-    grad: Tensor,
+    grad: Tensor | None,
     precision: Tensor,
     keep: Tensor | None,
     move: Tensor | None,
@@ -242,7 +249,7 @@ def categorical_step(
 
     The state moves by g - <p, g>: logits count only up to a shift. Masked entries of d and of dF/dmu are 0.
     """
-    logits, g = mask_logits(wide(mu), causal, padding), wide(grad)
+    logits, g = mask_logits(wide(mu), causal, padding), _sent(grad, mu)
     masked = logits == -torch.inf
     d = torch.zeros_like(logits) if state is None else (state if form == "error" else state - logits)
     d = d.masked_fill(masked, 0.0)

@@ -1,9 +1,9 @@
-"""Compile every kernel ahead of time for one target, through the real launchers and with no GPU; print what each needs.
+"""What every kernel needs on each target: compiled ahead of time, through the real launchers and with no GPU.
 
-    python tests/aot.py cuda:90        # or cuda:80, cuda:100, hip:gfx942
+    python tests/aot.py [cuda:90 ...]    # registers a thread, bytes spilled a thread, bytes of shared memory a program
+    python tests/aot.py --record         # the same, kept in resources.json for this version of Triton
 
-Prints one JSON line per compiled kernel: its name and configuration, registers, spilled bytes, bytes of shared memory,
-and how many of its pointers have 32-bit offsets.
+A stub driver tells Triton which GPU it has; the launchers then compile for it and launch nothing.
 """
 
 from __future__ import annotations
@@ -24,18 +24,23 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+RECORD = Path(__file__).with_name("resources.json")
+
 
 class StubDriver:
-    """As much of a driver as a compilation asks for."""
+    """As much of a driver as a compilation asks for. Each target has a number of its own, by which Triton caches."""
 
-    def __init__(self, target: GPUTarget):
-        self.target = target
+    def __init__(self, target: str):
+        backend, arch = target.split(":")
+        self.device = TARGETS.index(target)
+        self.target = GPUTarget(backend, *((int(arch), 32) if backend == "cuda" else (arch, 64)))
 
     def get_current_target(self):
         return self.target
 
     def get_current_device(self):
-        return 0
+        return self.device
 
     def get_current_stream(self, device):
         return 0
@@ -44,20 +49,17 @@ class StubDriver:
         return torch.device("meta")
 
 
-def resources(kernel, target: GPUTarget) -> dict[str, int]:
-    """Registers a thread, spilled bytes a thread and shared bytes a program of a compiled kernel."""
-    shared = kernel.metadata.shared
-    if target.backend == "hip":
+def resources(kernel) -> list[int]:
+    """Registers, spilled bytes and shared bytes of a compiled kernel, whose offsets must have 64 bits."""
+    narrow = re.findall(r"tt\.addptr .*tensor<[0-9x]*i32>", kernel.asm["ttir"])
+    assert not narrow, f"{kernel.name}: 32-bit offsets overflow past 2^31 elements: {narrow}"
+    if "amdgcn" in kernel.asm:
         number = {
             key: int(re.search(rf"\.{key}:?\s+(\d+)", kernel.asm["amdgcn"]).group(1))
             for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
         }
         spills = 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"])
-        return {
-            "registers": number["vgpr_count"],
-            "spills": max(spills, number["private_segment_fixed_size"]),
-            "shared": shared,
-        }
+        return [number["vgpr_count"], max(spills, number["private_segment_fixed_size"]), kernel.metadata.shared]
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
@@ -65,76 +67,97 @@ def resources(kernel, target: GPUTarget) -> dict[str, int]:
         usage = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    return {"registers": int(found[1]), "spills": int(found[2]), "shared": shared}
+    return [int(found[1]), int(found[2]), kernel.metadata.shared]
+
+
+# Form, whether there is a state, whether it moves, whether the gradient is that of the moved state: every branch.
+STEPS = {
+    "step error": ("error", True, True, False),
+    "step error fresh": ("error", False, True, False),
+    "step state moved": ("state", True, True, True),
+    "step state learn": ("state", True, False, False),
+}
+HEAVIEST = ("forward error", "step error", "step state moved")
 
 
 def launches():
-    """Each main configuration of each launcher, as (name, call)."""
+    """Every kernel at every branch, and the heaviest branches at each shape of tile, as (name, call)."""
     from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.float32):
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    steps = [("error", True, True, False), ("error", False, True, False), ("error", True, False, False)]
-    steps += [("state", True, True, False), ("state", True, True, True), ("state", True, False, False)]
+    def node(module, *shape: int, label="", only=None, samples=None, dtype=torch.bfloat16, **options):
+        family = module.__name__.rpartition(".")[2]
+        forward, step = getattr(module, f"{family}_forward"), getattr(module, f"{family}_step")
+        mu, state = tensor(*shape, dtype=dtype), tensor(*shape, dtype=torch.float32)
+        pi, grad, extra = tensor(samples or shape[0], dtype=torch.float32), mu, ()
+        if module is gaussian_logvar:
+            grad = tensor(*shape[:-1], shape[-1] // 2, dtype=dtype)
+            extra = (grad,)
+        calls = {
+            f"forward {form}": partial(forward, mu, state, pi, *extra, form=form, **options)
+            for form in ("error", "state")
+        }
+        for name, (form, has_state, moves, moved) in STEPS.items():
+            c, s = pi if moves else None, state if has_state else None
+            calls[name] = partial(step, mu, s, grad, pi, c, c, *extra, form=form, moved=moved, **options)
+        for name in only or calls:
+            yield f"{family} {'x'.join(map(str, shape))}{label} {name}", calls[name]
 
-    def node(name, forward, step, mu, samples, cut=1, extra=(), **options):
-        pi, state, g = tensor(samples), tensor(*mu.shape), tensor(*mu.shape[:-1], mu.shape[-1] // cut, dtype=mu.dtype)
-        for form in ("error", "state"):
-            yield f"{name} forward {form}", partial(forward, mu, state, pi, *extra, form=form, **options)
-        for form, has_state, move, moved in steps:
-            words = f"{name} step {form}{'' if has_state else ' fresh'}{'' if move else ' learn'}{' moved' * moved}"
-            c, s = pi if move else None, state if has_state else None
-            yield words, partial(step, mu, s, g, pi, c, c, *extra, form=form, moved=moved, **options)
+    yield from node(gaussian, 512, 16384)
+    yield from node(bernoulli, 512, 16384)
+    yield from node(gaussian_logvar, 512, 2048, samples=64)
+    yield from node(categorical, 64, 131072, only=HEAVIEST)
+    yield from node(categorical, 64, 4096, only=HEAVIEST)
+    yield from node(categorical, 64, 10, only=HEAVIEST, dtype=torch.float32)
+    masks = {"causal": True, "padding": tensor(2, 1024, dtype=torch.bool)}
+    yield from node(categorical, 2, 8, 512, 1024, label=" causal padding", **masks)
+    for module in (gaussian, categorical):
+        yield from node(module, 1, 1, only=HEAVIEST[:1])
+    for columns in (10, 131072):
+        mu, labels, row = tensor(64, columns), tensor(64, dtype=torch.int64), tensor(64, dtype=torch.float32)
+        backward = partial(categorical.clamped_categorical_backward, mu, labels, row, row, -100)
+        yield f"clamped 64x{columns} forward", partial(categorical.clamped_categorical_forward, mu, labels, -100)
+        yield f"clamped 64x{columns} backward", backward
 
-    half = torch.bfloat16
-    for module in (gaussian, bernoulli):
-        kind = module.__name__.rsplit(".", 1)[1]
-        functions = getattr(module, f"{kind}_forward"), getattr(module, f"{kind}_step")
-        yield from node(f"{kind} 512x16384 bf16", *functions, tensor(512, 16384, dtype=half), 512)
-        yield from node(f"{kind} 64x41 fp32", *functions, tensor(64, 41), 64)
-    functions = gaussian_logvar.gaussian_logvar_forward, gaussian_logvar.gaussian_logvar_step
-    for shape, dtype in (((512, 2048), half), ((64, 64), torch.float32)):
-        noise = tensor(shape[0], shape[1] // 2, dtype=dtype)
-        label = f"gaussian_logvar {shape[0]}x{shape[1]} {str(dtype)[6:]}"
-        yield from node(label, *functions, tensor(*shape, dtype=dtype), 64, 2, (noise,))
-    yield "gaussian 1x1", lambda: gaussian.gaussian_forward(tensor(1, 1), tensor(1, 1), tensor(1), form="error")
-    functions = categorical.categorical_forward, categorical.categorical_step
-    for columns, dtype in ((10, torch.float32), (1271, half), (4096, half), (131072, half)):
-        label = f"categorical {columns} {str(dtype)[6:]}"
-        yield from node(label, *functions, tensor(64, columns, dtype=dtype), 64)
-    padding = tensor(2, 1024, dtype=torch.bool)
-    for keys, options in ((1024, {"causal": True, "padding": padding}), (16384, {"causal": True})):
-        label = f"attention {keys} {' '.join(options)}"
-        yield from node(label, *functions, tensor(2, 8, 512, keys, dtype=half), 2, **options)
-    for columns in (10, 8001, 131072):
-        mu, labels, row = tensor(64, columns, dtype=half), tensor(64, dtype=torch.int64), tensor(64)
-        yield f"clamped {columns} forward", partial(categorical.clamped_categorical_forward, mu, labels, -100)
-        yield (
-            f"clamped {columns} backward",
-            partial(categorical.clamped_categorical_backward, mu, labels, row, row, -100),
-        )
+
+def measure(targets) -> dict[str, dict[str, list[int]]]:
+    """[registers, spills, shared] of every kernel on each of these targets."""
+    compiled, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    JITFunction.run = compile_only
+    found: dict[str, dict[str, list[int]]] = {}
+    for target in targets:
+        driver.set_active(StubDriver(target))
+        for name, call in launches():
+            compiled.clear()
+            call()
+            (kernel,) = compiled
+            found.setdefault(name, {})[target] = resources(kernel)
+    return found
+
+
+def keep(found: dict[str, dict[str, list[int]]]) -> None:
+    """Put these numbers into resources.json, a line a kernel, in place of this Triton version's."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record[".".join(triton.__version__.split(".")[:2])] = found
+    versions = [
+        f'"{version}": {{\n' + ",\n".join(f"{json.dumps(name)}: {json.dumps(need)}" for name, need in kernels.items())
+        for version, kernels in sorted(record.items())
+    ]
+    RECORD.write_text("{\n" + "\n},\n".join(versions) + "\n}\n}\n")
 
 
 def main() -> None:
-    backend, arch = sys.argv[1].split(":")
-    target = GPUTarget(backend, arch if backend == "hip" else int(arch), 64 if backend == "hip" else 32)
-    driver.set_active(StubDriver(target))
-    compiled, run = [], JITFunction.run
-
-    def warm_up(self, *args, grid, warmup, **options):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
-        return compiled[-1]
-
-    JITFunction.run = warm_up
-    only = sys.argv[2] if len(sys.argv) > 2 else ""
-    for name, call in launches():
-        if only in name:
-            compiled.clear()
-            call()
-            for kernel in compiled:
-                narrow = len(re.findall(r"tt\.addptr .*tensor<[0-9x]*i32>", kernel.asm["ttir"]))
-                print(json.dumps({"kernel": name, **resources(kernel, target), "narrow": narrow}), flush=True)
+    record = "--record" in sys.argv
+    found = measure(TARGETS if record else sys.argv[1:] or TARGETS)
+    if record:
+        keep(found)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ def test_files_that_are_no_checkpoint(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match="damaged or truncated"):
             checkpoint.load(path)
+    for at in (whole.index(b"step"), len(whole) - 1):  # a bit of the record, a bit of a weight
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(InputError, match="damaged or truncated"):
+            checkpoint.load(path)
     path.write_bytes(os.urandom(1000))
     with pytest.raises(InputError, match="damaged or truncated"):
         checkpoint.load(path)

@@ -6,13 +6,11 @@ value.
 
 from __future__ import annotations
 
-import itertools
 import os
+import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from pc_triton import reference
 from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar
@@ -61,7 +59,7 @@ def poison(monkeypatch):
 def short_rows(monkeypatch):
     """Send rows over 16 columns through the loops of long ones."""
     monkeypatch.setattr(categorical, "SHORT", 16)
-    monkeypatch.setattr(categorical, "LONG", 16)
+    monkeypatch.setattr(categorical, "LONG", 32)
 
 
 def double(x):
@@ -89,11 +87,12 @@ def problem(family: str, shape, samples: int, spot: Spot, form: str, *, scale: f
         return torch.randn(size, generator=generator)
 
     logvar = family == "gaussian_logvar"
-    if logvar:  # beyond this e^s and e^(s - s^) leave float16
-        scale, size = min(scale, 0.5), min(size, 0.3)
+    pull = 1.0
+    if logvar:  # beyond this e^s and e^(s - s^) leave float16, or multiply the rounding of s
+        scale, size, pull = min(scale, 0.5), min(size, 0.3), 0.3
     shape = (*shape[:-1], shape[-1] * 2) if logvar else tuple(shape)
     half = (*shape[:-1], shape[-1] // 2) if logvar else shape
-    mu, e, grad = (scale * normal(*shape)).to(dtype), size * normal(*shape), normal(*half).to(dtype)
+    mu, e, grad = (scale * normal(*shape)).to(dtype), size * normal(*shape), (pull * normal(*half)).to(dtype)
     state = e if form == "error" else mu.float() + e
     coefficients = [c.to(device) for c in torch.rand(3, samples, generator=generator) + 0.25]
     extra = (normal(*half).to(device, dtype),) if logvar else ()
@@ -110,7 +109,8 @@ def check_step(family, mu, state, grad, coefficients, extra, form, moved, **opti
     truth = oracle(*map(double, arguments), form=form, moved=moved, **options)
     plain = oracle(*arguments, form=form, moved=moved, **options)
     given_state = None if state is None else state.clone()
-    got = kernel(mu, given_state, grad, precision, keep, move, *extra, form=form, moved=moved, **options)
+    given_grad = None if keep is None and form == "state" else grad
+    got = kernel(mu, given_state, given_grad, precision, keep, move, *extra, form=form, moved=moved, **options)
     words = f"{family} {form} {tuple(mu.shape)} moved={moved}"
     if keep is None:
         assert got[0] is given_state, words
@@ -140,29 +140,45 @@ def check_forward(family, mu, state, coefficients, extra, form, **options) -> No
     assert (got[1] >= 0).all()
 
 
-def check_all(family, shape, samples, spot, flags=None, scale=1.0, **options) -> None:
-    """Both forms, with and without a state, a move and the moved gradient."""
+# Form, whether there is a state, whether it moves, whether the gradient is that of the moved state.
+MAIN = [("error", True, True, False), ("state", True, True, True), ("state", True, False, False)]
+STEPS = [
+    *MAIN,
+    ("error", True, False, False),
+    ("error", False, True, False),
+    ("error", False, False, False),
+    ("state", True, True, False),
+    ("state", False, True, True),
+    ("state", False, False, False),
+]
+
+
+def check_all(family, shape, samples, spot, steps, **options) -> None:
+    """The forward of both forms, and these steps."""
     for form in ("error", "state"):
-        mu, state, grad, c, extra = problem(family, shape, samples, spot, form, scale=scale)
+        mu, state, _, c, extra = problem(family, shape, samples, spot, form)
         check_forward(family, mu, state, c, extra, form, **options)
-        for has_state, has_move, moved in flags or itertools.product((True, False), (True, False), (True, False)):
-            cs = c if has_move else [c[0], None, None]
-            check_step(family, mu, state if has_state else None, grad, cs, extra, form, moved, **options)
+    for form, has_state, has_move, moved in steps:
+        mu, state, grad, c, extra = problem(family, shape, samples, spot, form)
+        cs = c if has_move else [c[0], None, None]
+        check_step(family, mu, state if has_state else None, grad, cs, extra, form, moved, **options)
 
 
-SHAPES = [((1, 1), 1), ((3, 3), 3), ((4, 41), 2), ((5, 127), 5), ((2, 3, 1271), 2), ((70, 10), 35)]
-
-
-@pytest.mark.parametrize(("shape", "samples"), SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "samples"), [((4, 41), 2), ((5, 127), 5)], ids=str)
 @pytest.mark.parametrize("family", MODULES)
-def test_odd_shapes(family, shape, samples, spot):
-    check_all(family, shape, samples, spot)
+def test_dtypes(family, shape, samples, spot):
+    check_all(family, shape, samples, spot, STEPS if samples == 2 else MAIN)
+
+
+@pytest.mark.parametrize(("shape", "samples"), [((1, 1), 1), ((3, 3), 3), ((2, 1271), 2), ((70, 10), 35)], ids=str)
+@pytest.mark.parametrize("family", MODULES)
+def test_odd_shapes(family, shape, samples, device):
+    check_all(family, shape, samples, (device, torch.float32), MAIN)
 
 
 @pytest.mark.parametrize("family", MODULES)
 def test_long_rows(family, device):
-    shape = (1, 70_001 if family == "categorical" else 5_001)
-    check_all(family, shape, 1, (device, torch.float32), flags=[(True, True, True)])
+    check_all(family, (1, 5_001), 1, (device, torch.float32), MAIN)
 
 
 def test_a_quarter_million_columns(device):
@@ -171,21 +187,16 @@ def test_a_quarter_million_columns(device):
     check_step("categorical", mu, state, grad, c, extra, "error", False)
 
 
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("family", MODULES)
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    samples=st.integers(1, 5),
-    rows=st.integers(1, 4),
-    columns=st.integers(1, 300),
-    form=st.sampled_from(["error", "state"]),
-    has_state=st.booleans(),
-    has_move=st.booleans(),
-    moved=st.booleans(),
-    scale=st.sampled_from([1e-3, 1.0, 10.0]),
-)
-def test_random_shapes(family, device, samples, rows, columns, form, has_state, has_move, moved, scale):
-    spot = device, torch.float32
-    mu, state, grad, c, extra = problem(family, (samples * rows, columns), samples, spot, form, scale=scale)
+def test_random_shapes(family, seed, device):
+    draw = random.Random(seed)
+    samples, rows, columns = draw.randint(1, 5), draw.randint(1, 4), draw.randint(1, 300)
+    form, has_state, has_move, moved = draw.choice(STEPS)
+    scale = draw.choice([1e-3, 1.0, 10.0])
+    mu, state, grad, c, extra = problem(
+        family, (samples * rows, columns), samples, (device, torch.float32), form, scale=scale
+    )
     check_forward(family, mu, state, c, extra, form)
     c = c if has_move else [c[0], None, None]
     check_step(family, mu, state if has_state else None, grad, c, extra, form, moved)
@@ -200,15 +211,16 @@ MASKS = [(True, False), (False, True), (True, True)]
 @pytest.mark.parametrize(("causal", "padded"), MASKS, ids=["causal", "padding", "both"])
 def test_attention(queries, keys, causal, padded, device):
     padding = (torch.arange(2 * keys, device=device).view(2, keys) % 3 == 0) if padded else None
-    check_all("categorical", (2, 3, queries, keys), 2, (device, torch.float32), causal=causal, padding=padding)
+    steps = STEPS if keys == 7 else MAIN
+    check_all("categorical", (2, 3, queries, keys), 2, (device, torch.float32), steps, causal=causal, padding=padding)
 
 
 @pytest.mark.usefixtures("short_rows")
-@pytest.mark.parametrize(("causal", "padded"), [(False, False), *MASKS], ids=["plain", "causal", "padding", "both"])
+@pytest.mark.parametrize(("causal", "padded"), MASKS, ids=["causal", "padding", "both"])
 def test_attention_over_long_rows(causal, padded, device):
     padding = (torch.arange(2 * 37, device=device).view(2, 37) % 3 == 0) if padded else None
-    flags = [(True, True, True), (True, True, False), (False, True, True), (True, False, False)]
-    check_all("categorical", (2, 1, 3, 37), 2, (device, torch.float32), flags, causal=causal, padding=padding)
+    steps = STEPS if causal and padded else MAIN
+    check_all("categorical", (2, 1, 2, 37), 2, (device, torch.float32), steps, causal=causal, padding=padding)
 
 
 @pytest.mark.parametrize("columns", [13, 37])
@@ -370,6 +382,8 @@ BAD = [
     ({"mu": torch.zeros(4, 6).int()}, TypeError, "mu is int32: cast it to float32, float16 or bfloat16"),
     ({"mu": torch.zeros(())}, ValueError, "mu has 0 dimensions"),
     ({"grad": torch.zeros(4, 5)}, ValueError, r"grad has shape \[4, 5\]: give it \[4, 6\]"),
+    ({"grad": None, "form": "state"}, ValueError, r"grad is None: only the learning pass \(keep=None\) in state form"),
+    ({"grad": None, "keep": None, "move": None}, ValueError, "grad is None"),
     ({"precision": torch.ones(2, device="meta")}, ValueError, "precision is on meta and mu on cpu: move it there"),
     ({"precision": torch.ones(3)}, ValueError, "mu has 4 rows, no multiple of the 3 samples of precision"),
     ({"precision": torch.ones(2).half()}, TypeError, "precision is float16: cast it to float32"),
@@ -440,11 +454,11 @@ def test_clamped(rows, columns, spot):
     check_clamped(mu.to(device, dtype).t().contiguous().t(), labels.int().to(device).long(), grad_energy.to(device))
 
 
-@pytest.mark.parametrize("columns", [70_001, 2**18 + 1])
-def test_clamped_long_rows(columns, device):
-    mu = 5 * torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([columns - 1, 5])
-    check_clamped(mu.to(device), labels.to(device), torch.tensor([0.5, -2.0]).to(device))
+@pytest.mark.parametrize(("rows", "columns"), [(2, 5_001), (1, 2**18 + 1)])
+def test_clamped_long_rows(rows, columns, device):
+    mu = 5 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([columns - 1, 5])[:rows]
+    check_clamped(mu.to(device), labels.to(device), torch.tensor([0.5, -2.0])[:rows].to(device))
 
 
 def test_clamped_extremes(spot):

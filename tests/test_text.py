@@ -34,7 +34,7 @@ def test_tokenizer_encodes_any_text():
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
-@pytest.mark.parametrize(("vocabulary", "message"), [(255, "at least 256"), (5000, "yields")])
+@pytest.mark.parametrize(("vocabulary", "message"), [(255, "at least 256"), (5000, "yields"), (10**30, "yields")])
 def test_vocabulary_out_of_range(vocabulary, message):
     with pytest.raises(InputError, match=message):
         train_tokenizer("the cat sat on the mat\n", vocabulary)

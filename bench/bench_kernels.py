@@ -1,0 +1,212 @@
+"""How near each kernel comes to its floor: the time in which a copy would move the bytes that it must read and write.
+
+    pytest bench/bench_kernels.py --benchmark-enable
+
+On a CPU the sizes are small and plain torch computes; on a GPU they fill the card. In the ordinary suite each case runs
+once, untimed, and ``gpu.py`` makes a GPU's table from the same cases. Bytes count every tensor once; floating-point
+operations (a transcendental function is one) are those of the equations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from statistics import median
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pc_triton import reference
+from pc_triton.dispatch import backend
+
+Call = Callable[[], object]
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+PHASES = (("forward", "error"), ("step", "error"), ("step", "state"))
+FLOPS = {  # an element, by phase
+    "gaussian": (3, 5, 8),
+    "gaussian_logvar": (14, 27, 30),  # a pair (m, s)
+    "bernoulli": (14, 27, 23),
+    "categorical": (14, 33, 27),
+}
+
+
+class Case(NamedTuple):
+    """One launch, or forward and backward: what it must move and compute an element, and how to set it up."""
+
+    name: str
+    device: str
+    elements: int
+    bytes_each: float
+    flops_each: int
+    build: Callable[[], dict[str, Call]]  # "pc_triton", then its rivals by name
+
+    @property
+    def bytes(self) -> int:
+        """All that must be read and written."""
+        return int(self.elements * self.bytes_each)
+
+
+def node_bytes(family: str, phase: str, form: str, size: int) -> tuple[int, int]:
+    """Bytes an element (gaussian_logvar: a pair) that must be read and written; mu has ``size``, the state 4."""
+    if family == "gaussian_logvar":
+        if phase == "forward":
+            return 3 * size + 8, size
+        return (3 if form == "error" else 4) * size + 8, 2 * size + 8
+    if phase == "forward":
+        return size + 4, size
+    return (size + 4, 4) if (family, form) == ("gaussian", "error") else (2 * size + 4, size + 4)
+
+
+def node(name: str, family: str, device: str, *shape: int, **options) -> Iterator[Case]:
+    """A family's forward, and its step in error form and in state form, with plain torch for a rival."""
+    dtype = DTYPE[device]
+
+    def build(phase: str, form: str) -> dict[str, Call]:
+        mu, state = torch.randn(shape, dtype=dtype, device=device), torch.randn(shape, device=device).mul_(0.1)
+        if form == "state":
+            state += mu
+        pi = torch.rand(shape[0], device=device) + 0.5
+        half = (*shape[:-1], shape[-1] // 2)
+        noise = (torch.randn(half, dtype=dtype, device=device),) if family == "gaussian_logvar" else ()
+        grad = torch.randn(half if noise else shape, dtype=dtype, device=device).mul_(0.1)
+        arguments = (mu, state, pi) if phase == "forward" else (mu, state, grad, pi, pi / 3, pi / 3)
+        run = {"form": form, **options}
+        calls = {"pc_triton": partial(getattr(backend(mu), f"{family}_{phase}"), *arguments, *noise, **run)}
+        if device == "cuda":
+            eager = getattr(reference, f"{family}_{phase}")
+            calls["eager"] = partial(eager, *arguments, *noise, **run)
+            calls["compiled"] = partial(torch.compile(eager, dynamic=False), *arguments, *noise, **run)
+        if family == "categorical" and phase == "forward":
+            calls["torch"] = partial(torch.softmax, mu, -1)
+        return calls
+
+    for (phase, form), flops in zip(PHASES, FLOPS[family]):
+        read, written = node_bytes(family, phase, form, dtype.itemsize)
+        bytes_each = read * (0.5 if options.get("causal") else 1.0) + written  # what causal hides is written, not read
+        elements = ELEMENTS[device] // (2 if family == "gaussian_logvar" else 1)
+        yield Case(f"{name} {phase}, {form} form", device, elements, bytes_each, flops, partial(build, phase, form))
+
+
+def clamped(device: str, columns: int) -> Case:
+    """Energy of the node clamped to labels, and its gradient; the rivals are torch's cross-entropy."""
+    rows, dtype = ELEMENTS[device] // columns, DTYPE[device]
+
+    def build() -> dict[str, Call]:
+        mu = torch.randn(rows, columns, dtype=dtype, device=device)
+        labels, ones = torch.randint(columns, (rows,), device=device), torch.ones(rows, device=device)
+
+        def node(module) -> torch.Tensor:
+            _, lse = module.clamped_categorical_forward(mu, labels, -100)
+            return module.clamped_categorical_backward(mu, labels, lse, ones, -100)
+
+        def torchs(loss) -> torch.Tensor:
+            with torch.enable_grad():
+                logits = mu.detach().requires_grad_()
+                return torch.autograd.grad(loss(logits, labels, reduction="sum"), logits)[0]
+
+        calls: dict[str, Call] = {"pc_triton": partial(node, backend(mu))}
+        if device == "cuda":
+            calls["eager"] = partial(node, reference)
+            calls["compiled"] = partial(torchs, torch.compile(F.cross_entropy, dynamic=False))
+        return {**calls, "torch": partial(torchs, F.cross_entropy)}
+
+    name = f"clamped categorical {columns} forward and backward"
+    return Case(name, device, rows * columns, 3 * dtype.itemsize, 9, build)
+
+
+def cases(device: str) -> Iterator[Case]:
+    """Every kernel, at the sizes of that device."""
+    elements = ELEMENTS[device]
+    for family in ("gaussian", "gaussian_logvar", "bernoulli"):
+        yield from node(family, family, device, elements // 2**14, 2**14)
+    for columns in (2**10, 2**15, 2**18):
+        yield from node(f"categorical {columns}", "categorical", device, elements // columns, columns)
+    n = 1024 if device == "cuda" else 256
+    yield from node(f"attention {n} causal", "categorical", device, elements // (8 * n * n), 8, n, n, causal=True)
+    for columns in (2**15, 2**18):
+        yield clamped(device, columns)
+
+
+def seconds(call: Call, device: str) -> float:
+    """The median time of a call, warm; on a GPU between events, with a cold cache."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(call, warmup=25, rep=100, return_mode="median") * 1e-3
+    times: list[float] = []
+    call()
+    while len(times) < 5 or sum(times) < 0.2:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+@lru_cache
+def copy_speed(device: str, moved: int) -> float:
+    """Bytes a second, read and written, of a torch copy that moves so many."""
+    source = torch.randn(moved // 8, device=device)
+    target = torch.empty_like(source)
+    return moved / seconds(partial(target.copy_, source), device)
+
+
+def measure(case: Case, calls: dict[str, Call]) -> dict:
+    """A row of the table: time, share of the floor, peak memory, and each rival's time and memory."""
+    speed = copy_speed(case.device, 2**32 if case.device == "cuda" else case.bytes)
+    row = {"kernel": case.name, "elements": case.elements, "bytes_each": case.bytes_each, "flops_each": case.flops_each}
+    found: dict[str, dict] = {}
+    for name, call in calls.items():
+        try:
+            found[name] = {"seconds": seconds(call, case.device)}
+        except Exception as error:
+            if name == "pc_triton":
+                raise
+            found[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
+            continue
+        if case.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            found[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
+    ours = found.pop("pc_triton")
+    return {**row, **ours, "of_floor": case.bytes / speed / ours["seconds"], "rivals": found}
+
+
+def rivals(row: dict) -> dict[str, float]:
+    """How many times as long as ours each rival took."""
+    return {name: r["seconds"] / row["seconds"] for name, r in row["rivals"].items() if "seconds" in r}
+
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{device}-{case.name}", marks=GPU if device == "cuda" else ())
+        for device in DTYPE
+        for case in cases(device)
+    ],
+)
+@torch.no_grad()
+def test_kernel(case, benchmark, capsys):
+    calls = case.build()
+
+    def finished():
+        calls["pc_triton"]()
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark(finished)
+    if not benchmark.enabled:
+        return
+    row = measure(case, calls)
+    against = {f"{name}_times_ours": round(times, 2) for name, times in rivals(row).items()}
+    floor = {"bytes_each": case.bytes_each, "flops_each": case.flops_each, "of_floor": round(row["of_floor"], 3)}
+    benchmark.extra_info.update(floor | against)
+    with capsys.disabled():
+        words = "".join(f", {name} takes {times:.2f} times as long" for name, times in rivals(row).items())
+        print(f"\n{case.name}: {row['of_floor']:.1%} of the floor of {case.bytes_each:g} bytes an element{words}")

@@ -1,0 +1,185 @@
+"""Predictive coding, backpropagation and Gaussian predictive coding on the default text: one model, one tuning effort.
+
+    python bench/compare_methods.py [--jobs 2] [--quick]
+
+Every method gets the same grid of learning rates on a seed of its own, then its best one on the seeds that count. Each
+run is what ``pc-triton train`` does, on one CPU thread. A finished run is written to the JSON at once, and not done
+again after an interruption. At the end: a Markdown table on stdout, and beside the JSON a PNG of the curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from tqdm import tqdm
+
+from pc_triton.text import InputError
+from pc_triton.train import METHODS, Settings, train
+
+LEARNING_RATES: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+TUNING_SEED = 3
+SEEDS: tuple[int, ...] = (0, 1, 2)
+DIVERGED = float("inf")
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The record of one training run, in a process of its own."""
+    record: dict[str, Any] = {"method": settings.method, "seed": settings.seed, "lr": settings.lr}
+    record["settings"] = asdict(settings)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result = train(settings, folder, device="cpu", quiet=True)
+    except InputError as error:
+        if "not finite" not in str(error):
+            raise
+        return record | {"diverged": str(error)}
+    for name in ("held_out_perplexity", "unigram_perplexity", "regime", "parameters", "evaluations"):
+        record[name] = result[name]
+    if result["report"] is not None:
+        for name in ("settled", "residual", "cosine", "worst_cosine"):
+            record[name] = getattr(result["report"], name)
+    return record | {"losses_every_10th": result["losses"][::10]}
+
+
+def environment() -> dict[str, str]:
+    """What the runs were made with."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return versions | {"commit": commit or "unknown", "device": "CPU only, one thread a run"}
+
+
+def load(out: Path) -> dict[str, Any]:
+    """The runs that the JSON holds."""
+    return json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"environment": environment(), "runs": []}
+
+
+def save(out: Path, results: dict[str, Any]) -> None:
+    """Replace the JSON at once."""
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, out)
+
+
+def find(results: dict[str, Any], settings: Settings) -> dict[str, Any] | None:
+    """The record of a run, if it is there."""
+    return next((record for record in results["runs"] if record["settings"] == asdict(settings)), None)
+
+
+def complete(out: Path, wanted: list[Settings], jobs: int) -> list[dict[str, Any]]:
+    """The records of these runs; those not in the JSON are made."""
+    results = load(out)
+    todo = [settings for settings in wanted if find(results, settings) is None]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(run, settings) for settings in todo]
+        try:
+            for future in tqdm(as_completed(futures), "runs", len(wanted), initial=len(wanted) - len(todo)):
+                results["runs"].append(future.result())
+                save(out, results)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [record for settings in wanted if (record := find(results, settings)) is not None]
+
+
+def perplexity(record: dict[str, Any]) -> float:
+    """Held out, per token; infinite for a run that diverged."""
+    return record.get("held_out_perplexity", DIVERGED)
+
+
+def compare(base: Settings, rates: tuple[float, ...], seeds: tuple[int, ...], out: Path, jobs: int) -> dict[str, Any]:
+    """The records of the seeds, by method, each at the method's best learning rate."""
+    tuning = [replace(base, method=m, lr=lr, seed=TUNING_SEED) for m in METHODS for lr in rates]
+    records = complete(out, tuning, jobs)
+    best = {m: min((r for r in records if r["method"] == m), key=perplexity)["lr"] for m in METHODS}
+    final = [replace(base, method=m, lr=best[m], seed=seed) for m in METHODS for seed in seeds]
+    records = complete(out, final, jobs)
+    return {m: [r for r in records if r["method"] == m] for m in METHODS}
+
+
+def table(final: dict[str, Any]) -> str:
+    """Markdown: each method's perplexities, their ratio to backpropagation's, and the regime, means over the seeds."""
+    seeds = [str(record["seed"]) for record in final["bp"]]
+    columns = ["method", "lr", *(f"seed {seed}" for seed in seeds), "mean ± std", "ratio to bp", "regime"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    base = statistics.mean(map(perplexity, final["bp"]))
+    for method, records in final.items():
+        values = list(map(perplexity, records))
+        cells = [method, f"{records[0]['lr']:g}", *(f"{v:.2f}" if v < DIVERGED else "diverged" for v in values)]
+        if max(values) < DIVERGED:
+            mean = statistics.mean(values)
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells += [f"{mean:.2f}{spread}", f"{mean / base:.3f}", regime(records)]
+        else:
+            cells += ["", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def regime(records: list[dict[str, Any]]) -> str:
+    """Where the trained models' inference stands, means over the seeds."""
+    if "settled" not in records[0]:
+        return "no inference"
+    settled, residual, cosine, worst = (
+        statistics.mean(r[name] for r in records) for name in ("settled", "residual", "cosine", "worst_cosine")
+    )
+    return f"settled {settled:.1%}, residual {residual:.2g}, cosine to bp {cosine:.4f} (worst parameter {worst:.3f})"
+
+
+def plot(final: dict[str, Any], png: Path) -> None:
+    """Held-out perplexity over the training steps: each method's mean over the seeds, and their range as a band."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    finished = {m: [r for r in records if "evaluations" in r] for m, records in final.items()}
+    for method, records in finished.items():
+        if records:
+            steps = [row["step"] for row in records[0]["evaluations"]]
+            values = list(zip(*([row["perplexity"] for row in r["evaluations"]] for r in records)))
+            (line,) = axes.plot(steps, [statistics.mean(v) for v in values], marker=".", label=method)
+            band = [min(v) for v in values], [max(v) for v in values]
+            axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2)
+    unigram = finished["bp"][0]["unigram_perplexity"]
+    axes.axhline(unigram, color="gray", linestyle="--", label=f"unigram model, {unigram:.0f}")
+    axes.set(xlabel="training step", ylabel="held-out perplexity per token", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(png, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few runs, to try the script")
+    parser.add_argument("--out", type=Path, help="JSON of the runs (default bench/results/methods.json)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one thread (default 1)")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
+    base, rates, seeds = Settings(), LEARNING_RATES, SEEDS
+    out = Path(__file__).parent / "results" / "methods.json"
+    if arguments.quick:
+        base = replace(base, width=16, heads=2, blocks=1, context=16, batch=4, steps=40, eval_every=10, vocabulary=300)
+        rates, seeds, out = rates[:2], seeds[:2], Path(tempfile.gettempdir()) / "methods-quick.json"
+    out = arguments.out or out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    final = compare(base, rates, seeds, out, arguments.jobs)
+    print(table(final))
+    plot(final, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""Families: one defined by its energy alone, the fused ones against it, emissions, clamped outputs, bad arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import pc_triton as pc
+
+
+class Normal(pc.Distribution):
+    """A Gaussian of variance 1 by its energy alone."""
+
+    measured = True
+
+    def energy(self, u, mu):
+        return (u - mu) ** 2 / 2
+
+
+class Swish(pc.Distribution):
+    """An energy that is not symmetric, and an emission of its own."""
+
+    def energy(self, u, mu):
+        return torch.cosh(u - mu) - 1 + mu**2 * (u - mu) ** 2
+
+    def emission(self, u):
+        return F.silu(u)
+
+
+BUILT_IN = [pc.Gaussian(), pc.Gaussian(0.3), pc.GaussianLogVar(), pc.Bernoulli(), pc.Categorical()]
+FAMILIES = [*BUILT_IN, pc.Laplace(), pc.StudentT(), pc.StudentT(1.0), Normal(), Swish()]
+EPS32, EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
+
+
+def network(first, second, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 8), first, nn.Tanh(), nn.Linear(8, 8), second, nn.Linear(8, 4)).to(dtype)
+
+
+def batch(seed=1, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 5, generator=g).to(dtype), torch.randint(4, (6,), generator=g)
+
+
+def states_and_gradients(model, order, precision, **options):
+    free_energy = pc.FreeEnergy(model, order=order, precision=precision, steps=4, **options)
+    x, y = batch(dtype=next(model.parameters()).dtype)
+    settled = free_energy.infer(x, y)
+    model.zero_grad()
+    free_energy(x, y).backward()
+    return [*settled.states.values(), settled.free_energy, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("precision", ["auto", 2.0])
+@pytest.mark.parametrize("order", ["error", "sweep", "simultaneous"])
+def test_a_family_by_its_energy_is_the_fused_one(order, precision):
+    """The same states, free energies and gradients as `Gaussian`."""
+    torch.manual_seed(0)
+    theirs = states_and_gradients(network(pc.Gaussian(), pc.Gaussian(), dtype=torch.float64), order, precision)
+    ours = states_and_gradients(network(Normal(), Normal(), dtype=torch.float64), order, precision)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)  # step and precision are kept in float32
+
+
+@pytest.mark.parametrize("order", ["error", "sweep", "simultaneous"])
+@pytest.mark.parametrize("make", [pc.Laplace, pc.StudentT, Normal, Swish])
+def test_a_family_by_its_energy_trains(make, order):
+    """F falls in inference, and the loss in training."""
+    model = network(make(), make())
+    x, y = batch()
+    report = pc.FreeEnergy(model, order=order, steps=5).report(x, y)
+    assert report.free_energies[-1] < report.free_energies[0]
+    free_energy = pc.FreeEnergy(model, order=order)
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = free_energy(x, y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("make", [pc.Laplace, Normal, pc.Gaussian])
+def test_half_precision_model(make):
+    """Every family emits in the model's dtype."""
+    model = network(make(), make()).bfloat16()
+    x, y = batch()
+    pc.FreeEnergy(model, order="sweep")(x.bfloat16(), y).backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", BUILT_IN, ids=repr)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    samples=st.integers(1, 4),
+    rows=st.integers(1, 3),
+    columns=st.integers(1, 7),
+    form=st.sampled_from(["error", "state"]),
+    moved=st.booleans(),
+    learn=st.booleans(),
+)
+def test_fused_steps_are_the_generic_ones(family, samples, rows, columns, form, moved, learn):
+    """Each fused pass against `Distribution`'s, which differentiates energy and emission.
+
+    The move of the generic pass scales by the curvature at the prediction: the fused Bernoulli and Categorical by the
+    one at the state, so their moves are compared where the two meet, at u = mu.
+    """
+    g = torch.Generator().manual_seed(samples + 10 * rows + 100 * columns)
+    wide = 2 * columns if isinstance(family, pc.GaussianLogVar) else columns
+    mu, d = (torch.randn(samples * rows, wide, generator=g, dtype=torch.float64) for _ in range(2))
+    frozen = family.frozen(mu)
+    grad = torch.randn(samples * rows, columns, generator=g, dtype=torch.float64)
+    pi, keep, move = torch.rand(3, samples, generator=g, dtype=torch.float64) + 0.2
+    unit = torch.rand(samples, generator=g, dtype=torch.float64) + 0.5 if family.measured else None
+    if learn:
+        keep = move = None
+    state = d if form == "error" else mu + d
+
+    def both(name, *args, **options):
+        fused = getattr(family, name)(*args, **options)
+        return zip(fused, getattr(pc.Distribution, name)(family, *args, **options))
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, rtol=1e4 * EPS64, atol=1e4 * EPS64)
+
+    for a, b in both("node_forward", mu, state, pi, unit, form=form, **frozen):
+        close(a, b)
+    (new, new_), (down, down_), (energy, energy_) = both(
+        "node_step", mu, state, grad, pi, unit, keep, move, form=form, moved=moved, **frozen
+    )
+    close(energy, energy_)
+    curved = isinstance(family, (pc.Bernoulli, pc.Categorical))
+    if not curved:
+        close(new, new_)
+    if not (curved and moved and not learn):
+        close(down, down_)
+    if not curved:
+        close(
+            family.fall(mu, grad, samples, unit, **frozen),
+            pc.Distribution.fall(family, mu, grad, samples, unit, **frozen),
+        )
+
+
+@pytest.mark.parametrize("family", [pc.Bernoulli(), pc.Categorical()], ids=repr)
+def test_fall_of_the_curved_families(family):
+    """2 pi times the most that the energy's quadratic and the linear term of g allow, here by dense algebra."""
+    torch.manual_seed(0)
+    mu, grad = torch.randn(2, 3, 5, dtype=torch.float64)
+    u = mu.clone().requires_grad_()
+    push = torch.autograd.grad(family.emission(u), u, grad)[0]
+    hessian = torch.autograd.functional.hessian(lambda v: family.energy(v.view_as(mu), mu).sum(), mu.flatten())
+    push = push.flatten()
+    per_row = (push * (torch.linalg.pinv(hessian, hermitian=True) @ push)).view(3, 5).sum(1)
+    torch.testing.assert_close(family.fall(mu, grad, 3, None), per_row, rtol=1e-9, atol=1e-12)
+
+
+def test_units():
+    """What an average over a node's states is taken over."""
+    mu = torch.zeros(4, 3, 5)
+    assert pc.Categorical().units(mu) == 12
+    assert pc.Gaussian().units(mu) == 60
+
+
+# Energies.
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=repr)
+def test_energy_is_a_divergence(family):
+    """Positive, and 0 with its gradient at u = mu."""
+    torch.manual_seed(0)
+    u, mu = 2 * torch.randn(2, 40, 6, dtype=torch.float64)
+    at_mu = mu.clone().requires_grad_()
+    energy = family.energy(at_mu, mu).sum()
+    assert abs(energy) < 1e-12
+    assert torch.autograd.grad(energy, at_mu)[0].abs().max() < 1e-12
+    assert (family.energy(u, mu).flatten(1).sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("family", [pc.Gaussian(0.3), pc.Laplace(), pc.StudentT(2.5)], ids=repr)
+def test_variance_is_the_inverse_curvature(family):
+    """At u = mu; Laplace and Student-t by the second difference of their energy."""
+    mu, h = torch.linspace(-1, 1, 4, dtype=torch.float64), 1e-4
+    curvature = (family.energy(mu + h, mu) + family.energy(mu - h, mu)) / h**2
+    torch.testing.assert_close(curvature, torch.full_like(mu, 1 / family.variance(mu)), rtol=1e-3, atol=0)
+
+
+# Emissions.
+
+
+def test_outside_inference_a_family_is_its_emission():
+    u = torch.randn(3, 4, 6)
+    assert pc.Gaussian()(u) is u
+    assert pc.Laplace()(u) is u
+    assert torch.equal(pc.Bernoulli()(u), u.sigmoid())
+    torch.testing.assert_close(pc.Categorical()(u), u.softmax(-1))
+    assert torch.equal(Swish()(u), F.silu(u))
+
+
+def test_gaussian_logvar_samples_in_training_and_not_in_evaluation():
+    torch.manual_seed(0)
+    node, mu = pc.GaussianLogVar(), torch.cat([torch.full((20000, 1), 3.0), torch.full((20000, 1), 2 * 0.7).log()], -1)
+    z = node(mu)
+    assert z.shape == (20000, 1)
+    assert abs(z.mean() - 3) < 5 * (1.4 / 20000) ** 0.5
+    assert abs(z.var() / 1.4 - 1) < 0.05
+    assert torch.equal(node.eval()(mu), mu[:, :1])
+
+
+# Outputs.
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 2])
+def test_clamped_to_labels(ignore_index):
+    """The energy per sample, its gradient and the number of labels are those of cross-entropy."""
+    torch.manual_seed(0)
+    mu, y = torch.randn(5, 7, 3, requires_grad=True), torch.randint(3, (5, 7))
+    y[0, :4] = ignore_index
+    energy, items = pc.Categorical(ignore_index).clamped(mu, y)
+    truth = F.cross_entropy(mu.transpose(1, 2), y, ignore_index=ignore_index, reduction="none").sum(1)
+    torch.testing.assert_close(energy, truth)
+    assert items == (y != ignore_index).sum()
+    weight = torch.rand(5)
+    for a, b in zip(torch.autograd.grad(energy, mu, weight), torch.autograd.grad(truth, mu, weight)):
+        torch.testing.assert_close(a, b)
+
+
+def test_labels_ignored_everywhere():
+    """Then F is 0, and so is every gradient."""
+    model = network(pc.Gaussian(), pc.Gaussian())
+    x, _ = batch()
+    loss = pc.FreeEnergy(model, steps=3)(x, torch.full((6,), -100))
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_clamped_to_probabilities():
+    """KL[y || q]: cross-entropy less y's own entropy, 0 where q is y; one-hot rows are labels."""
+    torch.manual_seed(0)
+    mu = torch.randn(5, 3, requires_grad=True)
+    y = torch.randn(5, 3).softmax(-1)
+    energy, items = pc.Categorical().clamped(mu, y)
+    torch.testing.assert_close(energy, F.kl_div(mu.log_softmax(-1), y, reduction="none").sum(1))
+    torch.testing.assert_close(torch.autograd.grad(energy.sum(), mu)[0], mu.softmax(-1) - y)
+    assert items == 5
+    assert (pc.Categorical().clamped(y.log(), y)[0].abs() < 1e-6).all()
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    hot = pc.Categorical().clamped(mu, F.one_hot(labels, 3).float())[0]
+    torch.testing.assert_close(hot, pc.Categorical().clamped(mu, labels)[0])
+
+
+def test_clamped_bernoulli_is_binary_cross_entropy():
+    mu, y = torch.randn(4, 6), torch.rand(4, 6)
+    energy, _ = pc.Bernoulli().clamped(mu, y)
+    torch.testing.assert_close(energy, F.binary_cross_entropy_with_logits(mu, y, reduction="none").sum(1))
+
+
+def test_clamped_gaussians():
+    m, s, y = torch.randn(3, 4, 6)
+    torch.testing.assert_close(pc.Gaussian(0.5).clamped(m, y)[0], ((y - m) ** 2).sum(1))
+    energy, _ = pc.GaussianLogVar().clamped(torch.cat([m, s], -1), y)
+    torch.testing.assert_close(energy, F.gaussian_nll_loss(m, y, s.exp(), reduction="none").sum(1))
+
+
+# Bad arguments.
+
+
+@pytest.mark.parametrize("variance", [0.0, -1.0, float("inf"), float("nan")])
+def test_bad_variance(variance):
+    with pytest.raises(ValueError, match="positive finite"):
+        pc.Gaussian(variance)
+
+
+@pytest.mark.parametrize("nu", [0.0, -2.0, float("inf"), float("nan")])
+def test_bad_degrees_of_freedom(nu):
+    with pytest.raises(ValueError, match="positive finite"):
+        pc.StudentT(nu)
+
+
+def test_a_family_without_an_energy():
+    class Empty(pc.Distribution):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Empty needs an energy"):
+        pc.FreeEnergy(network(Empty(), Empty()), order="sweep")(*batch())
+
+
+def test_odd_columns():
+    model = nn.Sequential(nn.Linear(5, 7), pc.GaussianLogVar(), nn.Linear(3, 4))
+    x, y = batch()
+    for call in (lambda: model(x), lambda: pc.FreeEnergy(model)(x, y)):
+        with pytest.raises(ValueError, match="7 columns are an odd number"):
+            call()
+
+
+@pytest.mark.parametrize("output", [pc.Gaussian(), pc.Bernoulli(), pc.Categorical(), pc.Laplace()], ids=repr)
+def test_target_of_another_shape(output):
+    with pytest.raises(ValueError, match=r"\(6, 3\).*\(6, 4\)"):
+        output.clamped(torch.zeros(6, 4), torch.zeros(6, 3))
+
+
+def test_target_of_another_shape_for_its_own_variance():
+    with pytest.raises(ValueError, match=r"\(6, 4\).*\(6, 2\)"):
+        pc.GaussianLogVar().clamped(torch.zeros(6, 4), torch.zeros(6, 4))
+
+
+@pytest.mark.parametrize("label", [-1, 4, 2**40])
+def test_label_out_of_range(label):
+    y = torch.tensor([0, 1, 2, label])
+    with pytest.raises(ValueError, match=f"label {label} is outside 0 .. 3"):
+        pc.Categorical().clamped(torch.zeros(4, 4), y)
+
+
+def test_labels_of_another_shape():
+    with pytest.raises(ValueError, match=r"\(4, 4\) need \(4,\)"):
+        pc.Categorical().clamped(torch.zeros(4, 4), torch.zeros(4, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool], ids=str)
+def test_labels_of_another_dtype(dtype):
+    with pytest.raises(ValueError, match="give int64"):
+        pc.Categorical().clamped(torch.zeros(4, 4), torch.zeros(4, dtype=dtype))
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5])
+@pytest.mark.parametrize("output", [pc.Bernoulli(), pc.Categorical()], ids=repr)
+def test_probability_out_of_range(output, value):
+    with pytest.raises(ValueError, match="outside"):
+        output.clamped(torch.zeros(2, 4), torch.full((2, 4), value))

@@ -75,7 +75,8 @@ def node(name: str, family: str, device: str, *shape: int, **options) -> Iterato
         grad = torch.randn(half if noise else shape, dtype=dtype, device=device).mul_(0.1)
         arguments = (mu, state, pi) if phase == "forward" else (mu, state, grad, pi, pi / 3, pi / 3)
         run = {"form": form, **options}
-        calls = {"pc_triton": partial(getattr(backend(mu), f"{family}_{phase}"), *arguments, *noise, **run)}
+        ours = getattr(backend(mu), f"{family}_{phase}")
+        calls: dict[str, Call] = {"pc_triton": partial(ours, *arguments, *noise, **run)}
         if device == "cuda":
             eager = getattr(reference, f"{family}_{phase}")
             calls["eager"] = partial(eager, *arguments, *noise, **run)

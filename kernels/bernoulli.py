@@ -1,4 +1,9 @@
-"""Bernoulli value node with logits: p = sigmoid(u), q = sigmoid(mu), E = pi sum KL[p || q]."""
+"""Bernoulli value node with logits: p = sigmoid(u), q = sigmoid(mu), E = pi sum KL[p || q], and its inference step.
+
+Pinchetti et al. 2022 (arXiv 2211.03481), eq. 5 for two Bernoullis; the step is the natural gradient's (Amari 1998),
+whose metric p (1 - p) cancels the Jacobian of the emission; the error form is that of Goemaere et al. 2025 (arXiv
+2505.20137).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import UNFUSED, check_node, coefficients, expm1, log1p, on_device, row_tile, sum_partials, tile
+from .common import (
+    UNFUSED,
+    check_node,
+    check_step,
+    coefficients,
+    expm1,
+    log1p,
+    on_device,
+    packed,
+    row_tile,
+    sum_partials,
+    tile,
+)
 
 
 @triton.jit
@@ -95,7 +112,7 @@ def _step(
     ERROR: tl.constexpr,
     HAS_STATE: tl.constexpr,
     MOVE: tl.constexpr,
-    MOVED: tl.constexpr,
+    MOVED: tl.constexpr,  # only in state form, and with MOVE
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -130,14 +147,19 @@ def _step(
     if MOVE:
         new = keep * d - push * g
         tl.store(state_ptr + offsets, new if ERROR else mu + new, mask=mask)
-        if MOVED and not ERROR:
+        if MOVED:
             p, p_not = sigmoids(mu + new)
             grad_mu = -pi * difference(p, p_not, q, q_not, new)
     tl.store(grad_mu_ptr + offsets, grad_mu, mask=mask)
 
 
 def bernoulli_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
-    """Emission sigmoid(u) and pi KL of the sigmoids."""
+    """Emission sigmoid(u), in mu's shape and dtype, and energy pi KL ``[S]`` (Pinchetti et al. 2022, eq. 5).
+
+    mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous: u, or
+    in error form u - mu; precision ``[S]`` float32.
+    Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
+    """
     check_node(mu, state, precision, form)
     samples, emission = len(precision), torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
@@ -167,7 +189,7 @@ def bernoulli_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str
 def bernoulli_step(
     mu: Tensor,
     state: Tensor | None,
-    grad: Tensor,
+    grad: Tensor | None,
     precision: Tensor,
     keep: Tensor | None,
     move: Tensor | None,
@@ -175,10 +197,17 @@ def bernoulli_step(
     form: str,
     moved: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """One inference step: the state (moved in place), dF/dmu and the energy."""
-    check_node(mu, state, precision, form, grad, keep, move)
-    samples, has_state = len(precision), state is not None
-    if keep is not None and state is None:
+    """d <- keep d - (move / pi) grad with d = u - mu: the state, dF/dmu and the energy before the move ``[S]``.
+
+    dF/dmu = pi (q - p), in error form + p (1 - p) (pi d + grad), in mu's shape and dtype.
+    mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous,
+    moved in place (None: u = mu, and the new one is returned); precision, keep, move ``[S]`` float32. Without keep and
+    move it is the learning pass: the state stays, and in state form grad may be None.
+    Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
+    """
+    check_step(mu, state, grad, precision, keep, move, form)
+    samples, error, moves, has_state = len(precision), form == "error", keep is not None, state is not None
+    if moves and state is None:
         state = torch.empty(mu.shape, device=mu.device)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
@@ -191,18 +220,18 @@ def bernoulli_step(
         _step[(triton.cdiv(samples, rows) * blocks,)](
             mu.contiguous(),
             state,
-            grad.contiguous(),
+            packed(grad if error or moves else None),
             precision.contiguous(),
-            None if keep is None else keep.contiguous(),
-            None if move is None else move.contiguous(),
+            packed(keep),
+            packed(move),
             grad_mu,
             energy,
             samples,
             n,
-            ERROR=form == "error",
+            ERROR=error,
             HAS_STATE=has_state,
-            MOVE=keep is not None,
-            MOVED=moved,
+            MOVE=moves,
+            MOVED=moved and moves and not error,
             ROWS=rows,
             COLS=cols,
             num_warps=warps,

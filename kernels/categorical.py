@@ -1,5 +1,9 @@
 """Categorical value node with logits along the last axis: p = softmax(u), q = softmax(mu), E = pi sum KL[p || q].
 
+Pinchetti et al. 2022 (arXiv 2211.03481), eq. 5 for two Categoricals, in attention one for each query; clamped to labels
+it is the cross-entropy -log q_y. The step is the natural gradient's (Amari 1998): logits move by g - <p, g>. The error
+form is that of Goemaere et al. 2025 (arXiv 2505.20137), the online softmax Milakov and Gimelshein's (arXiv 1805.02867).
+
 A row that fits one tile is read once and stays in registers. A longer one is read twice, first for an online
 log-sum-exp (thrice where the gradient is taken at the moved state). A logit of -inf is masked, p = q = d = 0, and so is
 what CAUSAL or PADDING hides.
@@ -12,7 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import UNFUSED, check, check_node, coefficients, exp_tail, log1p, on_device, row_tile, sum_partials, tile
+from .common import (
+    UNFUSED,
+    check,
+    check_node,
+    check_step,
+    coefficients,
+    count_rows,
+    exp_tail,
+    log1p,
+    on_device,
+    packed,
+    row_tile,
+    sum_partials,
+    tile,
+)
 
 SHORT = 4096  # columns of the longest row that is kept in registers
 LONG = 2048  # columns that a program takes at a time of a longer row
@@ -327,14 +345,21 @@ def plan(columns: int) -> tuple[bool, int, int, int]:
 def categorical_forward(
     mu: Tensor, state: Tensor, precision: Tensor, *, form: str, causal: bool = False, padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Emission softmax(u) and pi KL of the softmaxes, over the last axis."""
+    """Emission softmax(u), in mu's shape and dtype, and energy pi KL ``[S]`` (Pinchetti et al. 2022, eq. 5).
+
+    mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous: u, or
+    in error form u - mu; precision ``[S]`` float32.
+    causal: mu is ``[..., N, K]`` and query i sees keys 0 .. i + K - N. padding ``[B, K]`` bool, True where a key is
+    padding, for mu ``[B, heads, N, K]``. p = 0 where masked.
+    Raises ValueError for a form, shape or device that does not fit or more than 2^31 - 1 rows, TypeError for a dtype.
+    """
     check_node(mu, state, precision, form)
     check_masks(mu, causal, padding)
     samples, emission = len(precision), torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
         return emission, torch.zeros_like(precision)
     columns = mu.shape[-1]
-    n_rows = mu.numel() // columns
+    n_rows = count_rows(mu)
     one_tile, rows, cols, warps = plan(columns)
     energy = torch.empty(n_rows, device=mu.device)
     with on_device(mu):
@@ -365,7 +390,7 @@ def categorical_forward(
 def categorical_step(
     mu: Tensor,
     state: Tensor | None,
-    grad: Tensor,
+    grad: Tensor | None,
     precision: Tensor,
     keep: Tensor | None,
     move: Tensor | None,
@@ -375,27 +400,35 @@ def categorical_step(
     causal: bool = False,
     padding: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """One inference step: the state (moved in place), dF/dmu and the energy. Masked entries of both become 0."""
-    check_node(mu, state, precision, form, grad, keep, move)
+    """d <- keep d - (move / pi) (grad - <p, grad>): the state, dF/dmu and the energy before the move ``[S]``.
+
+    dF/dmu = pi (q - p), in error form + p (pi (d - <p, d>) + grad - <p, grad>), in mu's shape and dtype.
+    mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous,
+    moved in place (None: u = mu, and the new one is returned); precision, keep, move ``[S]`` float32. Without keep and
+    move it is the learning pass: the state stays, and in state form grad may be None.
+    causal and padding as in `categorical_forward`; where masked, dF/dmu and the moved state are 0.
+    Raises ValueError for a form, shape or device that does not fit or more than 2^31 - 1 rows, TypeError for a dtype.
+    """
+    check_step(mu, state, grad, precision, keep, move, form)
     check_masks(mu, causal, padding)
-    samples, has_state = len(precision), state is not None
-    if keep is not None and state is None:
+    samples, error, moves, has_state = len(precision), form == "error", keep is not None, state is not None
+    if moves and state is None:
         state = torch.empty(mu.shape, device=mu.device)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
         return state, grad_mu, torch.zeros_like(precision)
     columns = mu.shape[-1]
-    n_rows = mu.numel() // columns
+    n_rows = count_rows(mu)
     one_tile, rows, cols, warps = plan(columns)
     energy = torch.empty(n_rows, device=mu.device)
     with on_device(mu):
         _step[(triton.cdiv(n_rows, rows),)](
             mu.contiguous(),
             state,
-            grad.contiguous(),
+            packed(grad if error or moves else None),
             precision.contiguous(),
-            None if keep is None else keep.contiguous(),
-            None if move is None else move.contiguous(),
+            packed(keep),
+            packed(move),
             None if padding is None else padding.contiguous().view(torch.uint8),
             grad_mu,
             energy,
@@ -404,10 +437,10 @@ def categorical_step(
             n_rows // samples,
             mu.shape[-2] if causal else 1,
             1 if padding is None else n_rows // len(padding),
-            ERROR=form == "error",
+            ERROR=error,
             HAS_STATE=has_state,
-            MOVE=keep is not None,
-            MOVED=moved and form == "state" and keep is not None,
+            MOVE=moves,
+            MOVED=moved and moves and not error,
             CAUSAL=causal,
             PADDING=padding is not None,
             ONE_TILE=one_tile,
@@ -498,7 +531,12 @@ def check_labels(mu: Tensor, labels: Tensor) -> None:
 
 
 def clamped_categorical_forward(mu: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """-log q_y per row ``[R]`` (0 where the label is ignored) and the row's log-sum-exp ``[R]``, of mu ``[R, C]``."""
+    """E = -log q_y ``[R]`` and each row's log-sum-exp ``[R]``, both float32: eq. 5 with p clamped to the label y.
+
+    mu ``[R, C]`` float32, float16 or bfloat16, of any strides; labels ``[R]`` int64 or int32. E is 0 where the label is
+    ignore_index, and NaN where it is neither that nor 0 .. C - 1.
+    Raises ValueError for a shape or device that does not fit, TypeError for a dtype that does not.
+    """
     check_labels(mu, labels)
     n_rows, n_columns = mu.shape
     if n_columns == 0 and n_rows:
@@ -526,7 +564,12 @@ def clamped_categorical_forward(mu: Tensor, labels: Tensor, ignore_index: int) -
 def clamped_categorical_backward(
     mu: Tensor, labels: Tensor, lse: Tensor, grad_energy: Tensor, ignore_index: int
 ) -> Tensor:
-    """dE/dmu = (q - y) grad_energy ``[R, C]``, 0 in ignored rows; grad_energy ``[R]``."""
+    """dF/dmu = (q - y) grad_energy ``[R, C]``, in mu's dtype, 0 in ignored rows.
+
+    mu, labels and ignore_index as in `clamped_categorical_forward`, lse ``[R]`` float32 from there, grad_energy ``[R]``
+    float32.
+    Raises ValueError for a shape or device that does not fit, TypeError for a dtype that does not.
+    """
     check_labels(mu, labels)
     check("lse", lse, mu, labels.shape, coefficient=True)
     check("grad_energy", grad_energy, mu, labels.shape, coefficient=True)

@@ -28,17 +28,8 @@ def check(
         raise ValueError(f"{name} is on {x.device} and mu on {like.device}: move it there")
 
 
-def check_node(
-    mu: Tensor,
-    state: Tensor | None,
-    precision: Tensor,
-    form: str,
-    grad: Tensor | None = None,
-    keep: Tensor | None = None,
-    move: Tensor | None = None,
-    noise: Tensor | None = None,
-) -> None:
-    """Refuse arguments of a node that its kernel would misread."""
+def check_node(mu: Tensor, state: Tensor | None, precision: Tensor, form: str, noise: Tensor | None = None) -> None:
+    """Refuse arguments of a node that its kernels would misread."""
     if form not in ("error", "state"):
         raise ValueError(f'form is {form!r}: say "error" or "state"')
     check("mu", mu, mu, mu.shape)
@@ -51,23 +42,50 @@ def check_node(
             f"mu has {mu.shape[0]} rows, no multiple of the {samples} samples of precision: "
             "give precision one entry per sample"
         )
+    if noise is not None:
+        if mu.shape[-1] % 2:
+            raise ValueError(f"mu has {mu.shape[-1]} columns: give it an even number, [mean | log variance]")
+        check("noise", noise, mu, (*mu.shape[:-1], mu.shape[-1] // 2))
+    if state is not None:
+        check("state", state, mu, mu.shape, coefficient=True)
+        if not state.is_contiguous():
+            raise ValueError("state is not contiguous and is moved in place: keep it as state.contiguous()")
+
+
+def check_step(
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor | None,
+    precision: Tensor,
+    keep: Tensor | None,
+    move: Tensor | None,
+    form: str,
+    noise: Tensor | None = None,
+) -> None:
+    """Refuse arguments of an inference step that its kernel would misread."""
+    check_node(mu, state, precision, form, noise)
     if (keep is None) != (move is None):
         raise ValueError("keep and move go together: give both, or neither for the learning pass")
     for name, x in (("keep", keep), ("move", move)):
         if x is not None:
             check(name, x, mu, precision.shape, coefficient=True)
-    emission = mu.shape
-    if noise is not None:
-        if mu.shape[-1] % 2:
-            raise ValueError(f"mu has {mu.shape[-1]} columns: give it an even number, [mean | log variance]")
-        emission = torch.Size([*mu.shape[:-1], mu.shape[-1] // 2])
-        check("noise", noise, mu, emission)
     if grad is not None:
-        check("grad", grad, mu, emission)
-    if state is not None:
-        check("state", state, mu, mu.shape, coefficient=True)
-        if not state.is_contiguous():
-            raise ValueError("state is not contiguous and is moved in place: keep it as state.contiguous()")
+        check("grad", grad, mu, mu.shape if noise is None else noise.shape)
+    elif form == "error" or keep is not None:
+        raise ValueError("grad is None: only the learning pass (keep=None) in state form does without it")
+
+
+def count_rows(mu: Tensor) -> int:
+    """Rows along the last axis. The kernels that divide a row's number do so in 32 bits: in 64 it spills registers."""
+    rows = mu.numel() // mu.shape[-1]
+    if rows >= 2**31:
+        raise ValueError(f"mu has {rows} rows: give at most {2**31 - 1} at a time")
+    return rows
+
+
+def packed(x: Tensor | None) -> Tensor | None:
+    """x without strides, as the kernels read it."""
+    return None if x is None else x.contiguous()
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -1,4 +1,8 @@
-"""Gaussian value node of fixed variance: E = pi sum (u - mu)^2 / 2."""
+"""Gaussian value node of fixed variance: E = pi sum (u - mu)^2 / 2, and its inference step.
+
+Pinchetti et al. 2022 (arXiv 2211.03481), eq. 5 for two Gaussians of one variance; the error form is that of Goemaere et
+al. 2025 (arXiv 2505.20137).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import UNFUSED, check_node, coefficients, on_device, row_tile, sum_partials, tile
+from .common import UNFUSED, check_node, check_step, coefficients, on_device, packed, row_tile, sum_partials, tile
 
 
 @triton.jit
@@ -55,7 +59,7 @@ def _step(
     ERROR: tl.constexpr,
     HAS_STATE: tl.constexpr,
     MOVE: tl.constexpr,
-    MOVED: tl.constexpr,
+    MOVED: tl.constexpr,  # only in state form, and with MOVE
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -88,7 +92,12 @@ def _step(
 
 
 def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
-    """Emission u and energy pi |u - mu|^2 / 2 of a Gaussian of fixed variance."""
+    """Emission u, in mu's shape and dtype, and energy pi |u - mu|^2 / 2 ``[S]`` (Pinchetti et al. 2022, eq. 5).
+
+    mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous: u, or
+    in error form u - mu; precision ``[S]`` float32.
+    Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
+    """
     check_node(mu, state, precision, form)
     samples, emission = len(precision), torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
@@ -118,7 +127,7 @@ def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str)
 def gaussian_step(
     mu: Tensor,
     state: Tensor | None,
-    grad: Tensor,
+    grad: Tensor | None,
     precision: Tensor,
     keep: Tensor | None,
     move: Tensor | None,
@@ -126,13 +135,19 @@ def gaussian_step(
     form: str,
     moved: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """One inference step: the state (moved in place), dF/dmu (in error form ``grad`` itself) and the energy."""
-    check_node(mu, state, precision, form, grad, keep, move)
-    error = form == "error"
-    samples, has_state = len(precision), state is not None
-    if keep is not None and state is None:
+    """d <- keep d - (move / pi) grad with d = u - mu: the state, dF/dmu = -pi d and the energy before the move ``[S]``.
+
+    mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous,
+    moved in place (None: u = mu, and the new one is returned); precision, keep, move ``[S]`` float32. Without keep and
+    move it is the learning pass: the state stays, and in state form grad may be None. dF/dmu has mu's shape and dtype;
+    in error form it is ``grad`` itself.
+    Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
+    """
+    check_step(mu, state, grad, precision, keep, move, form)
+    samples, error, moves, has_state = len(precision), form == "error", keep is not None, state is not None
+    if moves and state is None:
         state = torch.empty(mu.shape, device=mu.device)
-    grad_mu = grad if error else torch.empty_like(mu, memory_format=torch.contiguous_format)
+    grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format) if grad is None or not error else grad
     if mu.numel() == 0 or (error and state is None):
         return state, grad_mu, torch.zeros_like(precision)
     n = mu.numel() // samples
@@ -143,18 +158,18 @@ def gaussian_step(
         _step[(triton.cdiv(samples, rows) * blocks,)](
             None if error else mu.contiguous(),
             state,
-            grad.contiguous(),
+            packed(grad if moves else None),
             precision.contiguous(),
-            None if keep is None else keep.contiguous(),
-            None if move is None else move.contiguous(),
+            packed(keep),
+            packed(move),
             None if error else grad_mu,
             energy,
             samples,
             n,
             ERROR=error,
             HAS_STATE=has_state,
-            MOVE=keep is not None,
-            MOVED=moved,
+            MOVE=moves,
+            MOVED=moved and moves and not error,
             ROWS=rows,
             COLS=cols,
             num_warps=warps,

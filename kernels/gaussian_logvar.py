@@ -1,4 +1,9 @@
-"""Gaussian value node with its own variance: rows [mean | log variance], emission m + e^(s/2) xi."""
+"""Gaussian value node with its own variance: rows [mean | log variance], emission m + e^(s/2) xi.
+
+E = pi/2 sum [s^ - s + (e^s + (m - m^)^2) e^-s^ - 1]: Pinchetti et al. 2022 (arXiv 2211.03481), eq. 5 for two Gaussians.
+The step is the natural gradient's (Amari 1998), with the inverse Fisher information (e^s^, 2) of (m, s) at the
+prediction.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import UNFUSED, check_node, coefficients, exp_tail, expm1, on_device, row_tile, sum_partials, tile
+from .common import (
+    UNFUSED,
+    check_node,
+    check_step,
+    coefficients,
+    count_rows,
+    exp_tail,
+    expm1,
+    on_device,
+    packed,
+    row_tile,
+    sum_partials,
+    tile,
+)
 
 
 @triton.jit
@@ -70,7 +88,7 @@ def _step(
     ERROR: tl.constexpr,
     HAS_STATE: tl.constexpr,
     MOVE: tl.constexpr,
-    MOVED: tl.constexpr,
+    MOVED: tl.constexpr,  # only in state form, and with MOVE
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -127,13 +145,18 @@ def _step(
 def gaussian_logvar_forward(
     mu: Tensor, state: Tensor, precision: Tensor, noise: Tensor, *, form: str
 ) -> tuple[Tensor, Tensor]:
-    """Emission ``m + exp(s / 2) xi`` ``[..., C]`` of rows ``[..., 2 C]``, and pi KL of the two Gaussians."""
-    check_node(mu, state, precision, form, noise=noise)
+    """Emission m + e^(s/2) xi ``[..., C]``, in mu's dtype, and energy pi KL ``[S]`` (Pinchetti et al. 2022, eq. 5).
+
+    mu ``[S * r, ..., 2 C]``, noise xi ``[S * r, ..., C]``, float32, float16 or bfloat16, of any strides; state mu's
+    shape, float32, contiguous: u, or in error form u - mu; precision ``[S]`` float32.
+    Raises ValueError for a form, shape or device that does not fit or more than 2^31 - 1 rows, TypeError for a dtype.
+    """
+    check_node(mu, state, precision, form, noise)
     samples, emission = len(precision), torch.empty(noise.shape, dtype=mu.dtype, device=mu.device)
     if mu.numel() == 0:
         return emission, torch.zeros_like(precision)
     n = noise.shape[-1]
-    n_rows = noise.numel() // n
+    n_rows = count_rows(mu)
     rows, cols, warps = tile(n, 1024, 1024)
     blocks = triton.cdiv(n, cols)
     energy = torch.empty(n_rows, blocks, device=mu.device)
@@ -160,7 +183,7 @@ def gaussian_logvar_forward(
 def gaussian_logvar_step(
     mu: Tensor,
     state: Tensor | None,
-    grad: Tensor,
+    grad: Tensor | None,
     precision: Tensor,
     keep: Tensor | None,
     move: Tensor | None,
@@ -169,16 +192,23 @@ def gaussian_logvar_step(
     form: str,
     moved: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """One inference step: the state (moved in place), dF/dmu and the energy."""
-    check_node(mu, state, precision, form, grad, keep, move, noise)
-    samples, has_state = len(precision), state is not None
-    if keep is not None and state is None:
+    """The natural step of (m, s), written out in `_step`: the state, dF/dmu and the energy before the move ``[S]``.
+
+    mu ``[S * r, ..., 2 C]``, grad and noise xi ``[S * r, ..., C]``, float32, float16 or bfloat16, of any strides; state
+    mu's shape, float32, contiguous, moved in place (None: u = mu, and the new one is returned); precision, keep, move
+    ``[S]`` float32. Without keep and move it is the learning pass: the state stays, and in state form grad may be None.
+    dF/dmu has mu's shape and dtype.
+    Raises ValueError for a form, shape or device that does not fit or more than 2^31 - 1 rows, TypeError for a dtype.
+    """
+    check_step(mu, state, grad, precision, keep, move, form, noise)
+    samples, error, moves, has_state = len(precision), form == "error", keep is not None, state is not None
+    if moves and state is None:
         state = torch.empty(mu.shape, device=mu.device)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
         return state, grad_mu, torch.zeros_like(precision)
     n = noise.shape[-1]
-    n_rows = noise.numel() // n
+    n_rows = count_rows(mu)
     rows, cols, warps = tile(n, 1024, 1024)
     blocks = triton.cdiv(n, cols)
     energy = torch.empty(n_rows, blocks, device=mu.device)
@@ -186,20 +216,20 @@ def gaussian_logvar_step(
         _step[(triton.cdiv(n_rows, rows) * blocks,)](
             mu.contiguous(),
             state,
-            grad.contiguous(),
+            packed(grad if error or moves else None),
             precision.contiguous(),
-            None if keep is None else keep.contiguous(),
-            None if move is None else move.contiguous(),
+            packed(keep),
+            packed(move),
             noise.contiguous(),
             grad_mu,
             energy,
             n_rows,
             n,
             n_rows // samples,
-            ERROR=form == "error",
+            ERROR=error,
             HAS_STATE=has_state,
-            MOVE=keep is not None,
-            MOVED=moved,
+            MOVE=moves,
+            MOVED=moved and moves and not error,
             ROWS=rows,
             COLS=cols,
             num_warps=warps,

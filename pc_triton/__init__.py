@@ -1,10 +1,10 @@
 """Predictive coding beyond Gaussian distributions: PyTorch layers on fused Triton kernels.
 
-    import pc_triton as pc
+import pc_triton as pc
 
-    free_energy = pc.FreeEnergy(model)      # a model with pc layers, or pc.convert(model)
-    loss = free_energy(x, y)                # inference
-    loss.backward()                         # learning
+free_energy = pc.FreeEnergy(model)      # a model with pc layers, or pc.convert(model)
+loss = free_energy(x, y)                # inference
+loss.backward()                         # learning
 """
 
 from .dispatch import use_backend

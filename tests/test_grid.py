@@ -53,14 +53,28 @@ def check(free_energy: pc.FreeEnergy, x, y) -> None:
     assert report.settled >= 0.9, str(report)
 
 
+def train(free_energy: pc.FreeEnergy, optimizer, x, y, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        free_energy(x, y).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize(("width", "blocks", "vocabulary", "std"), GRID)
 def test_grid(width, blocks, vocabulary, std, device):
     model, x, y = make(width, blocks, vocabulary, std, device)
     free_energy = pc.FreeEnergy(model)
     check(free_energy, x, y)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(5 if width == 1024 else 15):
-        optimizer.zero_grad()
-        free_energy(x, y).backward()
-        optimizer.step()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.03 / max(width, 32))
+    train(free_energy, optimizer, x, y, 5 if width == 1024 else 15)
     check(free_energy, x, y)
+
+
+@pytest.mark.xfail(strict=True, reason="inference.py: the first move may raise F in a sample; the second makes it good")
+def test_no_step_raises_free_energy_after_a_longer_training():
+    model, x, y = make(16, 2, 64, 0.02, "cpu")
+    free_energy, optimizer = pc.FreeEnergy(model), torch.optim.AdamW(model.parameters(), 2e-3)
+    train(free_energy, optimizer, x, y, 50)
+    for _ in range(6):
+        train(free_energy, optimizer, x, y, 10)
+        check(free_energy, x, y)

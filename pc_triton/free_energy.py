@@ -99,6 +99,8 @@ class FreeEnergy(nn.Module):
             raise ValueError(f"order={order!r} moves its states within the backward pass: leave state_optimizer=None")
         if output is not None and not isinstance(output, Distribution):
             raise ValueError(f"output={output!r}: give a pc_triton Distribution, for example pc_triton.Categorical()")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}: give a module (torch.nn.Module)")
         self._names = {module: name for name, module in model.named_modules() if isinstance(module, Distribution)}
         if not self._names:
             raise ValueError("the model has no value node: use pc.Linear or pc.Gaussian() in it, or pc.convert(model)")

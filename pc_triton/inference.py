@@ -127,6 +127,7 @@ class Inference:
                     "first pass; inference needs the same path at every step"
                 )
             node = self.nodes[self.visits]
+            family.frozen(mu)  # drawn again and not used, so that what is drawn after it is the same
         self.visits += 1
         if node is self.output:
             node.mu = mu

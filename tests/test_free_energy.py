@@ -369,7 +369,6 @@ def test_a_node_without_the_samples_first():
         pc.FreeEnergy(Mean())(*batch())
 
 
-@pytest.mark.xfail(strict=True, reason="free_energy.py: AttributeError, 'function' object has no attribute ...")
 def test_a_model_that_is_no_module():
     with pytest.raises(TypeError, match="module"):
         pc.FreeEnergy(lambda x: x)

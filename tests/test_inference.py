@@ -368,12 +368,6 @@ class Sampled(nn.Module):
         return self.layers(x)
 
 
-NOISE_IS_NOT_DRAWN_AGAIN = pytest.mark.xfail(
-    strict=True,
-    reason="inference.py: the first pass draws xi, the others do not, so they replay other random numbers after it",
-)
-
-
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("before", "after", "noise"),
@@ -381,7 +375,7 @@ NOISE_IS_NOT_DRAWN_AGAIN = pytest.mark.xfail(
         (0.5, 0.0, False),
         (0.0, 0.5, False),
         (0.5, 0.0, True),
-        pytest.param(0.0, 0.5, True, marks=NOISE_IS_NOT_DRAWN_AGAIN),
+        (0.0, 0.5, True),
     ],
 )
 def test_dropout_is_held_through_inference(order, before, after, noise):
@@ -404,7 +398,7 @@ def batch_of_labels(dtype=torch.float64):
 
 @pytest.mark.parametrize(
     ("dropout", "noise", "steps"),
-    [(0.5, False, 1), (0.5, False, 3), (0.0, True, 1), pytest.param(0.0, True, 3, marks=NOISE_IS_NOT_DRAWN_AGAIN)],
+    [(0.5, False, 1), (0.5, False, 3), (0.0, True, 1), (0.0, True, 3)],
 )
 def test_the_next_batch_draws_other_numbers(dropout, noise, steps):
     torch.manual_seed(0)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .distributions import Distribution, Gaussian
-from .inference import Inference
+from .inference import Inference, hold_statistics
 from .report import Report, report
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class FreeEnergy(nn.Module):
             square.
         displacement: with "auto", delta, the fraction of F that inference may explain away, each node the same part
             of it: 0 < delta < 1.
-        step: 0 < step <= 1 in natural-gradient units (see ``reference.py``), for every move. None: it begins at 0.8 for
-            error, 0.5 for sweep, 0.2 else, and a guard adapts it per sample and takes back a move that raised F.
+        step: 0 < step <= 1 in natural-gradient units (see ``reference.py``), for every move. None: it begins at 0.5 for
+            error and sweep, 0.2 else, and a guard adapts it per sample and takes back a move that raised F.
         state_optimizer: None for the plain step, or a function that makes a ``torch.optim`` optimiser of the list of
             states, as in ``lambda states: torch.optim.Adam(states, lr=0.05)``; it is given the natural gradient. Not
             for "sweep" and "incremental", whose states move within the backward pass.
@@ -104,11 +105,12 @@ class FreeEnergy(nn.Module):
         self._names = {module: name for name, module in model.named_modules() if isinstance(module, Distribution)}
         if not self._names:
             raise ValueError("the model has no value node: use pc.Linear or pc.Gaussian() in it, or pc.convert(model)")
+        self.norms = [m for m in model.modules() if isinstance(m, _NormBase)]
         self.model, self.output, self.input_node = model, output, Gaussian()
         self._names[self.input_node] = "input"
         self.steps, self.order, self.precision, self.displacement = steps, order, precision, displacement
         self.adaptive = step is None
-        self.step = {"error": 0.8, "sweep": 0.5}.get(order, 0.2) if step is None else step
+        self.step = {"error": 0.5, "sweep": 0.5}.get(order, 0.2) if step is None else step
         self.state_optimizer = state_optimizer
         self._compiled: CompiledSteps | None = None
 
@@ -141,7 +143,9 @@ class FreeEnergy(nn.Module):
             raise ValueError("order='incremental': use `for loss in free_energy.incremental(x, y)`")
         if self._compiled is not None:
             return self._compiled(x, y)
-        return self.loss_and_inference(x, y)[0]
+        with torch.enable_grad():  # inference is made of gradients, in an evaluation loop too
+            loss, _ = self.loss_and_inference(x, y)
+        return loss if torch.is_grad_enabled() else loss.detach()
 
     def loss_and_inference(self, x: Any, y: Tensor | None) -> tuple[Tensor, Inference]:
         """The loss of a call, and the inference behind it; arguments and errors as in a call."""
@@ -194,6 +198,7 @@ class FreeEnergy(nn.Module):
             if step + 1 < self.steps:
                 energy = inference.forward("incremental")
 
+    @torch.enable_grad()
     def infer(self, x: Any, y: Tensor | None = None, *, clamp_input: bool = True) -> Settled:
         """Inference alone: T moves of every state, no learning.
 
@@ -205,8 +210,9 @@ class FreeEnergy(nn.Module):
         if not clamp_input and not (isinstance(x, Tensor) and x.is_floating_point()):
             raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
         inference = Inference(self, x, y, clamp_input=clamp_input)
-        self.settle(inference, self.steps)
-        energy = inference.probe()
+        with hold_statistics(self.norms):
+            self.settle(inference, self.steps)
+            energy = inference.probe()
         states: dict[str, Tensor] = {}
         for node in inference.nodes:
             if node is not inference.output:
@@ -214,6 +220,7 @@ class FreeEnergy(nn.Module):
                 states[node.name + (f"#{visits + 1}" if visits else "")] = node.emission.detach()
         return Settled(x if clamp_input else states["input"], inference.out.detach(), energy, states)
 
+    @torch.enable_grad()
     def report(self, x: Any, y: Tensor) -> Report:
         """Where inference stands on one batch: energy and residual per value node, and the regime. Trains nothing.
 
@@ -221,7 +228,8 @@ class FreeEnergy(nn.Module):
         backpropagation's; it costs some 65 inference steps. See `Report`; print it for a table.
         Raises ValueError as a call does.
         """
-        return report(self, x, y)
+        with hold_statistics(self.norms):
+            return report(self, x, y)
 
     def settle(self, inference: Inference, moves: int) -> None:
         """Move every state ``moves`` times from the prediction."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from .dispatch import tracing
 from .distributions import Categorical, Distribution, Gaussian, current
@@ -101,6 +102,7 @@ class Inference:
         self.nodes: list[ValueNode] = []
         self.visits = 0
         self.output: ValueNode | None = None  # the node whose emission the model returns, if any
+        self.output_shape: torch.Size | None = None  # that of what the model returns, where it is another
         self.out: Tensor = torch.empty(0)  # what the model returned in the last pass
         self.items = torch.ones(())
         self.set_step(torch.full((self.samples,), owner.step, device=first.device))
@@ -112,7 +114,7 @@ class Inference:
         self.energies: list[Tensor] = []  # F [S] of every forward pass
         self.optimizer: torch.optim.Optimizer | None = None
         self._anchor = torch.zeros((), requires_grad=True)
-        self._rng = (torch.get_rng_state(), torch.cuda.get_rng_state() if first.is_cuda else None)
+        self._random = (torch.get_rng_state(), torch.cuda.get_rng_state() if first.is_cuda else None)
 
     # What a value node and its backward call.
 
@@ -180,21 +182,24 @@ class Inference:
     def forward(self, mode: str) -> Tensor:
         """One forward pass of the model under the states: F per sample ``[S]``, with its graph."""
         self.mode, self.visits = mode, 0
+        self._replay_random()
         token = current.set(self)
         try:
-            with torch.enable_grad(), _replayed(self._rng):
+            with torch.enable_grad(), hold_statistics([] if mode == "first" else self.owner.norms):
                 args = self.args
                 if not self.clamp_input:
                     args = (self.owner.input_node(args[0]), *args[1:])
                 self.out = self.owner.model(*args, **self.kwargs)
+                self._check_pass()
+                energy = self._output_energy()
+                for node in self.nodes:
+                    if node.energy is not None:
+                        energy = energy + node.energy
+        except BaseException:
+            self._replay_random()  # a batch that is refused draws nothing
+            raise
         finally:
             current.reset(token)
-        self._check_pass()
-        mu = self.out if self.output is None else self.output.mu
-        energy = self._output_energy(mu)
-        for node in self.nodes:
-            if node.energy is not None:
-                energy = energy + node.energy
         self.energies.append(energy.detach())
         if mode != "first" or not self.owner.calibrates:
             self._release()
@@ -207,6 +212,13 @@ class Inference:
             node.mu, node.emission = node.mu.detach(), node.emission.detach()
             node.energy = None if node.energy is None else node.energy.detach()
 
+    def _replay_random(self) -> None:
+        """Go back to the random state of the first pass: dropout and noise are the same in every pass."""
+        cpu, cuda = self._random
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
     def _check_pass(self) -> None:
         if not isinstance(self.out, Tensor):
             raise TypeError(f"the model returned {type(self.out).__name__}: it must return one tensor; wrap it")
@@ -215,7 +227,7 @@ class Inference:
                 f"the model's forward visited {self.visits} value nodes, and {len(self.nodes)} in its first pass: "
                 "inference needs at least one, and the same at every step"
             )
-        if self.mode == "first" and _same_values(self.out, self.nodes[-1].emission):
+        if self.mode == "first" and _is_emission(self.out, self.nodes[-1].emission):
             self.output = self.nodes[-1]
             self.output.free, self.output.state, self.output.energy = False, None, None
         for node in self.nodes:
@@ -224,7 +236,14 @@ class Inference:
                     f"an operation after node {node.name!r} changes its output in place: use inplace=False there"
                 )
 
-    def _output_energy(self, mu: Tensor) -> Tensor:
+    def _output_energy(self) -> Tensor:
+        mu = self.out
+        if self.output is not None:
+            mu = self.output.mu
+            if self.mode == "first" and self.output.emission.shape != self.out.shape:
+                self.output_shape = self.out.shape  # the model flattens or squeezes what its last node emits
+            if self.output_shape is not None:
+                mu = mu.reshape(self.output_shape)
         if mu.dim() == 0 or mu.shape[0] != self.samples:
             raise ValueError(f"the model's output has shape {tuple(mu.shape)} for a batch of {self.samples} samples")
         if self.target is None:
@@ -380,14 +399,19 @@ def check_values(inputs: Any, target: Tensor | None, family: Distribution | None
         family.check_labels(target, classes)
 
 
-def check_finite(name: str, t: Tensor | None) -> None:
-    """Raise ValueError if t holds NaN or infinity (on a GPU a device-side assertion, so as not to wait for it)."""
+def check_finite(name: str, t: Tensor | None, *, infinite: bool = False) -> None:
+    """Raise ValueError if t holds NaN, or infinity unless it may (on a GPU a device-side assertion, not to wait)."""
     if t is None or tracing.get() or not t.is_floating_point():
         return
+    t = t.detach()
+    if not t.is_cuda and math.isfinite(t.sum()):  # a sum may overflow, but is one pass
+        return
+    fine = (t == t if infinite else t.isfinite()).all()
+    held = "NaN" if infinite else "NaN or infinity"
     if t.is_cuda:
-        torch._assert_async(t.detach().isfinite().all(), f"{name} holds NaN or infinity")
-    elif not math.isfinite(t.detach().sum()) and not t.isfinite().all():  # a sum may overflow, but is one pass
-        raise ValueError(f"{name} holds NaN or infinity: clean the data before inference")
+        torch._assert_async(fine, f"{name} holds {held}")
+    elif not fine:
+        raise ValueError(f"{name} holds {held}: clean the data before inference")
 
 
 def _batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
@@ -399,21 +423,26 @@ def _batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
         raise TypeError("x: give a tensor, or a tuple or dict of the model's arguments with a tensor among them")
     if tensors[0].dim() == 0 or tensors[0].numel() == 0:
         raise ValueError(f"x has shape {tuple(tensors[0].shape)}: give a batch of at least one sample")
-    for t in tensors:
-        check_finite("x", t)
+    check_finite("x", tensors[0])
+    for t in tensors[1:]:
+        check_finite("x", t, infinite=True)  # such as a mask to add to attention's logits
     return args, kwargs, tensors[0]
 
 
-def _same_values(out: Tensor, emission: Tensor) -> bool:
-    """Whether the model's output is a node's emission, or a view of all of it."""
-    return out is emission or (out.numel() == emission.numel() and out.data_ptr() == emission.data_ptr())
-
-
 @contextlib.contextmanager
-def _replayed(state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
-    """Run one pass from the random state of the first pass: dropout and noise are the same at every step."""
-    cpu, cuda = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
-    yield
+def hold_statistics(norms: list[_NormBase]) -> Iterator[None]:
+    """Within it batch normalisation moves no running statistics: a batch counts once, in its first pass of training."""
+    held = [norm for norm in norms if norm.training and norm.track_running_stats]
+    for norm in held:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in held:
+            norm.track_running_stats = True
+
+
+def _is_emission(out: Tensor, emission: Tensor) -> bool:
+    """Whether the model returns a node's emission, in its own shape or in another with the elements in their order."""
+    same = out.numel() == emission.numel() and out.data_ptr() == emission.data_ptr()
+    return out is emission or (same and out.is_contiguous() and emission.is_contiguous())

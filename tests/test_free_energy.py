@@ -144,7 +144,6 @@ def test_training_and_evaluation_modes():
     assert free_energy.train().model[2].training
 
 
-@pytest.mark.xfail(strict=True, reason="inference.py: every pass of inference updates the running statistics")
 def test_batch_norm_counts_a_batch_once():
     torch.manual_seed(0)
     model = nn.Sequential(pc.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
@@ -181,7 +180,6 @@ def test_a_tuple_or_dict_is_the_models_arguments():
     assert free_energy.infer((x, other), y).input[1] is other
 
 
-@pytest.mark.xfail(strict=True, reason="inference.py: every argument is checked for infinity, a mask's -inf too")
 def test_a_float_mask_may_hold_infinity():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
@@ -319,7 +317,6 @@ def test_bad_input_is_refused_and_changes_nothing(name, order):
     assert torch.equal(model(batch()[0]), model(batch()[0])), "no inference is left under way"
 
 
-@pytest.mark.xfail(strict=True, reason="inference.py: what a pass has drawn is not given back when y is refused")
 def test_bad_labels_draw_no_random_numbers():
     model, (x, y) = mlp(dropout=0.5), batch()
     random = torch.get_rng_state()

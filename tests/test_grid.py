@@ -70,7 +70,6 @@ def test_grid(width, blocks, vocabulary, std, device):
     check(free_energy, x, y)
 
 
-@pytest.mark.xfail(strict=True, reason="inference.py: the first move may raise F in a sample; the second makes it good")
 def test_no_step_raises_free_energy_after_a_longer_training():
     model, x, y = make(16, 2, 64, 0.02, "cpu")
     free_energy, optimizer = pc.FreeEnergy(model), torch.optim.AdamW(model.parameters(), 2e-3)

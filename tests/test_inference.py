@@ -460,7 +460,6 @@ def test_a_last_node_is_the_output():
     assert_close(learn(model, x, y, steps=3), gradients(model, truth(x, y)), 100 * EPS)
 
 
-@pytest.mark.xfail(strict=True, reason="inference.py: y is compared with the node's shape and not with the view's")
 def test_a_last_node_seen_through_a_view():
     """``squeeze(-1)`` after the last layer: y has the output's shape, as documented."""
     torch.manual_seed(0)
@@ -469,7 +468,6 @@ def test_a_last_node_seen_through_a_view():
     assert loss > 0
 
 
-@pytest.mark.xfail(strict=True, reason="inference.py: any view with the node's data pointer passes for its emission")
 def test_a_last_node_transposed():
     """The energy is that of what the model returns."""
     torch.manual_seed(0)
@@ -568,7 +566,6 @@ def test_a_frozen_model_infers(order):
     assert_close(settled.states.values(), truth.states.values(), 1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="inference.py: the output's energy is outside enable_grad, so no state moves")
 def test_without_grad_inference_is_the_same():
     """``torch.no_grad`` round a call, as in an evaluation loop: the same value, without a graph."""
     model, x, y = make("mlp")

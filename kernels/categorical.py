@@ -517,6 +517,46 @@ def _clamped_backward(
     tl.store(grad_mu_ptr + offsets, grad, mask=mask)
 
 
+@triton.jit
+def _clamped_gradient(
+    mu_ptr,  # [R, C], overwritten by dE/dmu
+    labels_ptr,  # [R] integers
+    energy_ptr,  # [R] float32
+    n_rows,
+    n_columns,
+    ignore_index,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """E = log sum e^mu - mu_y, and dE/dmu = q - y in mu's place: the clamped forward and backward in one launch.
+
+    A program takes ROWS whole rows. Floor, bytes per element: read mu, write dE/dmu; mu is read twice.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = rows < n_rows
+    peak = tl.full([ROWS, 1], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS, 1], tl.float32)
+    labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
+    a_column = inside & (labels >= 0) & (labels < n_columns)
+    target = tl.load(mu_ptr + (rows * n_columns + labels), mask=a_column, other=float("nan")).to(tl.float32)
+    for start in range(0, n_columns, COLS):
+        cols = start + tl.arange(0, COLS)[None, :]
+        mask = inside & (cols < n_columns)
+        mu = tl.load(mu_ptr + (rows * n_columns + cols), mask=mask, other=float("-inf")).to(tl.float32)
+        peak, total, _, _ = online_softmax(mu, mask, peak, total)
+    settled = settle(peak, total)
+    kept = labels != ignore_index
+    energy = tl.where(kept, (settled[0] - target) - tl.log(settled[1]), 0.0)
+    tl.store(energy_ptr + rows, energy, mask=inside)
+    tl.debug_barrier()  # another warp's target may lie where this one writes
+    for start in range(0, n_columns, COLS):
+        cols = start + tl.arange(0, COLS)[None, :]
+        mask = inside & (cols < n_columns)
+        mu = tl.load(mu_ptr + (rows * n_columns + cols), mask=mask, other=float("-inf")).to(tl.float32)
+        grad = softmax(mu, mask, settled) - tl.where(cols == labels, 1.0, 0.0)
+        tl.store(mu_ptr + (rows * n_columns + cols), tl.where(kept, grad, 0.0), mask=mask)
+
+
 def check_labels(mu: Tensor, labels: Tensor) -> None:
     """Refuse labels that the kernels would misread."""
     check("mu", mu, mu, mu.shape)
@@ -593,3 +633,26 @@ def clamped_categorical_backward(
                 **UNFUSED,
             )
     return grad_mu
+
+
+def clamped_categorical_gradient_(mu: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """E = -log q_y ``[R]`` float32 of mu ``[R, C]``, which is overwritten by dE/dmu = q - y.
+
+    mu: contiguous; its rows of an ignored label become 0. The rest is as in `clamped_categorical_forward`.
+    Raises ValueError for strides, a shape or device that does not fit, TypeError for a dtype that does not.
+    """
+    check_labels(mu, labels)
+    n_rows, n_columns = mu.shape
+    if n_columns == 0 and n_rows:
+        raise ValueError("mu has no columns: give each row at least one category")
+    if not mu.is_contiguous():
+        raise ValueError("mu is not contiguous and is overwritten: give mu.contiguous()")
+    energy = torch.empty(n_rows, device=mu.device)
+    if n_rows:
+        rows, cols, warps = tile(n_columns, 1024, LONG)
+        with on_device(mu):
+            _clamped_gradient[(triton.cdiv(n_rows, rows),)](
+                mu, labels.contiguous(), energy, n_rows, n_columns, ignore_index, ROWS=rows, COLS=cols, num_warps=warps,
+                **UNFUSED,
+            )  # fmt: skip
+    return energy

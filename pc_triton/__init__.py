@@ -10,6 +10,7 @@ loss.backward()                         # learning
 from .dispatch import use_backend
 from .distributions import Bernoulli, Categorical, Distribution, Gaussian, GaussianLogVar, Laplace, StudentT
 from .free_energy import FreeEnergy, Settled
+from .head import Head
 from .nn import Attention, Linear, MultiheadAttention, convert
 from .report import NodeReport, Report
 
@@ -23,6 +24,7 @@ __all__ = [
     "FreeEnergy",
     "Gaussian",
     "GaussianLogVar",
+    "Head",
     "Laplace",
     "Linear",
     "MultiheadAttention",

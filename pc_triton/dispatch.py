@@ -28,7 +28,9 @@ def triton_kernels() -> Any:
             raise ImportError(f"the Triton kernels need triton: pip install 'pc_triton[gpu]' ({error})") from error
         launchers: dict[str, Any] = {}
         for module in (gaussian, gaussian_logvar, bernoulli, categorical):
-            launchers.update({k: v for k, v in vars(module).items() if k.endswith(("_forward", "_step", "_backward"))})
+            launchers.update(
+                {k: v for k, v in vars(module).items() if k.endswith(("_forward", "_step", "_backward", "_gradient_"))}
+            )
         _triton = SimpleNamespace(**launchers)
     return _triton
 

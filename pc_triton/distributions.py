@@ -332,16 +332,21 @@ class Categorical(Distribution):
         """
         if target.is_floating_point():
             return super().clamped(mu, target)
+        labels, items = self.check_target(target, mu)
+        energy = _ClampedCategorical.apply(mu.reshape(-1, mu.shape[-1]), labels, self.ignore_index)
+        return sum_samples(energy, len(mu)), items
+
+    def check_target(self, target: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels ``[R]`` of the rows of mu ``[S, ..., C]``, and the number not ignored (0-dim); raises as `clamped`."""
+        if target.device != mu.device:
+            raise ValueError(f"y is on {target.device}, the model's output on {mu.device}: move y there")
         if target.dtype != torch.int64:
             raise ValueError(f"labels are {target.dtype}: give int64, or probabilities in floating point")
         if target.shape != mu.shape[:-1]:
             need = tuple(mu.shape[:-1])
             raise ValueError(f"labels have shape {tuple(target.shape)}: logits {tuple(mu.shape)} need {need}")
-        kept = target != self.ignore_index
         self.check_labels(target, mu.shape[-1])
-        rows = mu.reshape(-1, mu.shape[-1])
-        energy = _ClampedCategorical.apply(rows, target.reshape(-1), self.ignore_index)
-        return sum_samples(energy, len(mu)), kept.sum()
+        return target.reshape(-1), (target != self.ignore_index).sum()
 
     def check_labels(self, labels: Tensor, classes: int) -> None:
         """Raise ValueError for a label outside 0 .. classes - 1 that is not ignored (on a GPU assert on the device)."""

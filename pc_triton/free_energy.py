@@ -152,7 +152,7 @@ class FreeEnergy(nn.Module):
         inference = Inference(self, x, y)
         if self.order == "error":
             if self.steps == 1:
-                return self._per_item(inference, inference.forward("first")), inference
+                return self._per_item(inference, inference.forward("first", learns=True)), inference
             self.settle(inference, self.steps - 1)
         else:
             self.settle(inference, self.steps)
@@ -188,15 +188,15 @@ class FreeEnergy(nn.Module):
         if self.order != "incremental":
             raise ValueError(f"order={self.order!r}: make FreeEnergy(model, order='incremental')")
         inference = Inference(self, x, y)
-        energy = inference.forward("first")
+        energy = inference.forward("first", learns=not self.calibrates)
         if self.calibrates:
             inference.calibrate(energy)
-            energy = inference.forward("incremental")
+            energy = inference.forward("incremental", learns=True)
         for step in range(self.steps):
             inference.mode = "incremental"
             yield self._per_item(inference, energy)
             if step + 1 < self.steps:
-                energy = inference.forward("incremental")
+                energy = inference.forward("incremental", learns=True)
 
     @torch.enable_grad()
     def infer(self, x: Any, y: Tensor | None = None, *, clamp_input: bool = True) -> Settled:
@@ -210,6 +210,7 @@ class FreeEnergy(nn.Module):
         if not clamp_input and not (isinstance(x, Tensor) and x.is_floating_point()):
             raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
         inference = Inference(self, x, y, clamp_input=clamp_input)
+        inference.shows_output = True
         with hold_statistics(self.norms):
             self.settle(inference, self.steps)
             energy = inference.probe()

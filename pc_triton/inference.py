@@ -104,6 +104,9 @@ class Inference:
         self.output: ValueNode | None = None  # the node whose emission the model returns, if any
         self.output_shape: torch.Size | None = None  # that of what the model returns, where it is another
         self.out: Tensor = torch.empty(0)  # what the model returned in the last pass
+        self.head: tuple[Tensor, Tensor] | None = None  # what a Head returned, and its energy [R]
+        self.shows_output = False  # whether a Head has to give its logits
+        self.learns = False  # whether weight gradients are taken of this pass
         self.items = torch.ones(())
         self.set_step(torch.full((self.samples,), owner.step, device=first.device))
         self.slope = torch.zeros_like(self.step)  # of F along the first move
@@ -143,6 +146,17 @@ class Inference:
         node.version = node.emission._version
         return node.emission
 
+    def labelled_output(self) -> tuple[Categorical, Tensor] | None:
+        """The output's family and its labels, where a `Head` can clamp it to them; None where it must give logits."""
+        if self.target is None or self.target.is_floating_point() or self.shows_output or tracing.get():
+            return None
+        family = output_family(self.owner.output, None, self.target)
+        return (family, self.target) if isinstance(family, Categorical) else None
+
+    def clamp(self, out: Tensor, energy: Tensor, items: Tensor) -> None:
+        """A `Head` gives the energy of each row ``[R]`` in place of the logits, for which ``out`` stands."""
+        self.head, self.items = (out, energy), items
+
     def _new_node(self, family: Distribution, mu: Tensor, frozen: dict[str, Any]) -> ValueNode:
         name = self.owner.name_of(family)
         if mu.dim() == 0 or mu.shape[0] % self.samples:
@@ -179,9 +193,12 @@ class Inference:
 
     # Passes.
 
-    def forward(self, mode: str) -> Tensor:
-        """One forward pass of the model under the states: F per sample ``[S]``, with its graph."""
-        self.mode, self.visits = mode, 0
+    def forward(self, mode: str, *, learns: bool = False) -> Tensor:
+        """One forward pass of the model under the states: F per sample ``[S]``, with its graph.
+
+        learns: whether weight gradients will be taken of it.
+        """
+        self.mode, self.visits, self.learns, self.head = mode, 0, learns, None
         self._replay_random()
         token = current.set(self)
         try:
@@ -207,7 +224,7 @@ class Inference:
 
     def _release(self) -> None:
         """Keep values only: a value node's graph holds this object, and Python cannot collect such a cycle."""
-        self.out = self.out.detach()
+        self.out, self.head = self.out.detach(), None
         for node in self.nodes:
             node.mu, node.emission = node.mu.detach(), node.emission.detach()
             node.energy = None if node.energy is None else node.energy.detach()
@@ -227,6 +244,9 @@ class Inference:
                 f"the model's forward visited {self.visits} value nodes, and {len(self.nodes)} in its first pass: "
                 "inference needs at least one, and the same at every step"
             )
+        if self.out.dim() == 0 or self.out.shape[0] != self.samples:
+            shape = tuple(self.out.shape)
+            raise ValueError(f"the model's output has shape {shape} for a batch of {self.samples} samples")
         if self.mode == "first" and _is_emission(self.out, self.nodes[-1].emission):
             self.output = self.nodes[-1]
             self.output.free, self.output.state, self.output.energy = False, None, None
@@ -238,14 +258,20 @@ class Inference:
 
     def _output_energy(self) -> Tensor:
         mu = self.out
+        if self.head is not None:
+            stands_for, energy = self.head
+            if self.out is not stands_for:
+                raise RuntimeError(
+                    "a pc.Head gives no logits in inference: the model must return what it returns, untouched; "
+                    "use nn.Linear for a layer that something follows"
+                )
+            return sum_samples(energy, self.samples)
         if self.output is not None:
             mu = self.output.mu
             if self.mode == "first" and self.output.emission.shape != self.out.shape:
                 self.output_shape = self.out.shape  # the model flattens or squeezes what its last node emits
             if self.output_shape is not None:
                 mu = mu.reshape(self.output_shape)
-        if mu.dim() == 0 or mu.shape[0] != self.samples:
-            raise ValueError(f"the model's output has shape {tuple(mu.shape)} for a batch of {self.samples} samples")
         if self.target is None:
             return wide(mu.detach()).new_zeros(self.samples)
         if self.target.device != mu.device:
@@ -366,7 +392,7 @@ class Inference:
 
     def learn(self) -> Tensor:
         """The learning pass: F per sample ``[S]``, whose backward leaves the weight gradients."""
-        return self.forward("learn")
+        return self.forward("learn", learns=True)
 
     def probe(self) -> Tensor:
         """F per sample ``[S]`` at the states; leaves in every node the norm of its natural gradient. Moves nothing."""

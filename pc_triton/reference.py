@@ -289,3 +289,10 @@ def clamped_categorical_backward(
     grad = (wide(mu) - lse.unsqueeze(-1)).exp() * scale
     index = labels.where(kept, 0).unsqueeze(-1)
     return grad.scatter_add(-1, index, -scale).to(mu.dtype)
+
+
+def clamped_categorical_gradient_(mu: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """-log q_y per row ``[R]``, as `clamped_categorical_forward`; mu ``[R, C]`` is overwritten by dE/dmu = q - y."""
+    energy, lse = clamped_categorical_forward(mu, labels, ignore_index)
+    mu.copy_(clamped_categorical_backward(mu, labels, lse, torch.ones_like(lse), ignore_index))
+    return energy

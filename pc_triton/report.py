@@ -106,7 +106,7 @@ def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
         parameters = [p for p in owner.model.parameters() if p.requires_grad]
         learning = torch.autograd.grad(loss, parameters, materialize_grads=True)
         torch.set_rng_state(random)
-        plain = Inference(settler, x, y).forward("first").sum()
+        plain = Inference(settler, x, y).forward("first", learns=True).sum()
         backpropagation = torch.autograd.grad(plain, parameters, materialize_grads=True)
 
     items = float(inference.items) or 1.0

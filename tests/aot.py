@@ -120,6 +120,7 @@ def launches():
         backward = partial(categorical.clamped_categorical_backward, mu, labels, row, row, -100)
         yield f"clamped 64x{columns} forward", partial(categorical.clamped_categorical_forward, mu, labels, -100)
         yield f"clamped 64x{columns} backward", backward
+        yield f"clamped 64x{columns} in place", partial(categorical.clamped_categorical_gradient_, mu, labels, -100)
 
 
 def measure(targets) -> dict[str, dict[str, list[int]]]:

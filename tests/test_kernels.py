@@ -439,8 +439,13 @@ def check_clamped(mu, labels, grad_energy, ignore_index=-100) -> None:
         energy, lse = module.clamped_categorical_forward(cast(mu), labels, ignore_index)
         return energy, lse, module.clamped_categorical_backward(cast(mu), labels, lse, cast(grad_energy), ignore_index)
 
-    for what, a, b, c in zip(("energy", "lse", "dE/dmu"), both(categorical), both(reference, double), both(reference)):
-        assert_close(f"clamped {tuple(mu.shape)}: {what}", a, b, c)
+    def in_place(module, cast=lambda x: x):
+        grad_mu = cast(mu).clone(memory_format=torch.contiguous_format)
+        return module.clamped_categorical_gradient_(grad_mu, labels, ignore_index), grad_mu
+
+    for call, whats in ((both, ("energy", "lse", "dE/dmu")), (in_place, ("energy in place", "dE/dmu in place"))):
+        for what, a, b, c in zip(whats, call(categorical), call(reference, double), call(reference)):
+            assert_close(f"clamped {tuple(mu.shape)}: {what}", a, b, c)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 3), (7, 41), (3, 127), (4, 1271), (33, 10)], ids=str)
@@ -484,6 +489,9 @@ def test_clamped_empty_and_bad(device):
     energy, lse = categorical.clamped_categorical_forward(mu, labels, -100)
     assert energy.shape == lse.shape == (0,)
     assert categorical.clamped_categorical_backward(mu, labels, lse, energy, -100).shape == (0, 5)
+    assert categorical.clamped_categorical_gradient_(mu, labels, -100).shape == (0,)
+    with pytest.raises(ValueError, match="not contiguous and is overwritten"):
+        categorical.clamped_categorical_gradient_(torch.zeros(5, 2).t(), torch.zeros(2, dtype=torch.int64), -100)
     mu, labels = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
     for bad, error, words in (
         ((mu.double(), labels), TypeError, "mu is float64"),
@@ -493,8 +501,9 @@ def test_clamped_empty_and_bad(device):
         ((mu, labels.to("meta")), ValueError, "labels are on meta and mu on cpu"),
         ((mu[:, :0], labels), ValueError, "mu has no columns"),
     ):
-        with pytest.raises(error, match=words):
-            categorical.clamped_categorical_forward(*bad, -100)
+        for call in (categorical.clamped_categorical_forward, categorical.clamped_categorical_gradient_):
+            with pytest.raises(error, match=words):
+                call(*bad, -100)
 
 
 # What a GPU alone can show.

@@ -1,0 +1,81 @@
+"""`Head`: the linear layer to a Categorical output, whose logits are never all in memory during inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .dispatch import backend
+from .distributions import current
+from .reference import wide
+
+CHUNKS, LEAST = 32, 256
+"""The logits are made for 1 / CHUNKS of the rows at a time: about 3 % of them are in memory; never fewer than LEAST."""
+
+
+class Head(nn.Linear):
+    """``nn.Linear`` to the C classes of a Categorical output: a language model's head. Use it as the model's last step.
+
+    In inference with labels for y, energy -log q_y, dE/dx and the weight gradients are made together, a few rows of
+    logits at a time, so that no tensor of rows x C exists (as in Hsu et al. 2024, arXiv 2410.10989); elsewhere, and
+    with its state dict, it is ``nn.Linear``. The weight may be that of an embedding.
+
+    The model must then return what this layer returns, untouched; RuntimeError says so where it does not.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits ``[B, ..., C]`` of input ``[B, ..., in_features]``; in inference their shape alone, without memory."""
+        inference = current.get()
+        output = None if inference is None else inference.labelled_output()
+        if inference is None or output is None:
+            return super().forward(input)
+        family, target = output
+        logits = input.detach().new_zeros(()).expand(*input.shape[:-1], self.out_features)
+        labels, items = family.check_target(target, logits)
+        rows = input.reshape(-1, self.in_features)
+        energy = _HeadEnergy.apply(rows, self.weight, self.bias, labels, family.ignore_index, inference.learns)
+        inference.clamp(logits, energy, items)
+        return logits
+
+
+class _HeadEnergy(torch.autograd.Function):
+    """-log q_y of each row, q = softmax(x W' + b), float32 ``[R]``. Its gradients are made with it.
+
+    The loss must weigh all rows alike, as the free energy does: the weight gradients are sums over the rows.
+    Products: one for the logits, one for dE/dx and, where learns, one for dE/dW; nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, learns: bool
+    ) -> Tensor:
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        energy = wide(x).new_empty(len(x))
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_weight = torch.zeros_like(weight, dtype=energy.dtype) if need_weight and learns else None
+        grad_bias = torch.zeros_like(bias, dtype=energy.dtype) if bias is not None and need_bias and learns else None
+        size = max(LEAST, -(-len(x) // CHUNKS))
+        for rows in (slice(start, start + size) for start in range(0, len(x), size)):
+            grad = F.linear(x[rows], weight, bias)
+            energy[rows] = backend(grad).clamped_categorical_gradient_(grad, labels[rows], ignore_index)
+            if grad_x is not None:
+                grad_x[rows] = grad @ weight
+            if grad_weight is not None:
+                grad_weight += grad.T @ x[rows]
+            if grad_bias is not None:
+                grad_bias += grad.sum(0, dtype=grad_bias.dtype)
+        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
+        ctx.dtype = weight.dtype
+        return energy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_energy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        scale = grad_energy[0]
+        x = None if x is None else (x * grad_energy.unsqueeze(-1)).to(x.dtype)
+        weight, bias = (None if t is None else (t * scale).to(ctx.dtype) for t in (weight, bias))
+        return x, weight, bias, None, None, None

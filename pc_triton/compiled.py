@@ -1,14 +1,15 @@
-"""A whole training step as one graph: all of inference and the weight gradients, traced once and compiled.
+"""A whole training step as one graph: all of inference and the weight gradients, made once per shape of the batch.
 
-Small models on a CPU spend most of a PC step in Python and in autograd's bookkeeping, once per inference step. Traced
-to a flat list of ATen operations, as ``torch.compile`` does for one backward pass, that is paid once per shape of the
-input. What is structurally zero (the error of a node that no signal has reached) and what repeats (the first layer's
-product with the clamped input) is then computed once or not at all.
+Small models spend most of a PC step in Python, in autograd's bookkeeping and in launches, once per inference step. On a
+CPU the step is traced to a flat list of ATen operations, as ``torch.compile`` does for one backward pass, and compiled:
+what is structurally zero (the error of a node that no signal has reached) and what repeats (the first layer's product
+with the clamped input) is then computed once or not at all. On a GPU it is captured in one CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,17 @@ OPTIONS = {"cpp_wrapper": True, "cpp.use_decompose_tanh": True}
 """Inductor's options by default: no Python between its kernels, and tanh by exp, vectorised (error 1e-7)."""
 
 
+GRAPHS = 8
+"""CUDA graphs kept: batches of more shapes than that have the oldest captured again."""
+
+
 class CompiledSteps:
     """The compiled training steps of a `FreeEnergy`, one for each shape of the batch; called as it is."""
 
     def __init__(self, owner: FreeEnergy, options: dict[str, Any]) -> None:
         self.owner, self.options = owner, {**OPTIONS, **options}
         self.steps: dict[Any, tuple[Callable[..., Sequence[Tensor | None]], Callable[[Any, Tensor | None], None]]] = {}
+        self.pool: Any = None  # the memory that the CUDA graphs share: one runs at a time
 
     def __call__(self, x: Any, y: Tensor | None) -> Tensor:
         """The free energy per item, with the weight gradients already made for its ``backward()``."""
@@ -45,9 +51,12 @@ class CompiledSteps:
         key = (
             spec, model.training, *(t if not isinstance(t, Tensor) else None for t in leaves),
             *((t.shape, t.dtype, t.device, t.requires_grad) for t in (*parameters, *inputs)),
+            *(p.data_ptr() for p in parameters if p.is_cuda),  # a CUDA graph reads the weights where they lie
         )  # fmt: skip
         if key not in self.steps:
             self.steps[key] = self._make(x, y, leaves, spec, inputs)
+            if inputs[0].is_cuda and len(self.steps) > GRAPHS:
+                del self.steps[next(iter(self.steps))]
         step, check = self.steps[key]
         check(x, y)
         loss, *grads = step(*parameters, *model.buffers(), *inputs)
@@ -55,20 +64,70 @@ class CompiledSteps:
 
     def _make(self, x: Any, y: Tensor | None, leaves: list[Any], spec: Any, inputs: list[Tensor]) -> Any:
         owner = self.owner
-        if any(t.is_cuda for t in (*inputs, *owner.model.parameters())):
-            raise ValueError("compile() is for a CPU: leave it out on a GPU, where the kernels serve")
-        with torch.random.fork_rng():
-            _, inference = owner.loss_and_inference(x, y)  # raises what there is to raise, with values to look at
 
         def loss(*arguments: Tensor) -> Tensor:
             given = iter(arguments)
             batch = [next(given) if isinstance(t, Tensor) else t for t in leaves]
             return owner.loss_and_inference(*tree_unflatten(batch, spec))[0]
 
+        if inputs[0].is_cuda:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            return capture(loss, owner.model, inputs, self.pool), lambda x, y: None  # the graph checks on the device
+        with torch.random.fork_rng(), _unmoved(owner.model):
+            _, inference = owner.loss_and_inference(x, y)  # raises what there is to raise, with values to look at
         graph, example = trace(loss, owner.model, inputs)
         step = torch._inductor.compile(graph, example, options=self.options)  # type: ignore[arg-type]
         family = None if y is None else output_family(owner.output, inference.output, y)
         return step, partial(check_values, family=family, classes=inference.out.shape[-1])
+
+
+@contextlib.contextmanager
+def _unmoved(module: nn.Module) -> Iterator[None]:
+    """After it the module's buffers, such as running means, are what they were before."""
+    buffers = list(module.buffers())
+    before = [b.clone() for b in buffers]
+    yield
+    for buffer, value in zip(buffers, before):
+        buffer.copy_(value)
+
+
+def capture(
+    loss: Callable[..., Tensor], module: nn.Module, inputs: Sequence[Tensor], pool: Any
+) -> Callable[..., Sequence[Tensor | None]]:
+    """``loss(*inputs)`` and its gradients as one CUDA graph: a function of parameters, buffers and inputs, in a row.
+
+    It returns the loss and the gradient of each parameter of module that requires one (None where it has none).
+    Parameters and buffers are read where they lay at the capture. Raises ValueError if the step draws random numbers,
+    which are to be the same in every pass and new in every batch.
+    """
+    static = [t.detach().clone() for t in inputs]
+    learned = [p for p in module.parameters() if p.requires_grad]
+
+    def step() -> tuple[Tensor | None, ...]:
+        value = loss(*static)
+        return (value.detach(), *torch.autograd.grad(value, learned, allow_unused=True))
+
+    stream, random = torch.cuda.Stream(), torch.cuda.get_rng_state()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), _unmoved(module):
+        for _ in range(2):  # compiles the kernels, and allocates what libraries keep
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    if not torch.equal(random, torch.cuda.get_rng_state()):
+        torch.cuda.set_rng_state(random)
+        raise ValueError(
+            "compile() cannot hold random numbers fixed in a CUDA graph: set dropout to 0, or leave it out"
+        )
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        outputs = step()
+
+    def replay(*arguments: Tensor) -> Sequence[Tensor | None]:
+        torch._foreach_copy_(static, list(arguments[-len(static) :]))
+        graph.replay()
+        return [None if t is None else t.clone() for t in outputs]  # the next replay writes over them
+
+    return replay
 
 
 def trace(
@@ -94,12 +153,12 @@ def trace(
     example = [t.detach() for t in (*state.values(), *inputs)]
     token = tracing.set(True)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _unmoved(module):
             graph = make_fx(step)(*example)
     finally:
         tracing.reset(token)
     for node in graph.graph.nodes:
-        if node.op == "call_function" and any(word in node.target.name() for word in ("dropout", "bernoulli")):
+        if node.op == "call_function" and any(word in str(node.target) for word in ("dropout", "bernoulli")):
             raise ValueError("compile() cannot hold dropout fixed through inference: set its probability to 0")
     _simplify(graph)
     mode = FakeTensorMode()
@@ -167,6 +226,6 @@ class _Replayed(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("backward() a second time: call the FreeEnergy again")
-        if grad.item() != 1:
+        if grad.is_cuda or grad.item() != 1:  # to look at it would wait for the GPU
             grads = [None if g is None else g * grad for g in grads]
         return (None, None, *grads)

@@ -92,7 +92,7 @@ class Distribution(nn.Module):
             )
         samples = mu.shape[0]
         energy = sum_samples(self._clamped_energy(target.to(mu.dtype), mu), samples)
-        return energy, torch.tensor(float(samples), device=mu.device)
+        return energy, torch.full((), float(samples), device=mu.device)
 
     def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
         return self.energy(target, mu)
@@ -244,7 +244,7 @@ class GaussianLogVar(Distribution):
         if target.shape != m.shape:
             raise ValueError(f"target has shape {tuple(target.shape)}: GaussianLogVar's means have {tuple(m.shape)}")
         energy = 0.5 * (s + (target - m) ** 2 * (-s).exp())
-        return sum_samples(energy, len(mu)), torch.tensor(float(len(mu)), device=mu.device)
+        return sum_samples(energy, len(mu)), torch.full((), float(len(mu)), device=mu.device)
 
     def node_forward(self, mu, state, pi, unit, *, form, noise):
         return backend(mu).gaussian_logvar_forward(mu, state, pi, noise, form=form)

@@ -159,15 +159,16 @@ class FreeEnergy(nn.Module):
         return self._per_item(inference, inference.learn()), inference
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
-        """Compile the whole training step, all of inference and the weight gradients, as one graph; for small models.
+        """Make the whole training step, all of inference and the weight gradients, one graph; for small models.
 
-        As ``nn.Module.compile`` it works in place: call it once, and train as before. Small models on a CPU spend most
-        of a step in Python and autograd, and this removes it. The graph is made at the first batch of each shape, by
-        ``torch.compile``'s inductor (which needs a C++ compiler), and lives while parameters keep their shapes and
-        ``requires_grad``. options: inductor's, such as ``{"max_autotune": True}``.
+        As ``nn.Module.compile`` it works in place: call it once, and train as before. Small models spend most of a step
+        in Python, autograd and launches, and this removes it: on a CPU the graph is compiled by ``torch.compile``'s
+        inductor (which needs a C++ compiler), on a GPU it is a CUDA graph. It is made at the first batch of each shape,
+        and serves while parameters keep their shapes, ``requires_grad`` and, on a GPU, their place in memory (as
+        optimisers that work in place leave it). options: inductor's, such as ``{"max_autotune": True}``.
 
         The model's forward must not depend on the values of its inputs. Raises ValueError here for
-        ``order="incremental"`` or a state_optimizer, at the first batch for dropout or tensors on a GPU.
+        ``order="incremental"`` or a state_optimizer, at the first batch for dropout or, on a GPU, any random numbers.
         """
         if self.order == "incremental" or self.state_optimizer is not None:
             raise ValueError("compile() needs order error, sweep or simultaneous, and state_optimizer=None")

@@ -117,7 +117,8 @@ class Inference:
         self.energies: list[Tensor] = []  # F [S] of every forward pass
         self.optimizer: torch.optim.Optimizer | None = None
         self._anchor = torch.zeros((), requires_grad=True)
-        self._random = (torch.get_rng_state(), torch.cuda.get_rng_state() if first.is_cuda else None)
+        cuda = first.is_cuda and not torch.cuda.is_current_stream_capturing()  # a CUDA graph draws nothing
+        self._random = (torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None)
 
     # What a value node and its backward call.
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import pc_triton as pc
+from pc_triton import compiled as module
 from pc_triton.compiled import trace
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -121,3 +122,49 @@ def test_refusals():
     free_energy.compile()
     with pytest.raises(ValueError, match="dropout"):
         free_energy(*batch())
+
+
+def test_batch_norm_counts_a_batch_once():
+    """Neither the look at the first batch nor the trace moves running statistics; each training step does, once."""
+    model = nn.Sequential(pc.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    free_energy = pc.FreeEnergy(model)
+    free_energy.compile(cpp_wrapper=False)
+    if shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    for step in range(1, 3):
+        free_energy(*batch()).backward()
+        assert model[1].num_batches_tracked == step
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.mark.parametrize("options", [pytest.param(o, id=f"{o['order']}-{o['steps']}", marks=gpu) for o in ORDERS])
+def test_a_cuda_graph_is_eager(options, monkeypatch):
+    """Several shapes in turn, more of them than graphs are kept, with an optimiser that moves the weights in place."""
+    monkeypatch.setattr(module, "GRAPHS", 2)
+    models = [network().cuda() for _ in range(2)]
+    plain, graphed = (pc.FreeEnergy(model, **options) for model in models)
+    graphed.compile()
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9) for model in models]
+    for number, samples in enumerate((5, 5, 9, 5, 3, 9, 5)):
+        x, y = (t.cuda() for t in batch(samples))
+        values = []
+        for free_energy, optimizer in zip((plain, graphed), optimizers):
+            optimizer.zero_grad()
+            loss = free_energy(x + number, y)
+            (2 * loss).backward()
+            optimizer.step()
+            values.append(loss.detach())
+        torch.testing.assert_close(values[1], values[0])
+        assert_same(*([p.grad for p in model.parameters()] for model in reversed(models)))
+    assert len(graphed._compiled.steps) <= 2
+
+
+@pytest.mark.parametrize("layer", [pytest.param(nn.Dropout(0.5), id="dropout", marks=gpu)])
+def test_a_cuda_graph_draws_nothing(layer):
+    model = nn.Sequential(pc.Linear(6, 9), layer, pc.Linear(9, 4)).cuda()
+    free_energy = pc.FreeEnergy(model)
+    free_energy.compile()
+    with pytest.raises(ValueError, match="random numbers"):
+        free_energy(*(t.cuda() for t in batch()))

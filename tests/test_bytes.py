@@ -1,0 +1,119 @@
+"""What the kernels load and store, counted in the interpreter, against the floor: every tensor once.
+
+The floors are those that ``bench/bench_kernels.py`` divides by. Rows longer than a tile are read more often by design,
+as their kernels' docstrings say; that too is counted here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from pc_triton.dispatch import triton_kernels
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from bench_kernels import node_bytes
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter")
+SLACK = 1.05  # a sample's coefficients and energies, beside the tensors
+ROWS = 8
+
+
+class Moved:
+    """Bytes that kernels loaded and stored."""
+
+    loaded = stored = 0
+
+
+@pytest.fixture
+def moved(monkeypatch) -> Iterator[Moved]:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    count = Moved()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def size(ptrs, mask) -> int:
+        return int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
+
+    def counted_load(self, ptrs, mask, *rest):
+        count.loaded += size(ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def counted_store(self, ptrs, value, mask, *rest):
+        count.stored += size(ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+    return count
+
+
+def launch(family: str, phase: str, form: str, *shape: int, **options) -> None:
+    """One launch of a node's kernel in float16, whose two bytes are bfloat16's."""
+    mu, state, pi = torch.randn(shape).half(), torch.randn(shape), torch.ones(shape[0])
+    half = (*shape[:-1], shape[-1] // 2)
+    extra = (torch.randn(half).half(),) if family == "gaussian_logvar" else ()
+    grad = torch.randn(half if extra else shape).half()
+    arguments = (mu, state, pi) if phase == "forward" else (mu, state, grad, pi, pi, pi)
+    getattr(triton_kernels(), f"{family}_{phase}")(*arguments, *extra, form=form, **options)
+
+
+@pytest.mark.parametrize("phase", ["forward", "step"])
+@pytest.mark.parametrize("form", ["error", "state"])
+@pytest.mark.parametrize("family", ["gaussian", "gaussian_logvar", "bernoulli", "categorical"])
+def test_every_tensor_once(family, form, phase, moved):
+    columns = 2048
+    launch(family, phase, form, ROWS, columns)
+    read, written = node_bytes(family, phase, form, 2)
+    elements = ROWS * columns // (2 if family == "gaussian_logvar" else 1)
+    assert read * elements <= moved.loaded <= SLACK * read * elements
+    assert written * elements <= moved.stored <= SLACK * written * elements
+
+
+@pytest.mark.parametrize(
+    ("phase", "form", "options", "times"),
+    [
+        ("forward", "error", {}, 2),
+        ("step", "error", {}, 2),
+        ("step", "state", {}, 2),
+        ("step", "state", {"moved": True}, 3),
+    ],
+    ids=["forward", "error", "state", "moved"],
+)
+def test_a_long_row_is_read_again(phase, form, options, times, moved):
+    columns = 20_000
+    launch("categorical", phase, form, 2, columns, **options)
+    read, written = node_bytes("categorical", phase, form, 2)
+    assert times * read * 2 * columns <= moved.loaded <= SLACK * times * read * 2 * columns
+    assert written * 2 * columns <= moved.stored <= SLACK * written * 2 * columns
+
+
+def test_what_causal_hides_is_not_read(moved):
+    batch, heads, n = 1, 2, 128
+    launch("categorical", "step", "error", batch, heads, n, n, causal=True)
+    read, written = node_bytes("categorical", "step", "error", 2)
+    seen, all_of_it = batch * heads * n * (n + 1) // 2, batch * heads * n * n
+    assert read * seen <= moved.loaded <= SLACK * read * seen
+    assert written * all_of_it <= moved.stored <= SLACK * written * all_of_it
+
+
+@pytest.mark.parametrize("columns", [512, 20_000])
+def test_clamped(columns, moved):
+    """The forward pass reads mu; the backward reads it and writes dE/dmu; in place mu is read twice."""
+    rows = 4
+    mu, labels, scale = torch.randn(rows, columns).half(), torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    kernels, floor = triton_kernels(), 2 * rows * columns
+    _, lse = kernels.clamped_categorical_forward(mu, labels, -100)
+    assert floor <= moved.loaded <= SLACK * floor
+    backward = partial(kernels.clamped_categorical_backward, mu, labels, lse, scale, -100)
+    for call, read in ((backward, 1), (partial(kernels.clamped_categorical_gradient_, mu, labels, -100), 2)):
+        moved.loaded = moved.stored = 0
+        call()
+        assert read * floor <= moved.loaded <= SLACK * read * floor
+        assert floor <= moved.stored <= SLACK * floor

@@ -161,7 +161,7 @@ def _forward(
         ROWS, COLS, DEPTH, EVEN, False,
     )  # fmt: skip
     if not ERROR:
-        acc = tl.where(mask, -acc, 0.0)
+        acc = -acc  # 0 beyond the edge
         tl.store(energy_ptr + partial, 0.5 * pi * tl.sum(acc * acc, axis=1), mask=inside)
     tl.store(out_ptr + top * n + left + offsets, acc, mask=mask)
 
@@ -333,7 +333,7 @@ def linear_backward(
     if moves and state is None:
         state = torch.empty(rows, n, device=grad.device)
     grad_x = torch.empty(rows, k, dtype=grad.dtype, device=grad.device)
-    if rows == 0 or k == 0 or n == 0:
+    if grad.numel() == 0:
         return state, grad_x.zero_()
     with on_device(grad):
         tiles = plan(rows, k, n, grad.element_size(), _arch(grad))
@@ -436,6 +436,8 @@ def _check_product(name: str, x: Tensor, weight: Tensor, columns: int) -> None:
     """Refuse a product of x [R, columns] with the weight."""
     if weight.dim() != 2:
         raise ValueError(f"weight has {weight.dim()} dimensions: give it [N, K], as nn.Linear has it")
+    if not weight.shape[1]:
+        raise ValueError("weight has no columns: give it at least one")
     if x.dim() != 2:
         raise ValueError(f"{name} has {x.dim()} dimensions: give it [rows, {columns}]")
     _check(name, x, (len(x), columns), name, x)

@@ -50,9 +50,15 @@ class StubDriver:
 
 
 def resources(kernel) -> list[int]:
-    """Registers, spilled bytes and shared bytes of a compiled kernel, whose offsets must have 64 bits."""
+    """Registers, spilled bytes and shared bytes of a compiled kernel, whose offsets must have 64 bits.
+
+    On sm_90 its products of half precision must be wgmma's.
+    """
     narrow = re.findall(r"tt\.addptr .*tensor<[0-9x]*i32>", kernel.asm["ttir"])
     assert not narrow, f"{kernel.name}: 32-bit offsets overflow past 2^31 elements: {narrow}"
+    halves = re.findall(r"tt\.dot .*tensor<[0-9x]*b?f16>", kernel.asm["ttir"])
+    if halves and kernel.metadata.target.arch == 90:
+        assert "wgmma.mma_async" in kernel.asm["ptx"], f"{kernel.name}: no wgmma for {halves}"
     if "amdgcn" in kernel.asm:
         number = {
             key: int(re.search(rf"\.{key}:?\s+(\d+)", kernel.asm["amdgcn"]).group(1))
@@ -82,7 +88,7 @@ HEAVIEST = ("forward error", "step error", "step state moved")
 
 def launches():
     """Every kernel at every branch, and the heaviest branches at each shape of tile, as (name, call)."""
-    from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar
+    from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar, linear
 
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -105,6 +111,22 @@ def launches():
         for name in only or calls:
             yield f"{family} {'x'.join(map(str, shape))}{label} {name}", calls[name]
 
+    def layer(n: int, k: int, only=None, dtype=torch.bfloat16):
+        rows = 64 if n == 64 else 16384
+        x, weight, bias, grad = (tensor(*size, dtype=dtype) for size in ((rows, k), (n, k), (n,), (rows, n)))
+        state, pi = tensor(rows, n, dtype=torch.float32), tensor(rows, dtype=torch.float32)
+        calls = {
+            f"forward {form}": partial(linear.linear_forward, x, weight, bias, state, pi, form=form)
+            for form in ("error", "state")
+        }
+        calls["backward"] = partial(linear.linear_backward, grad, weight, state, pi, pi, pi)
+        calls["backward fresh"] = partial(linear.linear_backward, grad, weight, None, pi, pi, pi)
+        calls["backward learn"] = partial(linear.linear_backward, grad, weight, None, pi, None, None)
+        calls["weight gradient"] = partial(linear.linear_weight_gradient, grad, x)
+        kind = " float32" if dtype == torch.float32 else ""
+        for name in only or calls:
+            yield f"linear {rows}x{n}x{k}{kind} {name}", calls[name]
+
     yield from node(gaussian, 512, 16384)
     yield from node(bernoulli, 512, 16384)
     yield from node(gaussian_logvar, 512, 2048, samples=64)
@@ -120,6 +142,10 @@ def launches():
         backward = partial(categorical.clamped_categorical_backward, mu, labels, row, row, -100)
         yield f"clamped 64x{columns} forward", partial(categorical.clamped_categorical_forward, mu, labels, -100)
         yield f"clamped 64x{columns} backward", backward
+    for n, k in ((4096, 4096), (1024, 1024), (4096, 4100)):
+        yield from layer(n, k)
+    yield from layer(4096, 4096, dtype=torch.float32)
+    yield from layer(64, 64, only=("forward error", "backward", "weight gradient"))
 
 
 def measure(targets) -> dict[str, dict[str, list[int]]]:

@@ -70,7 +70,6 @@ def _place(n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.con
 @triton.jit
 def _multiply(
     acc,  # [ROWS, COLS] float32
-    total,  # [ROWS] float32
     a_ptr,  # at the tile's first row
     b_ptr,  # at the tile's first column
     n_rows,  # from there to the edge
@@ -80,18 +79,12 @@ def _multiply(
     a_depth,
     b_depth,
     b_col,
-    turn,
-    turns,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,  # no tile reaches over an edge
-    SUM: tl.constexpr,
 ):
-    """acc + A B, and with SUM total + the sums of A's rows over every ``turns``-th block of the depth.
-
-    Offsets within a tile are made in 32 bits, which saves registers; its place has 64.
-    """
+    """acc + A B. Offsets within a tile are made in 32 bits, which saves registers; its place has 64."""
     row, col, within = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :], tl.arange(0, DEPTH)
     a_offsets = row * a_row + within[None, :] * a_depth
     b_offsets = within[:, None] * b_depth + col * b_col
@@ -106,11 +99,7 @@ def _multiply(
             a = tl.load(a_ptrs, mask=(row < n_rows) & (within[None, :] < depth - at), other=0.0)
             b = tl.load(b_ptrs, mask=(within[:, None] < depth - at) & (col < n_cols), other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-        if SUM:
-            mine = at // DEPTH % turns == turn
-            if mine:
-                total += tl.sum(a.to(tl.float32), axis=1)
-    return acc, total
+    return acc
 
 
 @triton.jit
@@ -156,9 +145,8 @@ def _forward(
     acc = state if ERROR else -state
     if BIAS:
         acc += tl.load(bias_ptr + left + cols.to(tl.int64), mask=cols < wide, other=0.0).to(tl.float32)[None, :]
-    acc, _ = _multiply(
-        acc, pi, x_ptr + top * k, weight_ptr + left * k, high, wide, k, k, 1, 1, k, 0, 1,
-        ROWS, COLS, DEPTH, EVEN, False,
+    acc = _multiply(
+        acc, x_ptr + top * k, weight_ptr + left * k, high, wide, k, k, 1, 1, k, ROWS, COLS, DEPTH, EVEN
     )  # fmt: skip
     if not ERROR:
         acc = -acc  # 0 beyond the edge
@@ -213,9 +201,8 @@ def _backward(
                 new += keep[:, None] * e
             tl.store(state_ptr + top * n + at + tile, new, mask=mask)
     acc = tl.zeros([ROWS, COLS], tl.float32)
-    acc, _ = _multiply(
-        acc, tl.zeros([ROWS], tl.float32), grad_ptr + top * n, weight_ptr + left, high, wide, n, n, 1, k, 1, 0, 1,
-        ROWS, COLS, DEPTH, EVEN, False,
+    acc = _multiply(
+        acc, grad_ptr + top * n, weight_ptr + left, high, wide, n, n, 1, k, 1, ROWS, COLS, DEPTH, EVEN
     )  # fmt: skip
     offsets = (rows[:, None] * k + cols[None, :]).to(tl.int64)
     tl.store(grad_x_ptr + top * k + left + offsets, acc, mask=inside[:, None] & (cols < wide)[None, :])
@@ -242,23 +229,29 @@ def _weight_gradient(
 ):
     """g' x, and the sum of g's rows. A program takes a tile [ROWS, COLS] of g' x over one part of the rows.
 
-    The programs of the same columns of g sum its blocks of DEPTH rows in turns, as they pass through the product.
-    Floor: read g and x, write g' x; 2 R N K FLOPs.
+    The programs of the same columns of g sum its blocks of DEPTH rows in turns, before their product: inside it that
+    would halt the tensor cores. Floor: read g and x, write g' x; 2 R N K FLOPs.
     """
     n, k = n_units * N_UNIT, k_units * K_UNIT
     row, col = _place(n, k, ROWS, COLS, GROUP)
     split, blocks = tl.program_id(1), tl.cdiv(k, COLS)
     top, left, start = row.to(tl.int64) * ROWS, col.to(tl.int64) * COLS, split.to(tl.int64) * part
-    high, wide = n - row * ROWS, k - col * COLS
+    high, wide, depth = n - row * ROWS, k - col * COLS, tl.minimum(n_rows - split * part, part)
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
-    acc, total = tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS], tl.float32)
-    acc, total = _multiply(
-        acc, total, grad_ptr + start * n + top, x_ptr + start * k + left, high, wide,
-        tl.minimum(n_rows - split * part, part), 1, n, k, 1, col, blocks, ROWS, COLS, DEPTH, EVEN, BIAS,
-    )  # fmt: skip
     if BIAS:
+        total, within, step = tl.zeros([ROWS], tl.float32), tl.arange(0, DEPTH)[:, None], tl.cast(n, tl.int64)
+        tile = (within * n + rows[None, :]).to(tl.int64)
+        for at in tl.range(col * DEPTH, depth, blocks * DEPTH, num_stages=3):
+            mask = (within < depth - at) & (rows < high)[None, :]
+            g = tl.load(grad_ptr + (start + at) * step + top + tile, mask=mask, other=0.0)
+            total += tl.sum(g.to(tl.float32), axis=0)
         place = (split * blocks + col).to(tl.int64) * n + top
         tl.store(grad_bias_ptr + place + rows.to(tl.int64), total, mask=rows < high)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    acc = _multiply(
+        acc, grad_ptr + start * n + top, x_ptr + start * k + left, high, wide, depth, 1, n, k, 1,
+        ROWS, COLS, DEPTH, EVEN,
+    )  # fmt: skip
     offsets = (rows[:, None] * k + cols[None, :]).to(tl.int64)
     mask = (rows < high)[:, None] & (cols < wide)[None, :]
     tl.store(grad_weight_ptr + (split.to(tl.int64) * n + top) * k + left + offsets, acc, mask=mask)

@@ -3,8 +3,8 @@
 E = pi sum (u - mu)^2 / 2 and its inference step (Pinchetti et al. 2022, arXiv 2211.03481, eq. 5; the error form:
 Goemaere et al. 2025, arXiv 2505.20137). mu is never written: the accumulator of the product starts at b + e, or b - u.
 
-A program owns a tile of a product; where it also serves the node, it takes its share of that before or in the product.
-Tiles are such that two programs fit on a multiprocessor: one moves states while the other multiplies.
+A program owns a tile of a product, and takes its share of the node before it. Tiles are such that from sm_90 on two
+programs fit on a multiprocessor where no tile is masked: one moves states while the other multiplies.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=["pc_triton", "pc_triton.kernels"],
     package_dir={"pc_triton.kernels": "kernels"},
-    package_data={"pc_triton": ["py.typed"]},
+    package_data={"pc_triton": ["py.typed", "tuned.json"]},
     install_requires=["torch>=2.6", "numpy>=1.26"],
     extras_require={
         "train": TRAIN,

@@ -119,6 +119,56 @@ def clamped(device: str, columns: int) -> Case:
     return Case(name, device, rows * columns, 3 * dtype.itemsize, 9, build)
 
 
+def layer(device: str, rows: int, n: int, k: int) -> Iterator[Case]:
+    """The products of a linear layer with its node, error form. Rivals: cuBLAS's product, alone and with the node."""
+    dtype = DTYPE[device]
+    size, elements = dtype.itemsize, rows * n
+
+    def build(phase: str) -> dict[str, Call]:
+        x, weight, bias = (torch.randn(shape, dtype=dtype, device=device) for shape in ((rows, k), (n, k), (n,)))
+        grad, state = torch.randn(rows, n, dtype=dtype, device=device), torch.randn(rows, n, device=device)
+        pi = torch.rand(rows, device=device) + 0.5
+        ours = backend(x)
+
+        def forward_apart():
+            return ours.gaussian_forward(F.linear(x, weight, bias), state, pi, form="error")
+
+        def backward_apart():
+            return ours.gaussian_step(grad, state, grad, pi, pi / 3, pi / 3, form="error"), grad @ weight
+
+        def weight_gradient_apart():
+            return grad.t() @ x, grad.sum(0)
+
+        return {
+            "forward": {
+                "pc_triton": partial(ours.linear_forward, x, weight, bias, state, pi, form="error"),
+                "product and node": forward_apart,
+                "torch": partial(F.linear, x, weight, bias),
+            },
+            "backward": {
+                "pc_triton": partial(ours.linear_backward, grad, weight, state, pi, pi / 3, pi / 3),
+                "product and node": backward_apart,
+                "torch": partial(torch.mm, grad, weight),
+            },
+            "weight gradient": {
+                "pc_triton": partial(ours.linear_weight_gradient, grad, x),
+                "product and node": weight_gradient_apart,
+                "torch": partial(torch.mm, grad.t(), x),
+            },
+        }[phase]
+
+    matrices = size * (rows * k + n * k)  # x and W, or grad_x and W, or x and grad_W
+    for phase, node_bytes_each, node_flops in (
+        ("forward", size + 4, 4),
+        ("backward", size + 8, 3),
+        ("weight gradient", size, 1),
+    ):
+        bytes_each = matrices / elements + node_bytes_each
+        yield Case(
+            f"linear {rows}x{n}x{k} {phase}", device, elements, bytes_each, 2 * k + node_flops, partial(build, phase)
+        )
+
+
 def cases(device: str) -> Iterator[Case]:
     """Every kernel, at the sizes of that device."""
     elements = ELEMENTS[device]
@@ -130,6 +180,8 @@ def cases(device: str) -> Iterator[Case]:
     yield from node(f"attention {n} causal", "categorical", device, elements // (8 * n * n), 8, n, n, causal=True)
     for columns in (2**15, 2**18):
         yield clamped(device, columns)
+    for n in (1024, 4096) if device == "cuda" else (256,):
+        yield from layer(device, elements // (2**13 if device == "cuda" else 2**10), n, n)
 
 
 def seconds(call: Call, device: str) -> float:

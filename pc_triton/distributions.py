@@ -202,6 +202,14 @@ class Gaussian(Distribution):
     def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False):
         return backend(mu).gaussian_step(mu, state, grad, self._precision(pi, unit), keep, move, form=form, moved=moved)
 
+    def linear_forward(self, x, weight, bias, state, pi, unit):
+        """`node_forward` in error form for the prediction x W' + b, x ``[R, K]``: see ``reference.py``."""
+        return backend(x).linear_forward(x, weight, bias, state, self._precision(pi, unit), form="error")
+
+    def linear_step(self, grad, weight, state, pi, unit, keep, move):
+        """`node_step` in error form: the moved state, and the gradient in x."""
+        return backend(grad).linear_backward(grad, weight, state, self._precision(pi, unit), keep, move)
+
     def fall(self, mu, grad, samples, unit):
         g = wide(grad)
         return sum_samples(g * g, samples) * (self._sigma2 if unit is None else unit * unit)

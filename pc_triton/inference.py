@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from .dispatch import tracing
+from .dispatch import backend, fuses, tracing
 from .distributions import Categorical, Distribution, Gaussian, current
 from .reference import per_sample, sum_samples, wide
 
@@ -82,10 +82,56 @@ class _Visit(torch.autograd.Function):
         scale = grad_energy if inference.mode == "incremental" else None
         if scale is not None:
             grad = grad / per_sample(scale, grad).to(grad.dtype)
-        grad_mu = inference.move_state(node, mu, grad)
+
+        def step(state):
+            return node.family.node_step(
+                mu, state, grad, node.pi, node.unit, inference.keep, inference.move,
+                form=inference.form, moved=inference.order == "sweep", **node.frozen,
+            )[:2]  # fmt: skip
+
+        grad_mu = inference.move_state(node, step)
         if scale is not None:
             grad_mu = grad_mu * per_sample(scale, grad_mu).to(grad_mu.dtype)
         return grad_mu, None, None, None
+
+
+class _LinearVisit(torch.autograd.Function):
+    """`_Visit` in error form, for the prediction x W' + b of a Gaussian node: product and node in one kernel."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, anchor, node, inference):
+        ctx.set_materialize_grads(False)
+        ctx.node, ctx.inference = node, inference
+        ctx.below = ctx.needs_input_grad[0] and inference.visits > 0  # no node is beneath the first one
+        rows = x.flatten(0, -2)
+        ctx.save_for_backward(weight, rows if inference.mode == "learn" else None)
+        emission, energy = node.family.linear_forward(rows, weight, bias, node.state.flatten(0, -2), node.pi, node.unit)
+        return emission.view(node.state.shape), energy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_energy):
+        weight, x = ctx.saved_tensors
+        node, inference = ctx.node, ctx.inference
+        if grad is None:
+            grad = weight.new_zeros(node.state.shape)
+        shape, rows = (*grad.shape[:-1], weight.shape[1]), grad.flatten(0, -2)
+        if inference.mode == "learn":
+            to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
+            grad_x = (rows @ weight).view(shape) if to_x else None
+            grads = (None, None)
+            if to_weight or to_bias:
+                grads = backend(rows).linear_weight_gradient(rows, x, bias=to_bias)
+            return grad_x, *grads, None, None, None
+
+        def step(state):
+            family, coefficients = node.family, (node.pi, node.unit, inference.keep, inference.move)
+            if not ctx.below:
+                return family.node_step(grad, state, grad, *coefficients, form="error")[0], None  # it reads no mu
+            new, grad_x = family.linear_step(rows, weight, state.flatten(0, -2), *coefficients)
+            return new.view(state.shape), grad_x.view(shape)
+
+        return inference.move_state(node, step), None, None, None, None, None
 
 
 class Inference:
@@ -127,12 +173,7 @@ class Inference:
         if self.mode == "first":
             node = self._new_node(family, mu, frozen)
         else:
-            if self.visits == len(self.nodes) or self.nodes[self.visits].family is not family:
-                raise RuntimeError(
-                    f"node {self.owner.name_of(family)!r}: the model visits its nodes in another order than in its "
-                    "first pass; inference needs the same path at every step"
-                )
-            node = self.nodes[self.visits]
+            node = self._next_node(family)
             family.frozen(mu)  # drawn again and not used, so that what is drawn after it is the same
         self.visits += 1
         if node is self.output:
@@ -158,6 +199,26 @@ class Inference:
         """A `Head` gives the energy of each row ``[R]`` in place of the logits, for which ``out`` stands."""
         self.head, self.items = (out, energy), items
 
+    def visit_linear(self, family: Gaussian, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """As `visit` for mu = x W' + b, in one kernel with the product; None where that is not to be."""
+        if self.mode == "first" or self.form == "state" or not fuses(x, weight):
+            return None
+        node = self._next_node(family)
+        if node is self.output or node.state is None:
+            return None
+        node.emission, node.energy = _LinearVisit.apply(x, weight, bias, self._anchor, node, self)
+        node.version = node.emission._version
+        self.visits += 1
+        return node.emission
+
+    def _next_node(self, family: Distribution) -> ValueNode:
+        if self.visits == len(self.nodes) or self.nodes[self.visits].family is not family:
+            raise RuntimeError(
+                f"node {self.owner.name_of(family)!r}: the model visits its nodes in another order than in its "
+                "first pass; inference needs the same path at every step"
+            )
+        return self.nodes[self.visits]
+
     def _new_node(self, family: Distribution, mu: Tensor, frozen: dict[str, Any]) -> ValueNode:
         name = self.owner.name_of(family)
         if mu.dim() == 0 or mu.shape[0] % self.samples:
@@ -172,25 +233,22 @@ class Inference:
         self.nodes.append(node)
         return node
 
-    def move_state(self, node: ValueNode, mu: Tensor, grad: Tensor) -> Tensor:
-        """Move the node's state by one step, given what its children send back; return dF/dmu for the layer below."""
+    def move_state(self, node: ValueNode, step: Callable[[Tensor], tuple[Tensor | None, Any]]) -> Any:
+        """Move the node's state by one step, which returns the new state, and what goes to the layer below."""
         assert node.state is not None
         by_gradient = self.optimizer is not None or self.mode == "probe"
         state = node.state.clone() if by_gradient else node.state  # a kernel moves it in place
-        moved, grad_mu, _ = node.family.node_step(
-            mu, state, grad, node.pi, node.unit, self.keep, self.move,
-            form=self.form, moved=self.order == "sweep", **node.frozen,
-        )  # fmt: skip
+        moved, grad_below = step(state)
         assert moved is not None
         if not by_gradient:
             node.state = moved
-            return grad_mu
+            return grad_below
         natural = node.state - moved  # the natural gradient, since the step is 1
         if self.mode == "probe":
             node.residual = sum_samples(natural * natural, self.samples).sqrt()
         else:
             node.state.grad = natural
-        return grad_mu
+        return grad_below
 
     # Passes.
 

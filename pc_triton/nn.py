@@ -38,6 +38,11 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The node's emission ``[B, ..., out_features]``, in the dtype of the product."""
+        inference = current.get()
+        if inference is not None and type(self.node) is Gaussian:
+            emission = inference.visit_linear(self.node, input, self.weight, self.bias)
+            if emission is not None:
+                return emission
         return self.node(super().forward(input))
 
 

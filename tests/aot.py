@@ -49,8 +49,20 @@ class StubDriver:
         return torch.device("meta")
 
 
+def cuobjdump(kernel, option: str) -> str:
+    """What NVIDIA's tool says of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        return subprocess.run([tool, option, cubin.name], capture_output=True, text=True, check=True).stdout
+
+
 def resources(kernel) -> list[int]:
-    """Registers, spilled bytes and shared bytes of a compiled kernel, whose offsets must have 64 bits."""
+    """Registers, spilled bytes and shared bytes of a compiled kernel, whose offsets must have 64 bits.
+
+    On sm_90 its products of half precision must be wgmma's, with no wait that Triton did not ask for.
+    """
     narrow = re.findall(r"tt\.addptr .*tensor<[0-9x]*i32>", kernel.asm["ttir"])
     assert not narrow, f"{kernel.name}: 32-bit offsets overflow past 2^31 elements: {narrow}"
     if "amdgcn" in kernel.asm:
@@ -60,11 +72,15 @@ def resources(kernel) -> list[int]:
         }
         spills = 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"])
         return [number["vgpr_count"], max(spills, number["private_segment_fixed_size"]), kernel.metadata.shared]
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    usage = cuobjdump(kernel, "-res-usage")
+    halves = re.findall(r"tt\.dot .*tensor<[0-9x]*b?f16>", kernel.asm["ttir"])
+    if halves and kernel.metadata.target.arch == 90:
+        sass, waits = cuobjdump(kernel, "-sass"), len(re.findall(r"wgmma\.wait_group", kernel.asm["ptx"]))
+        old = triton.__version__.startswith("3.6.")  # whose ptxas serialises those of a split or masked linear layer
+        assert "HGMMA" in sass, f"{kernel.name}: no wgmma for {halves}"
+        assert old or len(re.findall(r"WARPGROUP\.DEPBAR", sass)) <= waits, (
+            f"{kernel.name}: ptxas serialises its wgmma's"
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return [int(found[1]), int(found[2]), kernel.metadata.shared]
@@ -82,7 +98,7 @@ HEAVIEST = ("forward error", "step error", "step state moved")
 
 def launches():
     """Every kernel at every branch, and the heaviest branches at each shape of tile, as (name, call)."""
-    from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar
+    from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar, linear
 
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -105,6 +121,22 @@ def launches():
         for name in only or calls:
             yield f"{family} {'x'.join(map(str, shape))}{label} {name}", calls[name]
 
+    def layer(n: int, k: int, only=None, dtype=torch.bfloat16):
+        rows = 64 if n == 64 else 16384
+        x, weight, bias, grad = (tensor(*size, dtype=dtype) for size in ((rows, k), (n, k), (n,), (rows, n)))
+        state, pi = tensor(rows, n, dtype=torch.float32), tensor(rows, dtype=torch.float32)
+        calls = {
+            f"forward {form}": partial(linear.linear_forward, x, weight, bias, state, pi, form=form)
+            for form in ("error", "state")
+        }
+        calls["backward"] = partial(linear.linear_backward, grad, weight, state, pi, pi, pi)
+        calls["backward fresh"] = partial(linear.linear_backward, grad, weight, None, pi, pi, pi)
+        calls["backward learn"] = partial(linear.linear_backward, grad, weight, None, pi, None, None)
+        calls["weight gradient"] = partial(linear.linear_weight_gradient, grad, x)
+        kind = " float32" if dtype == torch.float32 else ""
+        for name in only or calls:
+            yield f"linear {rows}x{n}x{k}{kind} {name}", calls[name]
+
     yield from node(gaussian, 512, 16384)
     yield from node(bernoulli, 512, 16384)
     yield from node(gaussian_logvar, 512, 2048, samples=64)
@@ -121,6 +153,10 @@ def launches():
         yield f"clamped 64x{columns} forward", partial(categorical.clamped_categorical_forward, mu, labels, -100)
         yield f"clamped 64x{columns} backward", backward
         yield f"clamped 64x{columns} in place", partial(categorical.clamped_categorical_gradient_, mu, labels, -100)
+    for n, k in ((4096, 4096), (1024, 1024), (4096, 4100)):
+        yield from layer(n, k)
+    yield from layer(4096, 4096, dtype=torch.float32)
+    yield from layer(64, 64, only=("forward error", "backward", "weight gradient"))
 
 
 def measure(targets) -> dict[str, dict[str, list[int]]]:

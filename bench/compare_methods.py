@@ -3,8 +3,9 @@
     python bench/compare_methods.py [--jobs 2] [--quick]
 
 Every method gets the same grid of learning rates on a seed of its own, then its best one on the seeds that count. Each
-run is what ``pc-triton train`` does, on one CPU thread. A finished run is written to the JSON at once, and not done
-again after an interruption. At the end: a Markdown table on stdout, and beside the JSON a PNG of the curves.
+run is what ``pc-triton train`` does, on one CPU thread. A finished run is written to the JSON at once, with the commit
+that made it, and not done again after an interruption: after a change of the code begin with another ``--out``. At the
+end: Markdown tables of the methods and of the tuning on stdout, and beside the JSON a PNG of the curves.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ DIVERGED = float("inf")
 def run(settings: Settings) -> dict[str, Any]:
     """The record of one training run, in a process of its own."""
     record: dict[str, Any] = {"method": settings.method, "seed": settings.seed, "lr": settings.lr}
-    record["settings"] = asdict(settings)
+    record |= {"settings": asdict(settings), "commit": commit()}
     try:
         with tempfile.TemporaryDirectory() as folder:
             result = train(settings, folder, device="cpu", quiet=True)
@@ -55,12 +56,16 @@ def run(settings: Settings) -> dict[str, Any]:
     return record | {"losses_every_10th": result["losses"][::10]}
 
 
+def commit() -> str:
+    """The commit of this checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def environment() -> dict[str, str]:
     """What the runs were made with."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return versions | {"commit": commit or "unknown", "device": "CPU only, one thread a run"}
+    return versions | {"device": "CPU only, one thread a run"}
 
 
 def load(out: Path) -> dict[str, Any]:
@@ -130,6 +135,15 @@ def table(final: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tuning_table(results: list[dict[str, Any]], rates: tuple[float, ...]) -> str:
+    """Markdown: each method's perplexity at every learning rate that was tried, on the seed for tuning."""
+    lines = ["| method | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for method in METHODS:
+        found = {r["lr"]: perplexity(r) for r in results if r["method"] == method and r["seed"] == TUNING_SEED}
+        lines.append(f"| {method} | " + " | ".join(f"{found[rate]:.2f}" for rate in rates) + " |")
+    return "\n".join(lines)
+
+
 def regime(records: list[dict[str, Any]]) -> str:
     """Where the trained models' inference stands, means over the seeds."""
     if "settled" not in records[0]:
@@ -177,7 +191,7 @@ def main() -> None:
     out = arguments.out or out
     out.parent.mkdir(parents=True, exist_ok=True)
     final = compare(base, rates, seeds, out, arguments.jobs)
-    print(table(final))
+    print(table(final), tuning_table(load(out)["runs"], rates), sep="\n\n")
     plot(final, out.with_suffix(".png"))
 
 

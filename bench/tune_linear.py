@@ -44,7 +44,7 @@ def parts(
     keep, ops = pi / 3, backend(x)
 
     def backward_apart():
-        new, _, _ = ops.gaussian_step(grad, state, grad, pi, keep, keep, form="error")
+        new, _ = ops.gaussian_step(grad, state, grad, pi, keep, keep, form="error")
         return new, grad @ weight
 
     calls: dict[str, dict[str, Call]] = {

@@ -106,7 +106,6 @@ def _step(
     keep_ptr,  # [S] float32
     move_ptr,  # [S] float32
     grad_mu_ptr,  # [S, n], mu's dtype
-    energy_ptr,  # [S, blocks] float32
     n_samples,
     n,
     ERROR: tl.constexpr,
@@ -121,7 +120,7 @@ def _step(
     A program takes COLS elements of ROWS samples.
     Floor, bytes per element: read mu, g and the state (4), write the state (4) and dF/dmu.
     """
-    rows, cols, partial = row_tile(n_samples, n, ROWS, COLS)
+    rows, cols, _ = row_tile(n_samples, n, ROWS, COLS)
     inside = rows < n_samples
     mask = inside & (cols < n)
     offsets = rows * n + cols
@@ -138,7 +137,6 @@ def _step(
             u = d
             d -= mu
         p, p_not = sigmoids(u)
-    tl.store(energy_ptr + partial, pi * tl.sum(kl(u, mu, d, p, p_not), axis=1, keep_dims=True), mask=inside)
     if ERROR or MOVE:
         g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     grad_mu = -pi * difference(p, p_not, q, q_not, d)
@@ -196,8 +194,8 @@ def bernoulli_step(
     *,
     form: str,
     moved: bool = False,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """d <- keep d - (move / pi) grad with d = u - mu: the state, dF/dmu and the energy before the move ``[S]``.
+) -> tuple[Tensor | None, Tensor]:
+    """d <- keep d - (move / pi) grad with d = u - mu: the state and dF/dmu.
 
     dF/dmu = pi (q - p), in error form + p (1 - p) (pi d + grad), in mu's shape and dtype.
     mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous,
@@ -211,11 +209,10 @@ def bernoulli_step(
         state = torch.empty(mu.shape, device=mu.device)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
-        return state, grad_mu, torch.zeros_like(precision)
+        return state, grad_mu
     n = mu.numel() // samples
     rows, cols, warps = tile(n, 1024, 1024)
     blocks = triton.cdiv(n, cols)
-    energy = torch.empty(samples, blocks, device=mu.device)
     with on_device(mu):
         _step[(triton.cdiv(samples, rows) * blocks,)](
             mu.contiguous(),
@@ -225,7 +222,6 @@ def bernoulli_step(
             packed(keep),
             packed(move),
             grad_mu,
-            energy,
             samples,
             n,
             ERROR=error,
@@ -237,4 +233,4 @@ def bernoulli_step(
             num_warps=warps,
             **UNFUSED,
         )
-    return state, grad_mu, sum_partials(energy, samples)
+    return state, grad_mu

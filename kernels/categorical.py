@@ -118,13 +118,17 @@ def settle(peak, total):
 
 @triton.jit
 def finish(sums):
-    """<p, d>, <p, g>, KL = <p, d> - (lse u - lse mu), which is noise where u is near mu; u and mu settled."""
+    """<p, d>, <p, g>, and u and mu settled."""
     peak_u, total_u, sum_d, sum_g, peak_mu, total_mu = sums
     peak_u, inverse_u = settle(peak_u, total_u)
-    peak_mu, inverse_mu = settle(peak_mu, total_mu)
-    mean_d = sum_d * inverse_u
-    kl = mean_d - (peak_u - peak_mu) - tl.log(inverse_mu / inverse_u)
-    return mean_d, sum_g * inverse_u, kl, (peak_u, inverse_u), (peak_mu, inverse_mu)
+    return sum_d * inverse_u, sum_g * inverse_u, (peak_u, inverse_u), settle(peak_mu, total_mu)
+
+
+@triton.jit
+def direct_kl(row):
+    """KL = <p, d> - (lse u - lse mu), which is noise where u is near mu."""
+    mean_d, _, (peak_u, inverse_u), (peak_mu, inverse_mu) = row
+    return mean_d - (peak_u - peak_mu) - tl.log(inverse_mu / inverse_u)
 
 
 @triton.jit
@@ -152,9 +156,9 @@ def kl_of(terms, kl):
 
 
 @triton.jit
-def write_emission(emission_ptr, node_tile, row):
+def write_emission(emission_ptr, node_tile, row, kl):
     """Write p of a tile; its share of e^KL - 1."""
-    mean_d, _, kl, settled_u, settled_mu = row
+    mean_d, _, settled_u, settled_mu = row
     offsets, mask, live, u, mu, d = node_tile
     p = softmax(u, live, settled_u)
     tl.store(emission_ptr + offsets, p, mask=mask)
@@ -195,18 +199,20 @@ def _forward(
     if ONE_TILE:
         node_tile = load_node(rows, cols, node, ERROR, True, CAUSAL, PADDING)
         row = finish(add_tile(sums, node_tile, node_tile[5]))
-        terms = write_emission(emission_ptr, node_tile, row)
+        kl = direct_kl(row)
+        terms = write_emission(emission_ptr, node_tile, row, kl)
     else:
         for start in range(0, end, COLS):
             node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING)
             sums = add_tile(sums, node_tile, node_tile[5])
         row = finish(sums)
+        kl = direct_kl(row)
         terms = tl.zeros([ROWS, 1], tl.float32)
         for start in range(0, n_columns, COLS):
             node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING)
-            terms += write_emission(emission_ptr, node_tile, row)
+            terms += write_emission(emission_ptr, node_tile, row, kl)
     pi = tl.load(precision_ptr + sample, mask=inside, other=1.0)
-    tl.store(energy_ptr + rows, pi * kl_of(terms, row[2]), mask=inside)
+    tl.store(energy_ptr + rows, pi * kl_of(terms, kl), mask=inside)
 
 
 @triton.jit
@@ -229,13 +235,12 @@ def write_step(
     MOVE: tl.constexpr,
     MOVED: tl.constexpr,
 ):
-    """Write the moved state and dF/dmu of a tile; its share of e^KL - 1."""
-    mean_d, mean_g, kl, settled_u, settled_mu = row
+    """Write the moved state and dF/dmu of a tile."""
+    mean_d, mean_g, settled_u, settled_mu = row
     offsets, mask, live, u, mu, d = node_tile
     pi = coefficient[0]
     p = softmax(u, live, settled_u)
     q = softmax(mu, live, settled_mu)
-    terms = kl_terms(p, q, d - mean_d, kl)
     grad_mu = pi * (q - p)
     if ERROR:
         grad_mu += p * (pi * (d - mean_d) + (g - mean_g))
@@ -245,7 +250,6 @@ def write_step(
         if MOVED:
             grad_mu = pi * (q - softmax(mu + new, live, settled_moved))
     tl.store(grad_mu_ptr + offsets, grad_mu, mask=mask)
-    return terms
 
 
 @triton.jit
@@ -258,7 +262,6 @@ def _step(
     move_ptr,  # [S] float32
     padding_ptr,  # [B, C], non-zero where a key is padding
     grad_mu_ptr,  # [R, C], mu's dtype
-    energy_ptr,  # [R] float32
     n_rows,
     n_columns,
     rows_per_sample,
@@ -296,7 +299,7 @@ def _step(
             x = node_tile[4] + move_d(node_tile, g, row, coefficient)
             peak, total, _, _ = online_softmax(x, node_tile[2], sums[0], sums[1])
             moved = settle(peak, total)
-        terms = write_step(grad_mu_ptr, state_ptr, node_tile, g, row, moved, coefficient, ERROR, MOVE, MOVED)
+        write_step(grad_mu_ptr, state_ptr, node_tile, g, row, moved, coefficient, ERROR, MOVE, MOVED)
     else:
         for start in range(0, end, COLS):
             node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
@@ -309,12 +312,10 @@ def _step(
                 x = node_tile[4] + move_d(node_tile, load_grad(grad_ptr, node_tile, True), row, coefficient)
                 peak, total, _, _ = online_softmax(x, node_tile[2], peak, total)
             moved = settle(peak, total)
-        terms = tl.zeros([ROWS, 1], tl.float32)
         for start in range(0, n_columns, COLS):
             node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
             g = load_grad(grad_ptr, node_tile, ERROR or MOVE)
-            terms += write_step(grad_mu_ptr, state_ptr, node_tile, g, row, moved, coefficient, ERROR, MOVE, MOVED)
-    tl.store(energy_ptr + rows, coefficient[0] * kl_of(terms, row[2]), mask=inside)
+            write_step(grad_mu_ptr, state_ptr, node_tile, g, row, moved, coefficient, ERROR, MOVE, MOVED)
 
 
 def check_masks(mu: Tensor, causal: bool, padding: Tensor | None) -> None:
@@ -399,8 +400,8 @@ def categorical_step(
     moved: bool = False,
     causal: bool = False,
     padding: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """d <- keep d - (move / pi) (grad - <p, grad>): the state, dF/dmu and the energy before the move ``[S]``.
+) -> tuple[Tensor | None, Tensor]:
+    """d <- keep d - (move / pi) (grad - <p, grad>): the state and dF/dmu.
 
     dF/dmu = pi (q - p), in error form + p (pi (d - <p, d>) + grad - <p, grad>), in mu's shape and dtype.
     mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous,
@@ -416,11 +417,10 @@ def categorical_step(
         state = torch.empty(mu.shape, device=mu.device)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
-        return state, grad_mu, torch.zeros_like(precision)
+        return state, grad_mu
     columns = mu.shape[-1]
     n_rows = count_rows(mu)
     one_tile, rows, cols, warps = plan(columns)
-    energy = torch.empty(n_rows, device=mu.device)
     with on_device(mu):
         _step[(triton.cdiv(n_rows, rows),)](
             mu.contiguous(),
@@ -431,7 +431,6 @@ def categorical_step(
             packed(move),
             None if padding is None else padding.contiguous().view(torch.uint8),
             grad_mu,
-            energy,
             n_rows,
             columns,
             n_rows // samples,
@@ -449,7 +448,7 @@ def categorical_step(
             num_warps=warps,
             **UNFUSED,
         )
-    return state, grad_mu, sum_partials(energy, samples)
+    return state, grad_mu
 
 
 @triton.jit

@@ -53,7 +53,6 @@ def _step(
     keep_ptr,  # [S] float32
     move_ptr,  # [S] float32
     grad_mu_ptr,  # [S, n], mu's dtype; not written in error form, where it is grad
-    energy_ptr,  # [S, blocks] float32
     n_samples,
     n,
     ERROR: tl.constexpr,
@@ -63,11 +62,11 @@ def _step(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """E = pi d^2 / 2; d <- keep d - (move / pi) g; dE/dmu = -pi d. A program takes COLS elements of ROWS samples.
+    """d <- keep d - (move / pi) g; dE/dmu = -pi d. A program takes COLS elements of ROWS samples.
 
     Floor, bytes per element: error form read g and e (4), write e (4); state form also read mu and write dE/dmu.
     """
-    rows, cols, partial = row_tile(n_samples, n, ROWS, COLS)
+    rows, cols, _ = row_tile(n_samples, n, ROWS, COLS)
     inside = rows < n_samples
     mask = inside & (cols < n)
     offsets = rows * n + cols
@@ -79,7 +78,6 @@ def _step(
         d = tl.load(state_ptr + offsets, mask=mask, other=0.0)
         if not ERROR:
             d -= mu
-    tl.store(energy_ptr + partial, 0.5 * pi * tl.sum(d * d, axis=1, keep_dims=True), mask=inside)
     shown = d
     if MOVE:
         g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -134,8 +132,8 @@ def gaussian_step(
     *,
     form: str,
     moved: bool = False,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """d <- keep d - (move / pi) grad with d = u - mu: the state, dF/dmu = -pi d and the energy before the move ``[S]``.
+) -> tuple[Tensor | None, Tensor]:
+    """d <- keep d - (move / pi) grad with d = u - mu: the state and dF/dmu = -pi d.
 
     mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous,
     moved in place (None: u = mu, and the new one is returned); precision, keep, move ``[S]`` float32. Without keep and
@@ -148,12 +146,11 @@ def gaussian_step(
     if moves and state is None:
         state = torch.empty(mu.shape, device=mu.device)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format) if grad is None or not error else grad
-    if mu.numel() == 0 or (error and state is None):
-        return state, grad_mu, torch.zeros_like(precision)
+    if mu.numel() == 0 or (error and not moves):
+        return state, grad_mu
     n = mu.numel() // samples
     rows, cols, warps = tile(n, 1024, 1024)
     blocks = triton.cdiv(n, cols)
-    energy = torch.empty(samples, blocks, device=mu.device)
     with on_device(mu):
         _step[(triton.cdiv(samples, rows) * blocks,)](
             None if error else mu.contiguous(),
@@ -163,7 +160,6 @@ def gaussian_step(
             packed(keep),
             packed(move),
             None if error else grad_mu,
-            energy,
             samples,
             n,
             ERROR=error,
@@ -175,4 +171,4 @@ def gaussian_step(
             num_warps=warps,
             **UNFUSED,
         )
-    return state, grad_mu, sum_partials(energy, samples)
+    return state, grad_mu

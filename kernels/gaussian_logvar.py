@@ -81,7 +81,6 @@ def _step(
     move_ptr,  # [S] float32
     noise_ptr,  # [R, C]
     grad_mu_ptr,  # [R, 2 C], mu's dtype
-    energy_ptr,  # [R, blocks] float32
     n_rows,
     n,
     rows_per_sample,
@@ -100,7 +99,7 @@ def _step(
     A program takes COLS of the C pairs (m, s) of ROWS rows.
     Floor, bytes per pair: read mu (two), the state (8), g and xi, write the state (8) and dF/dmu (two).
     """
-    rows, cols, partial = row_tile(n_rows, n, ROWS, COLS)
+    rows, cols, _ = row_tile(n_rows, n, ROWS, COLS)
     inside = rows < n_rows
     mask = inside & (cols < n)
     mean = rows * (2 * n) + cols
@@ -119,8 +118,6 @@ def _step(
             dm -= m_hat
             ds -= s_hat
     distance = dm * dm * tl.exp(-s_hat)
-    energy = 0.5 * pi * tl.sum(exp_tail(ds) + distance, axis=1, keep_dims=True)
-    tl.store(energy_ptr + partial, energy, mask=inside)
     if ERROR or MOVE:
         g = tl.load(grad_ptr + rows * n + cols, mask=mask, other=0.0).to(tl.float32)
         xi = tl.load(noise_ptr + rows * n + cols, mask=mask, other=0.0).to(tl.float32)
@@ -191,8 +188,8 @@ def gaussian_logvar_step(
     *,
     form: str,
     moved: bool = False,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The natural step of (m, s), written out in `_step`: the state, dF/dmu and the energy before the move ``[S]``.
+) -> tuple[Tensor | None, Tensor]:
+    """The natural step of (m, s), written out in `_step`: the state and dF/dmu.
 
     mu ``[S * r, ..., 2 C]``, grad and noise xi ``[S * r, ..., C]``, float32, float16 or bfloat16, of any strides; state
     mu's shape, float32, contiguous, moved in place (None: u = mu, and the new one is returned); precision, keep, move
@@ -206,12 +203,11 @@ def gaussian_logvar_step(
         state = torch.empty(mu.shape, device=mu.device)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
-        return state, grad_mu, torch.zeros_like(precision)
+        return state, grad_mu
     n = noise.shape[-1]
     n_rows = count_rows(mu)
     rows, cols, warps = tile(n, 1024, 1024)
     blocks = triton.cdiv(n, cols)
-    energy = torch.empty(n_rows, blocks, device=mu.device)
     with on_device(mu):
         _step[(triton.cdiv(n_rows, rows) * blocks,)](
             mu.contiguous(),
@@ -222,7 +218,6 @@ def gaussian_logvar_step(
             packed(move),
             noise.contiguous(),
             grad_mu,
-            energy,
             n_rows,
             n,
             n_rows // samples,
@@ -235,4 +230,4 @@ def gaussian_logvar_step(
             num_warps=warps,
             **UNFUSED,
         )
-    return state, grad_mu, sum_partials(energy, samples)
+    return state, grad_mu

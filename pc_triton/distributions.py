@@ -80,19 +80,27 @@ class Distribution(nn.Module):
         """Random numbers drawn once per batch and held through its inference, as keyword arguments; by default none."""
         return {}
 
-    def clamped(self, mu: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Energy of an output node clamped to ``target``, per sample ``[S]``, and the number of items (0-dim).
+    def check_target(self, target: Tensor, mu: Tensor) -> Tensor:
+        """Check what an output node is to be clamped to; the number of items in it (0-dim): here its samples.
 
-        mu ``[S, ...]``; target of mu's shape. Raises ValueError if the shapes differ.
+        mu ``[S, ...]``; target of mu's shape. Raises ValueError if the shapes differ, or for `check_values`.
         """
+        if not target.is_floating_point():
+            raise ValueError(f"target is {target.dtype}: {type(self).__name__} needs floating point: cast it to float")
         if target.shape != mu.shape:
             raise ValueError(
                 f"target has shape {tuple(target.shape)}, the model's output {tuple(mu.shape)}: "
                 f"{type(self).__name__} needs them equal"
             )
-        samples = mu.shape[0]
-        energy = sum_samples(self._clamped_energy(target.to(mu.dtype), mu), samples)
-        return energy, torch.full((), float(samples), device=mu.device)
+        self.check_values(target, mu.shape[-1])
+        return torch.full((), float(len(mu)), device=mu.device)
+
+    def check_values(self, target: Tensor, classes: int) -> None:
+        """Raise ValueError for values that the output cannot have (on a GPU assert on the device); here for none."""
+
+    def clamped(self, mu: Tensor, target: Tensor) -> Tensor:
+        """Energy of an output node clamped to ``target``, per sample ``[S]``; shapes as in `check_target`."""
+        return sum_samples(self._clamped_energy(target.to(mu.dtype), mu), len(mu))
 
     def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
         return self.energy(target, mu)
@@ -103,8 +111,9 @@ class Distribution(nn.Module):
         self, mu: Tensor, state: Tensor, pi: Tensor, unit: Tensor | None, *, form: str, **frozen: Any
     ) -> tuple[Tensor, Tensor]:
         """Emission and energy ``[S]`` of the node; arguments as in ``reference.py``."""
-        u = mu + state if form == "error" else state
-        return self.emission(u, **frozen).to(mu.dtype), pi * sum_samples(self._in_units(u, mu, unit), len(pi))
+        mu_ = wide(mu)
+        u = mu_ + state if form == "error" else state
+        return self.emission(u, **frozen).to(mu.dtype), pi * sum_samples(self._in_units(u, mu_, unit), len(pi))
 
     def node_step(
         self,
@@ -120,34 +129,33 @@ class Distribution(nn.Module):
         moved: bool = False,
         **frozen: Any,
     ) -> Step:
-        """One inference step (state, dF/dmu, energy); arguments as in ``reference.py``."""
-        d = torch.zeros_like(mu) if state is None else (state if form == "error" else state - mu)
+        """One inference step (state, dF/dmu); arguments as in ``reference.py``."""
+        mu_ = wide(mu.detach()).requires_grad_()
+        d = torch.zeros_like(mu_) if state is None else (state if form == "error" else state - mu_.detach())
         with torch.enable_grad():
-            mu_ = mu.detach().requires_grad_()
-            u = (mu + d).detach().requires_grad_()
-            energy = sum_samples(self._in_units(u, mu_, unit), len(pi))
-            e_u, e_mu = torch.autograd.grad(energy.sum(), [u, mu_], materialize_grads=True)
-            push = mu.new_zeros(())
+            u = (mu_ + d).detach().requires_grad_()
+            e_u, e_mu = torch.autograd.grad(self._in_units(u, mu_, unit).sum(), [u, mu_], materialize_grads=True)
+            push = mu_.new_zeros(())
             if grad is not None:
-                push = torch.autograd.grad(self.emission(u, **frozen), u, grad)[0]
-        energy = pi * energy.detach()
+                push = torch.autograd.grad(self.emission(u, **frozen), u, wide(grad))[0]
+        mu_ = mu_.detach()
         new = d
         if keep is not None and move is not None:
-            v = self._variance(mu, unit)
-            new = d - v * (per_sample(1 - keep, mu) * e_u + per_sample(move / pi, mu) * push)
-        pi_ = per_sample(pi, mu)
+            v = self._variance(mu_, unit)
+            new = d - v * (per_sample(1 - keep, mu_) * e_u + per_sample(move / pi, mu_) * push)
+        pi_ = per_sample(pi, mu_)
         if form == "error":
-            return new, pi_ * (e_u + e_mu) + push, energy
+            return new, (pi_ * (e_u + e_mu) + push).to(mu.dtype)
         if moved:
-            return mu + new, self.node_step(mu, mu + new, grad, pi, unit, None, None, form=form, **frozen)[1], energy
-        return mu + new, pi_ * e_mu, energy
+            return mu_ + new, self.node_step(mu, mu_ + new, grad, pi, unit, None, None, form=form, **frozen)[1]
+        return mu_ + new, (pi_ * e_mu).to(mu.dtype)
 
     def fall(self, mu: Tensor, grad: Tensor, samples: int, unit: Tensor | None, **frozen: Any) -> Tensor:
         """<J'g, V J'g> per sample ``[S]``: 2 pi times the fall of F by inference, to first order in 1 / pi."""
         with torch.enable_grad():
-            u = mu.detach().requires_grad_()
-            push = torch.autograd.grad(self.emission(u, **frozen), u, grad)[0]
-        return sum_samples(self._variance(mu, unit) * push * push, samples)
+            u = wide(mu.detach()).requires_grad_()
+            push = torch.autograd.grad(self.emission(u, **frozen), u, wide(grad))[0]
+        return sum_samples(self._variance(u.detach(), unit) * push * push, samples)
 
     def units(self, mu: Tensor) -> float:
         """The number of units whose states mu holds: its elements; for a Categorical its rows."""
@@ -246,13 +254,14 @@ class GaussianLogVar(Distribution):
         _, s = mu.chunk(2, -1)
         return torch.cat([s.exp(), torch.full_like(s, 2.0)], -1)
 
-    def clamped(self, mu: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """1/2 [s^ + (y - m^)^2 e^-s^], summed per sample; target ``[S, ..., C]`` for mu ``[S, ..., 2 C]``."""
+    def check_target(self, target: Tensor, mu: Tensor) -> Tensor:
+        """As `Distribution.check_target`, for target ``[S, ..., C]`` and mu ``[S, ..., 2 C]``."""
+        return super().check_target(target, mu.chunk(2, -1)[0])
+
+    def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
+        """1/2 [s^ + (y - m^)^2 e^-s^]."""
         m, s = mu.chunk(2, -1)
-        if target.shape != m.shape:
-            raise ValueError(f"target has shape {tuple(target.shape)}: GaussianLogVar's means have {tuple(m.shape)}")
-        energy = 0.5 * (s + (target - m) ** 2 * (-s).exp())
-        return sum_samples(energy, len(mu)), torch.full((), float(len(mu)), device=mu.device)
+        return 0.5 * (s + (target - m) ** 2 * (-s).exp())
 
     def node_forward(self, mu, state, pi, unit, *, form, noise):
         return backend(mu).gaussian_logvar_forward(mu, state, pi, noise, form=form)
@@ -280,8 +289,11 @@ class Bernoulli(Distribution):
         """sigmoid(u)."""
         return torch.sigmoid(u)
 
-    def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
+    def check_values(self, target: Tensor, classes: int) -> None:
+        """Raise ValueError for a target outside [0, 1] (on a GPU assert on the device)."""
         _check_probabilities(target)
+
+    def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(mu, target, reduction="none")
 
     def node_forward(self, mu, state, pi, unit, *, form):
@@ -332,34 +344,34 @@ class Categorical(Distribution):
         """softmax(u) along the last axis; masks as in `pc_triton.reference.mask_logits`."""
         return log_softmax(mask_logits(u, causal, padding)).exp()
 
-    def clamped(self, mu: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """-log q_y summed per sample ``[S]``, and the number of labels that are not ignored (0-dim).
+    def check_target(self, target: Tensor, mu: Tensor) -> Tensor:
+        """Check labels, int64 ``[S, ...]`` for mu ``[S, ..., C]``; the number of those that are not ignored (0-dim).
 
-        mu ``[S, ..., C]``; target int64 ``[S, ...]`` or, as probabilities, ``[S, ..., C]``. Raises ValueError for
-        another shape or, on a CPU, a label outside 0 .. C - 1 (on a GPU a device-side assertion, as torch's own).
+        Or probabilities ``[S, ..., C]``, whose items are samples. Raises ValueError for another dtype or shape, and for
+        `check_values`.
         """
         if target.is_floating_point():
-            return super().clamped(mu, target)
-        labels, items = self.check_target(target, mu)
-        energy = _ClampedCategorical.apply(mu.reshape(-1, mu.shape[-1]), labels, self.ignore_index)
-        return sum_samples(energy, len(mu)), items
-
-    def check_target(self, target: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels ``[R]`` of the rows of mu ``[S, ..., C]``, and the number not ignored (0-dim); raises as `clamped`."""
-        if target.device != mu.device:
-            raise ValueError(f"y is on {target.device}, the model's output on {mu.device}: move y there")
+            return super().check_target(target, mu)
         if target.dtype != torch.int64:
             raise ValueError(f"labels are {target.dtype}: give int64, or probabilities in floating point")
         if target.shape != mu.shape[:-1]:
-            need = tuple(mu.shape[:-1])
-            raise ValueError(f"labels have shape {tuple(target.shape)}: logits {tuple(mu.shape)} need {need}")
-        self.check_labels(target, mu.shape[-1])
-        return target.reshape(-1), (target != self.ignore_index).sum()
+            need = f"logits {tuple(mu.shape)} need {tuple(mu.shape[:-1])}, with the classes along the last axis"
+            values = "; values, such as those of a Bernoulli output, are floats" if target.shape == mu.shape else ""
+            raise ValueError(f"labels have shape {tuple(target.shape)}: {need}{values}")
+        self.check_values(target, mu.shape[-1])
+        return (target != self.ignore_index).sum()
 
-    def check_labels(self, labels: Tensor, classes: int) -> None:
-        """Raise ValueError for a label outside 0 .. classes - 1 that is not ignored (on a GPU assert on the device)."""
-        if tracing.get():
-            return
+    def check_values(self, target: Tensor, classes: int) -> None:
+        """Raise ValueError for a label outside 0 .. classes - 1 that is not ignored, or a probability outside [0, 1].
+
+        On a GPU that is a device-side assertion, as torch's own.
+        """
+        if target.is_floating_point():
+            _check_probabilities(target)
+        elif not tracing.get():
+            self._check_labels(target, classes)
+
+    def _check_labels(self, labels: Tensor, classes: int) -> None:
         if not labels.is_cuda:
             low, high = labels.aminmax()
             if low >= 0 and high < classes:
@@ -372,12 +384,18 @@ class Categorical(Distribution):
                 f"label {labels[wrong][0].item()} is outside 0 .. {classes - 1} (ignore_index is {self.ignore_index})"
             )
 
+    def clamped(self, mu: Tensor, target: Tensor) -> Tensor:
+        """-log q_y summed per sample ``[S]``; shapes as in `check_target`."""
+        if target.is_floating_point():
+            return super().clamped(mu, target)
+        energy = _ClampedCategorical.apply(mu.reshape(-1, mu.shape[-1]), target.reshape(-1), self.ignore_index)
+        return sum_samples(energy, len(mu))
+
     def units(self, mu: Tensor) -> float:
         """Rows."""
         return mu.numel() / mu.shape[-1]
 
     def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
-        _check_probabilities(target)
         return torch.xlogy(target, target) - target * log_softmax(mu)
 
     def node_forward(self, mu, state, pi, unit, *, form, causal=False, padding=None):

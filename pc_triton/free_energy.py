@@ -50,10 +50,11 @@ class FreeEnergy(nn.Module):
             module, or what `convert` makes.
         output: family of the output, clamped to y. By default Categorical for integer y; else the family of the node
             whose emission the model returns; else Gaussian of variance 1. Such a last node is the output and not free.
-        steps: T >= 1, the inference steps, each a forward and a backward pass of the model.
+        steps: T >= 1, the inference steps, each a forward and a backward pass of the model. The default 3 settles the
+            error order; the others need more.
         order: ``"error"``: the free variables are the errors e = u - mu, all moved at once; a step reaches every depth
-            (Goemaere et al. 2025, arXiv 2505.20137). The learning pass makes the last of the T moves: the cost is
-            (2 T + 1) / 3 of backpropagation's products, and T = 1 *is* backpropagation.
+            (Goemaere et al. 2025, arXiv 2505.20137). The last step is the learning pass: the states move T - 1 times,
+            the cost is (2 T + 1) / 3 of backpropagation's products, and T = 1 *is* backpropagation.
             ``"simultaneous"``: all states move from the same old states, as in the paper. ``"sweep"``: top-down, each
             node with the already moved error of those above. Both cost (2 T + 2) / 3, and 2 / 3 more with "auto".
             ``"incremental"``: the weights move at every step (Salvatori et al. 2024, arXiv 2212.00720); see
@@ -64,10 +65,12 @@ class FreeEnergy(nn.Module):
         displacement: with "auto", delta, the fraction of F that inference may explain away, each node the same part
             of it: 0 < delta < 1.
         step: 0 < step <= 1 in natural-gradient units (see ``reference.py``), for every move. None: it begins at 0.5 for
-            error and sweep, 0.2 else, and a guard adapts it per sample and takes back a move that raised F.
+            error and sweep, 0.2 else, and each later move but those of "incremental" is guarded: per sample, it first
+            takes back a move that raised F and adapts the step, in error order by the parabola through F.
         state_optimizer: None for the plain step, or a function that makes a ``torch.optim`` optimiser of the list of
-            states, as in ``lambda states: torch.optim.Adam(states, lr=0.05)``; it is given the natural gradient. Not
-            for "sweep" and "incremental", whose states move within the backward pass.
+            states, as in ``lambda states: torch.optim.SGD(states, lr=0.5, momentum=0.3)``; it is given the natural
+            gradient, of which lr = 1 is Newton's step. Adam's moves have the size of its lr, in units of the states: it
+            goes with a precision that you set. Not for "sweep" and "incremental", which move within the backward pass.
 
     Raises:
         ValueError: an argument out of range, or a model without value nodes.
@@ -78,7 +81,7 @@ class FreeEnergy(nn.Module):
         model: nn.Module,
         output: Distribution | None = None,
         *,
-        steps: int = 2,
+        steps: int = 3,
         order: Order = "error",
         precision: float | Literal["auto"] = "auto",
         displacement: float = 0.003,
@@ -90,11 +93,11 @@ class FreeEnergy(nn.Module):
             raise ValueError(f"steps={steps!r}: the number of inference steps is a whole number of at least 1")
         if order not in get_args(Order):
             raise ValueError(f"order={order!r}: choose one of {', '.join(get_args(Order))}")
-        if precision != "auto" and not (isinstance(precision, (int, float)) and 0 < precision < math.inf):
+        if precision != "auto" and not (_is_number(precision) and 0 < precision < math.inf):
             raise ValueError(f"precision={precision!r}: give a positive finite number, or 'auto'")
-        if not 0 < displacement < 1:
+        if not (_is_number(displacement) and 0 < displacement < 1):
             raise ValueError(f"displacement={displacement!r}: a fraction of the free energy, between 0 and 1")
-        if step is not None and not 0 < step <= 1:
+        if step is not None and not (_is_number(step) and 0 < step <= 1):
             raise ValueError(f"step={step!r}: between 0 and 1 (1 is Newton's step of an isolated node)")
         if state_optimizer is not None and order in ("sweep", "incremental"):
             raise ValueError(f"order={order!r} moves its states within the backward pass: leave state_optimizer=None")
@@ -115,6 +118,11 @@ class FreeEnergy(nn.Module):
         self._compiled: CompiledSteps | None = None
 
     @property
+    def moves(self) -> int:
+        """How often the states move before the learning pass, which in error order is the last of the T steps."""
+        return self.steps - 1 if self.order == "error" else self.steps
+
+    @property
     def calibrates(self) -> bool:
         """Whether inference begins with a backward pass at the prediction."""
         return self.order == "error" or self.precision == "auto"
@@ -133,7 +141,7 @@ class FreeEnergy(nn.Module):
         clamped to: labels int64 (the shape of the output without its last axis) or values of the output's shape.
         None leaves the output free, and then nothing moves.
 
-        In error order the value is that of the last forward pass, before the move that the learning pass makes.
+        The value is that of the learning pass: the energy at the states at which the weight gradients are taken.
 
         Raises ValueError for an empty batch, a wrong shape or device, a label out of range, NaN or infinity in x or y
         (values are checked on a GPU by a device-side assertion, so as not to wait for it), RuntimeError for a model
@@ -141,21 +149,16 @@ class FreeEnergy(nn.Module):
         """
         if self.order == "incremental":
             raise ValueError("order='incremental': use `for loss in free_energy.incremental(x, y)`")
-        if self._compiled is not None:
-            return self._compiled(x, y)
         with torch.enable_grad():  # inference is made of gradients, in an evaluation loop too
-            loss, _ = self.loss_and_inference(x, y)
+            loss = self._compiled(x, y) if self._compiled is not None else self.loss_and_inference(x, y)[0]
         return loss if torch.is_grad_enabled() else loss.detach()
 
     def loss_and_inference(self, x: Any, y: Tensor | None) -> tuple[Tensor, Inference]:
         """The loss of a call, and the inference behind it; arguments and errors as in a call."""
         inference = Inference(self, x, y)
-        if self.order == "error":
-            if self.steps == 1:
-                return self._per_item(inference, inference.forward("first", learns=True)), inference
-            self.settle(inference, self.steps - 1)
-        else:
-            self.settle(inference, self.steps)
+        if self.moves == 0:
+            return self._per_item(inference, inference.forward("first", learns=True)), inference
+        self.settle(inference, self.moves)
         return self._per_item(inference, inference.learn()), inference
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
@@ -201,7 +204,7 @@ class FreeEnergy(nn.Module):
 
     @torch.enable_grad()
     def infer(self, x: Any, y: Tensor | None = None, *, clamp_input: bool = True) -> Settled:
-        """Inference alone: T moves of every state, no learning.
+        """Inference alone: T moves of every state (in error order one more than before learning), no learning.
 
         x, y: as in a call. ``clamp_input=False`` frees the input: x is then the prediction of a Gaussian input node,
         and is inferred from y together with the hidden states. With y None too, the model generates from x: the states
@@ -251,3 +254,7 @@ class FreeEnergy(nn.Module):
     def _per_item(inference: Inference, energy: Tensor) -> Tensor:
         items = inference.items if inference.target is not None else inference.samples
         return energy.sum() / (items.clamp_min(1) if isinstance(items, Tensor) else items)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)

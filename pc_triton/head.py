@@ -34,10 +34,10 @@ class Head(nn.Linear):
             return super().forward(input)
         family, target = output
         logits = input.detach().new_zeros(()).expand(*input.shape[:-1], self.out_features)
-        labels, items = family.check_target(target, logits)
-        rows = input.reshape(-1, self.in_features)
+        inference.count_items(family, logits)
+        rows, labels = input.reshape(-1, self.in_features), target.reshape(-1)
         energy = _HeadEnergy.apply(rows, self.weight, self.bias, labels, family.ignore_index, inference.learns)
-        inference.clamp(logits, energy, items)
+        inference.head = logits, energy
         return logits
 
 

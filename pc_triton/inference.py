@@ -74,7 +74,7 @@ class _Visit(torch.autograd.Function):
             grad = mu.new_zeros(ctx.shape)
         # F is linear in its energies, so a loss scaled by its user (mean over items, GradScaler) scales pi.
         if inference.mode == "learn":
-            _, grad_mu, _ = node.family.node_step(
+            _, grad_mu = node.family.node_step(
                 mu, node.state, grad, node.pi * grad_energy, node.unit, None, None,
                 form=inference.form, **node.frozen,
             )  # fmt: skip
@@ -87,7 +87,7 @@ class _Visit(torch.autograd.Function):
             return node.family.node_step(
                 mu, state, grad, node.pi, node.unit, inference.keep, inference.move,
                 form=inference.form, moved=inference.order == "sweep", **node.frozen,
-            )[:2]  # fmt: skip
+            )  # fmt: skip
 
         grad_mu = inference.move_state(node, step)
         if scale is not None:
@@ -140,6 +140,8 @@ class Inference:
     def __init__(self, owner: FreeEnergy, inputs: Any, target: Tensor | None, *, clamp_input: bool = True) -> None:
         self.owner, self.target, self.clamp_input = owner, target, clamp_input
         self.order = owner.order
+        if target is not None and not isinstance(target, Tensor):
+            raise TypeError(f"y is a {type(target).__name__}: give a tensor, or None for a free output")
         self.args, self.kwargs, first = _batch(inputs)
         self.samples = first.shape[0]
         check_finite("y", target)
@@ -163,8 +165,7 @@ class Inference:
         self.energies: list[Tensor] = []  # F [S] of every forward pass
         self.optimizer: torch.optim.Optimizer | None = None
         self._anchor = torch.zeros((), requires_grad=True)
-        cuda = first.is_cuda and not torch.cuda.is_current_stream_capturing()  # a CUDA graph draws nothing
-        self._random = (torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None)
+        self.random = RandomState(first.device)
 
     # What a value node and its backward call.
 
@@ -195,9 +196,13 @@ class Inference:
         family = output_family(self.owner.output, None, self.target)
         return (family, self.target) if isinstance(family, Categorical) else None
 
-    def clamp(self, out: Tensor, energy: Tensor, items: Tensor) -> None:
-        """A `Head` gives the energy of each row ``[R]`` in place of the logits, for which ``out`` stands."""
-        self.head, self.items = (out, energy), items
+    def count_items(self, family: Distribution, mu: Tensor) -> None:
+        """Check, in a batch's first pass, that y fits the output mu, and count its items."""
+        if self.mode != "first" or self.target is None:
+            return
+        if self.target.device != mu.device:
+            raise ValueError(f"y is on {self.target.device}, the model's output on {mu.device}: move y there")
+        self.items = family.check_target(self.target, mu)
 
     def visit_linear(self, family: Gaussian, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """As `visit` for mu = x W' + b, in one kernel with the product; None where that is not to be."""
@@ -258,7 +263,7 @@ class Inference:
         learns: whether weight gradients will be taken of it.
         """
         self.mode, self.visits, self.learns, self.head = mode, 0, learns, None
-        self._replay_random()
+        self.random.restore()  # dropout and noise are the same in every pass
         token = current.set(self)
         try:
             with torch.enable_grad(), hold_statistics([] if mode == "first" else self.owner.norms):
@@ -272,7 +277,7 @@ class Inference:
                     if node.energy is not None:
                         energy = energy + node.energy
         except BaseException:
-            self._replay_random()  # a batch that is refused draws nothing
+            self.random.restore()  # a batch that is refused draws nothing
             raise
         finally:
             current.reset(token)
@@ -288,13 +293,6 @@ class Inference:
             node.mu, node.emission = node.mu.detach(), node.emission.detach()
             node.energy = None if node.energy is None else node.energy.detach()
 
-    def _replay_random(self) -> None:
-        """Go back to the random state of the first pass: dropout and noise are the same in every pass."""
-        cpu, cuda = self._random
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-
     def _check_pass(self) -> None:
         if not isinstance(self.out, Tensor):
             raise TypeError(f"the model returned {type(self.out).__name__}: it must return one tensor; wrap it")
@@ -306,9 +304,11 @@ class Inference:
         if self.out.dim() == 0 or self.out.shape[0] != self.samples:
             shape = tuple(self.out.shape)
             raise ValueError(f"the model's output has shape {shape} for a batch of {self.samples} samples")
-        if self.mode == "first" and _is_emission(self.out, self.nodes[-1].emission):
-            self.output = self.nodes[-1]
-            self.output.free, self.output.state, self.output.energy = False, None, None
+        if self.mode == "first":
+            returned = [node for node in self.nodes if _is_emission(self.out, node.emission)]
+            if returned:
+                self.output = returned[-1]
+                self.output.free, self.output.state, self.output.energy = False, None, None
         for node in self.nodes:
             if node is not self.output and node.emission._version != node.version:
                 raise RuntimeError(
@@ -333,10 +333,9 @@ class Inference:
                 mu = mu.reshape(self.output_shape)
         if self.target is None:
             return wide(mu.detach()).new_zeros(self.samples)
-        if self.target.device != mu.device:
-            raise ValueError(f"y is on {self.target.device}, the model's output on {mu.device}: move y there")
-        energy, self.items = output_family(self.owner.output, self.output, self.target).clamped(mu, self.target)
-        return wide(energy)
+        family = output_family(self.owner.output, self.output, self.target)
+        self.count_items(family, mu)
+        return wide(family.clamped(mu, self.target))
 
     def _backward(self, energy: Tensor) -> None:
         """One backward pass: every value node moves its state. Weight gradients are not computed."""
@@ -355,7 +354,7 @@ class Inference:
         """
         free = [node for node in self.nodes if node.free]
         grads: tuple[Tensor | None, ...] = (None,) * len(free)
-        if energy.requires_grad:
+        if energy.requires_grad and free:
             emissions = [node.emission for node in free]
             grads = torch.autograd.grad(energy, emissions, _ones(energy), allow_unused=True)
         self.accepted = energy.detach()
@@ -370,7 +369,7 @@ class Inference:
             elif self.owner.state_optimizer is not None:
                 node.state = torch.zeros_like(wide(node.mu))
             else:
-                node.state, _, _ = node.family.node_step(
+                node.state, _ = node.family.node_step(
                     node.mu, None, grad, node.pi, node.unit, self.keep, self.move, form="error", **node.frozen
                 )
                 self.moves = 1
@@ -480,8 +479,8 @@ def check_values(inputs: Any, target: Tensor | None, family: Distribution | None
     """Raise ValueError for what a batch may not hold: no samples, NaN, infinity, labels that are no class."""
     _batch(inputs)
     check_finite("y", target)
-    if target is not None and not target.is_floating_point() and isinstance(family, Categorical):
-        family.check_labels(target, classes)
+    if target is not None and family is not None:
+        family.check_values(target, classes)
 
 
 def check_finite(name: str, t: Tensor | None, *, infinite: bool = False) -> None:
@@ -512,6 +511,23 @@ def _batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     for t in tensors[1:]:
         check_finite("x", t, infinite=True)  # such as a mask to add to attention's logits
     return args, kwargs, tensors[0]
+
+
+class RandomState:
+    """The state of the generators that a model on a device draws from, as they are when this is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = None
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():  # a CUDA graph draws nothing
+            self.cuda = torch.cuda.get_rng_state(device)
+
+    def restore(self) -> None:
+        """Go back to it."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
 
 
 @contextlib.contextmanager

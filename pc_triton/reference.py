@@ -5,8 +5,8 @@ eq. 5; pi is the node's precision, 1 in the paper). Its children send back ``gra
 respect to the emission m(u). Each family has two functions, with the same names and arguments in ``pc_triton.kernels``:
 
 ``*_forward(mu, state, precision, *, form)`` gives the emission and the energy per sample;
-``*_step(mu, state, grad, precision, keep, move, *, form, moved)`` is one inference step: energy, gradients and the move
-of the state, fused. It returns (state, dF/dmu, energy).
+``*_step(mu, state, grad, precision, keep, move, *, form, moved)`` is one inference step: both gradients and the move of
+the state, fused. It returns (state, dF/dmu).
 
 **form** says what the state tensor holds. ``"state"``: u itself; dF/dmu is then the local gradient pi dKL/dmu, at the
 old state, or with ``moved=True`` at the moved one (the sweep). ``"error"``: e = u - mu, so that u follows mu; dF/dmu is
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Step = tuple[Tensor | None, Tensor, Tensor]
+Step = tuple[Tensor | None, Tensor]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -86,20 +86,19 @@ def gaussian_step(
     form: str,
     moved: bool = False,
 ) -> Step:
-    """dE/du = pi d, dE/dmu = -pi d, emission u: the table's first row."""
+    """dE/du = pi d, dE/dmu = -pi d; what the children send returns to u as it is."""
     error = form == "error"
     d = state if error or state is None else state - wide(mu)
     new = d
     if keep is not None and move is not None:
         new = _moved(d, _sent(grad, mu), keep, move / precision)
     shown = new if moved else d
-    energy = torch.zeros_like(precision) if d is None else 0.5 * precision * sum_samples(d * d, len(precision))
     if error:
         assert grad is not None
-        return new, grad, energy
+        return new, grad
     assert new is not None
     assert shown is not None
-    return wide(mu) + new, (-per_sample(precision, mu) * shown).to(mu.dtype), energy
+    return wide(mu) + new, (-per_sample(precision, mu) * shown).to(mu.dtype)
 
 
 # A linear layer with that node on it, x [S * r, K], weight [N, K] and bias [N] (nn.Linear's): product and node in one.
@@ -123,7 +122,7 @@ def linear_backward(
     move: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     """The Gaussian's step in error form, where dF/dmu is ``grad`` itself, and the gradient ``grad W`` of x."""
-    state, grad, _ = gaussian_step(grad, state, grad, precision, keep, move, form="error")  # it reads no mu
+    state, grad = gaussian_step(grad, state, grad, precision, keep, move, form="error")  # it reads no mu
     return state, grad @ weight
 
 
@@ -165,12 +164,15 @@ def gaussian_logvar_step(
     form: str,
     moved: bool = False,
 ) -> Step:
-    """The table's second row; V = (e^s^, 2), the inverse Fisher information of (m, s) at the prediction."""
+    """dE/du = pi ((m - m^) e^-s^, (e^(s-s^) - 1) / 2), dE/dmu = -pi (dm e^-s^, (e^ds - 1 + dm^2 e^-s^) / 2).
+
+    What the children send returns to u as (g, g e^(s/2) xi / 2). V = (e^s^, 2) is the inverse Fisher information of
+    (m, s) at the prediction.
+    """
     mu_, g, xi = wide(mu), _sent(grad, mu), wide(noise)
     d = torch.zeros_like(mu_) if state is None else (state if form == "error" else state - mu_)
     (dm, ds), (_, s_hat) = d.chunk(2, -1), mu_.chunk(2, -1)
     variance, g_s = s_hat.exp(), g * xi * (0.5 * (s_hat + ds)).exp()  # g_s is 2 dm(u)/ds g
-    energy = precision * sum_samples(gaussian_logvar_energy(mu_ + d, mu_), len(precision))
     new = d
     if keep is not None and move is not None:
         k, c = per_sample(keep, mu_), per_sample(move / precision, mu_)
@@ -178,10 +180,10 @@ def gaussian_logvar_step(
     pi = per_sample(precision, mu_)
     if form == "error":
         grad_mu = torch.cat([g, 0.5 * (g_s - pi * dm * dm / variance)], -1)
-        return new, grad_mu.to(mu.dtype), energy
+        return new, grad_mu.to(mu.dtype)
     dm, ds = (new if moved else d).chunk(2, -1)
     grad_mu = pi * torch.cat([-dm / variance, -0.5 * (torch.expm1(ds) + dm * dm / variance)], -1)
-    return mu_ + new, grad_mu.to(mu.dtype), energy
+    return mu_ + new, grad_mu.to(mu.dtype)
 
 
 # Bernoulli with logits: p = sigmoid(u), q = sigmoid(mu).
@@ -209,19 +211,18 @@ def bernoulli_step(
     form: str,
     moved: bool = False,
 ) -> Step:
-    """dE/du = p (1-p) d, dE/dmu = q - p, emission p: the table's last row."""
+    """dE/du = pi p (1 - p) d, dE/dmu = pi (q - p); what the children send returns to u as p (1 - p) g."""
     mu_, g = wide(mu), _sent(grad, mu)
     d = torch.zeros_like(mu_) if state is None else (state if form == "error" else state - mu_)
     p, q, pi = torch.sigmoid(mu_ + d), torch.sigmoid(mu_), per_sample(precision, mu_)
-    energy = precision * sum_samples(bernoulli_energy(mu_ + d, mu_), len(precision))
     new = d
     if keep is not None and move is not None:
         new = _moved(d, g, keep, move / precision)
     if form == "error":
-        return new, (p * (1 - p) * (pi * d + g) + pi * (q - p)).to(mu.dtype), energy
+        return new, (p * (1 - p) * (pi * d + g) + pi * (q - p)).to(mu.dtype)
     if moved:
         p = torch.sigmoid(mu_ + new)
-    return mu_ + new, (pi * (q - p)).to(mu.dtype), energy
+    return mu_ + new, (pi * (q - p)).to(mu.dtype)
 
 
 # Categorical with logits along the last axis: p = softmax(u), q = softmax(mu). A logit of -inf is masked: p = q = 0.
@@ -275,7 +276,7 @@ def categorical_step(
     causal: bool = False,
     padding: Tensor | None = None,
 ) -> Step:
-    """dE/du = p (log p - log q - E), dE/dmu = q - p, and g returns as p (g - <p, g>): the table's third row.
+    """dE/du = pi p (log p - log q - KL), dE/dmu = pi (q - p); the children's g returns to u as p (g - <p, g>).
 
     The state moves by g - <p, g>: logits count only up to a shift. Masked entries of d and of dF/dmu are 0.
     """
@@ -284,18 +285,17 @@ def categorical_step(
     d = torch.zeros_like(logits) if state is None else (state if form == "error" else state - logits)
     d = d.masked_fill(masked, 0.0)
     p, q, pi = log_softmax(logits + d).exp(), log_softmax(logits).exp(), per_sample(precision, logits)
-    energy = precision * sum_samples(categorical_energy(logits + d, logits), len(precision))
     push = (g - (p * g).sum(-1, keepdim=True)).masked_fill(masked, 0.0)
     new = d
     if keep is not None and move is not None:
         new = _moved(d, push, keep, move / precision)
     if form == "error":
         total = p * (pi * (d - (p * d).sum(-1, keepdim=True)) + push) + pi * (q - p)
-        return new, total.to(mu.dtype), energy
+        return new, total.to(mu.dtype)
     if moved:
         p = log_softmax(logits + new).exp()
     u = (logits + new).masked_fill(masked, 0.0)
-    return u, (pi * (q - p)).to(mu.dtype), energy
+    return u, (pi * (q - p)).to(mu.dtype)
 
 
 # Categorical clamped to labels: the output node of a classifier or a language model.

@@ -42,33 +42,34 @@ class Report:
     """
 
     nodes: tuple[NodeReport, ...]
-    steps: int
     free_energies: tuple[float, ...]
-    """F per item at the prediction and after each of the T inference steps, in nats."""
+    """F per item at the prediction and after each move of the states, in nats: the last is where learning happens."""
     long_run: float
     """F per item after a long run: the reachable minimum."""
     residual: float
-    """Norm of the natural gradient of all states after T steps, relative to that at the prediction."""
+    """Norm of the natural gradient of all states where learning happens, relative to that at the prediction."""
     cosine: float
     """Cosine of the whole weight gradient to backpropagation's."""
     worst_cosine: float
-    """The smallest such cosine of one parameter."""
+    """The smallest such cosine of one parameter, of those whose gradient is more than rounding."""
 
     @property
     def settled(self) -> float:
-        """The fraction of the reachable fall of F that the T steps achieved."""
+        """The fraction of the reachable fall of F that inference achieved before learning; 0 where it made no move."""
         reachable = self.free_energies[0] - self.long_run
         return (self.free_energies[0] - self.free_energies[-1]) / reachable if reachable > 0 else 1.0
 
     @property
     def regime(self) -> str:
         """One line: settled fraction, what inference explained away of F, residual, cosines."""
+        if len(self.free_energies) == 1:
+            return "backpropagation: the states are at their predictions"
         first = self.free_energies[0]
         explained = (first - self.free_energies[-1]) / abs(first) if first else 0.0
         return (
-            f"settled {self.settled:.1%} of the reachable fall in {self.steps} steps (it explains {explained:.2%} of "
-            f"F), residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} (worst parameter "
-            f"{self.worst_cosine:.3f})"
+            f"settled {self.settled:.1%} of the reachable fall in {len(self.free_energies) - 1} moves (it explains "
+            f"{explained:.2%} of F), residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} (worst "
+            f"parameter {self.worst_cosine:.3f})"
         )
 
     def __str__(self) -> str:
@@ -84,13 +85,16 @@ class Report:
 def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
     """Measure a `Report` on one batch; see `FreeEnergy.report`."""
     with torch.random.fork_rng():
-        random = torch.get_rng_state()
         inference = Inference(owner, x, y)
-        owner.settle(inference, owner.steps)
+        random = inference.random  # every run below sees the same noise
+        owner.settle(inference, owner.moves)
+        if owner.moves == 0:  # backpropagation: only the precisions are wanted
+            for node in inference.nodes:
+                node.state = None if node.state is None else torch.zeros_like(node.state)
         last = inference.probe()
         settler = copy.copy(owner)  # the same nodes and precisions, settled by the guarded error order
         settler.order, settler.state_optimizer = "error", None
-        torch.set_rng_state(random)  # the same noise
+        random.restore()
         start = Inference(settler, x, y)
         start.calibrate(start.forward("first"))
         free, at_prediction = [], []
@@ -100,14 +104,14 @@ def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
                 at_prediction.append(sum_samples(begun.state**2, start.samples).sqrt() / owner.step)
         long_run = torch.minimum(start.long_run(LONG_RUN), last)
 
-        torch.set_rng_state(random)
+        random.restore()
         incremental = owner.order == "incremental"
         loss = next(owner.incremental(x, y)) if incremental else owner.loss_and_inference(x, y)[0]
         parameters = [p for p in owner.model.parameters() if p.requires_grad]
-        learning = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        torch.set_rng_state(random)
+        learning = _gradients(loss, parameters)
+        random.restore()
         plain = Inference(settler, x, y).forward("first", learns=True).sum()
-        backpropagation = torch.autograd.grad(plain, parameters, materialize_grads=True)
+        backpropagation = _gradients(plain, parameters)
 
     items = float(inference.items) or 1.0
     nodes = tuple(
@@ -120,16 +124,21 @@ def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
         )
         for node, norm in zip(free, at_prediction)
     )
-    cosines = [_cosine([g], [b]) for g, b in zip(learning, backpropagation) if b.any()]
+    rounding = 1e-5 * max((float(b.norm()) for b in backpropagation), default=0.0)
+    cosines = [_cosine([g], [b]) for g, b in zip(learning, backpropagation) if b.norm() > rounding]
     return Report(
         nodes,
-        owner.steps,
-        tuple(float(e.sum()) / items for e in inference.energies[-owner.steps - 1 :]),
+        tuple(float(e.sum()) / items for e in inference.energies[-owner.moves - 1 :]),
         float(long_run.sum()) / items,
         _ratio([node.residual for node in free], at_prediction),
         _cosine(learning, backpropagation),
         min(cosines, default=1.0),
     )
+
+
+def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients of the loss in the parameters; none where all are frozen."""
+    return torch.autograd.grad(loss, parameters, materialize_grads=True) if parameters else ()
 
 
 def _ratio(norms: Sequence[Tensor | None], to: Sequence[Tensor]) -> float:

@@ -51,10 +51,10 @@ class Settings:
     context: int = _setting(64, "tokens the model sees at once")
     vocabulary: int = _setting(1024, "byte-pair tokens, at least 256")
     batch: int = _setting(16, "sequences per training step")
-    steps: int = _setting(600, "training steps")
+    steps: int = _setting(400, "training steps")
     lr: float = _setting(2e-3, "peak learning rate of AdamW; 5 percent warm-up, then a cosine to a tenth")
     seed: int = _setting(0, "seed of the weights and the batches")
-    inference_steps: int = _setting(2, "T, the inference steps of predictive coding")
+    inference_steps: int = _setting(3, "T, the inference steps of predictive coding")
     order: str = _setting("error", "order of inference", ORDERS)
     displacement: float = _setting(0.003, "fraction of the free energy that inference may explain away")
     eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
@@ -97,15 +97,16 @@ def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
 def losses(model: Transformer, free_energy: FreeEnergy | None, x: Tensor, y: Tensor) -> Iterator[Tensor]:
     """The losses of one training step, float32, 0-dim; one, or T in incremental order.
 
-    x, y: int64 ``[B, N]``, tokens and the tokens that follow. In nats per token; of Gaussian PC, per sequence.
+    x, y: int64 ``[B, N]``, tokens and the tokens that follow. In nats per token.
     Raises ValueError as `FreeEnergy` does.
     """
     if free_energy is None:
         yield F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-    elif free_energy.order == "incremental":
-        yield from free_energy.incremental(x, _target(free_energy, y))
-    else:
-        yield free_energy(x, _target(free_energy, y))
+        return
+    target = _target(free_energy, y)
+    each = 1 if target is y else y.shape[1]  # the free energy of a Gaussian output is per sequence
+    for loss in free_energy.incremental(x, target) if free_energy.order == "incremental" else [free_energy(x, target)]:
+        yield loss / each
 
 
 def _target(free_energy: FreeEnergy, y: Tensor) -> Tensor:
@@ -389,8 +390,7 @@ def plot(settings: Settings, losses: list[float], evaluations: list[dict[str, An
     left, right = figure.subplots(1, 2)
     left.plot(range(1, len(losses) + 1), losses, linewidth=0.8)
     name = "cross-entropy" if settings.method == "bp" else "free energy"
-    item = "sequence" if settings.method == "gaussian-pc" else "token"
-    left.set(title=f"training {name} ({settings.method})", xlabel="step", ylabel=f"{name}, nats per {item}")
+    left.set(title=f"training {name} ({settings.method})", xlabel="step", ylabel=f"{name}, nats per token")
     right.plot([row["step"] for row in evaluations], [row["perplexity"] for row in evaluations], marker="o")
     right.axhline(unigram, color="gray", linestyle="--", label=f"unigram model, {unigram:.0f}")
     right.set(title="held-out perplexity", xlabel="step", ylabel="per token", yscale="log")

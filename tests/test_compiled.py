@@ -93,6 +93,8 @@ def test_compiled():
     plain, compiled = pc.FreeEnergy(eager), pc.FreeEnergy(model)
     compiled.compile(cpp_wrapper=False)  # compiles faster
     x, y = batch()
+    with torch.no_grad():
+        assert not compiled(x, y).requires_grad
     assert_same(gradients(3 * compiled(x, y), model), gradients(3 * plain(x, y), eager))
     model.zero_grad()
     with pytest.raises(ValueError, match="x holds NaN"):

@@ -495,7 +495,11 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "frozen"), [({}, True), *((options, False) for options in OPTIONS)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "frozen"),
+    [({}, True), *((options, False) for options in OPTIONS)],
+    ids=lambda value: ",".join(value) or "default" if isinstance(value, dict) else str(value),
+)
 def test_inference_is_the_same(options, frozen, monkeypatch):
     """Loss, gradients and F at the states, product and node in one or apart, in float64; error form alone is fused."""
     served = []

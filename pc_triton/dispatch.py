@@ -23,11 +23,11 @@ def triton_kernels() -> Any:
     global _triton
     if _triton is None:
         try:
-            from .kernels import bernoulli, categorical, gaussian, gaussian_logvar
+            from .kernels import attention, bernoulli, categorical, gaussian, gaussian_logvar
         except ImportError as error:
             raise ImportError(f"the Triton kernels need triton: pip install 'pc_triton[gpu]' ({error})") from error
         launchers: dict[str, Any] = {}
-        for module in (gaussian, gaussian_logvar, bernoulli, categorical):
+        for module in (gaussian, gaussian_logvar, bernoulli, categorical, attention):
             launchers.update({k: v for k, v in vars(module).items() if k.endswith(("_forward", "_step", "_backward"))})
         _triton = SimpleNamespace(**launchers)
     return _triton

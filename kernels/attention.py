@@ -23,6 +23,7 @@ from .categorical import check_masks, kl_of, kl_terms, online_softmax, settle
 from .common import check, check_node, check_step, on_device, packed, sum_partials
 
 WIDEST = 128  # the largest head dimension
+FUSED = {"enable_fp_fusion": True}  # launch option: what is to be exactly 0 is no difference of rounded products here
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def load_rows(ptr, rows, n_rows, stride, HEAD: tl.constexpr, DIM: tl.constexpr):
     mask = (rows < n_rows)[:, None]
     if HEAD != DIM:
         mask = mask & (dims < HEAD)[None, :]
-    return tl.load(ptr + (rows[:, None] * stride + dims[None, :]), mask=mask, other=0.0)
+    return tl.load(ptr + (rows.to(tl.int64)[:, None] * stride + dims[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -50,17 +51,24 @@ def store_rows(ptr, x, rows, n_rows, stride, HEAD: tl.constexpr, DIM: tl.constex
     mask = (rows < n_rows)[:, None]
     if HEAD != DIM:
         mask = mask & (dims < HEAD)[None, :]
-    tl.store(ptr + (rows[:, None] * stride + dims[None, :]), x.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + (rows.to(tl.int64)[:, None] * stride + dims[None, :]), x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def visible(rows, cols, item, padding_ptr, n_queries, n_keys, CAUSAL: tl.constexpr, PADDING: tl.constexpr):
-    """Which keys each query sees; rows and cols broadcast to the tile."""
-    live = (rows < n_queries) & (cols < n_keys)
+def seen_keys(cols, item, padding_ptr, n_keys, PADDING: tl.constexpr):
+    """Which of these keys are there and no padding."""
+    seen = cols < n_keys
+    if PADDING:
+        seen = seen & (tl.load(padding_ptr + (item * n_keys + cols), mask=seen, other=1) == 0)
+    return seen
+
+
+@triton.jit
+def visible(rows, cols, seen, n_queries, n_keys, CAUSAL: tl.constexpr):
+    """Which keys each query sees, of those that are seen. In 32 bits: a tile's columns stay in registers."""
+    live = (rows < n_queries) & seen
     if CAUSAL:
         live = live & (cols <= rows + (n_keys - n_queries))
-    if PADDING:
-        live = live & (tl.load(padding_ptr + (item * n_keys + cols), mask=cols < n_keys, other=1) == 0)
     return live
 
 
@@ -144,11 +152,12 @@ def _forward(
     Floor, bytes per pair of query and key: read the state (4); nothing without one.
     """
     item, head, block = place(tl.cdiv(n_queries, ROWS), n_heads)
-    rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = block * ROWS + tl.arange(0, ROWS)
     q = load_rows(q_ptr + (item * n_queries * q_stride + head * HEAD), rows, n_queries, q_stride, HEAD, DIM)
     k_ptr += item * n_keys * k_stride + head // GROUP * HEAD
     v_ptr += item * n_keys * v_stride + head // GROUP * HEAD
-    state_row = ((item * n_heads + head) * n_queries + rows)[:, None] * n_keys
+    places = (item * n_heads + head) * n_queries + rows
+    inside = rows < n_queries
     low = tl.full([ROWS, 1], float("-inf"), tl.float32)
     nil = tl.zeros([ROWS, 1], tl.float32)
     row = (low, nil, low, nil, nil, nil)
@@ -158,12 +167,14 @@ def _forward(
     if CAUSAL:
         end = tl.minimum(n_keys, (block + 1) * ROWS + n_keys - n_queries)
     for start in range(0, end, COLS):
-        cols = start + tl.arange(0, COLS).to(tl.int64)
+        cols = start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
         mu = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        live = visible(rows[:, None], cols[None, :], item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING)
+        seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
+        live = visible(rows[:, None], cols[None, :], seen[None, :], n_queries, n_keys, CAUSAL)
         if HAS_STATE:
-            d = tl.load(state_ptr + (state_row + cols[None, :]), mask=live, other=0.0)
+            pointers = state_ptr + (places[:, None] * n_keys + cols[None, :])
+            d = load_state(pointers, inside[:, None] & (cols < n_keys)[None, :], live)
             weights, part = tile_row(mu + d, mu, d, live, ROWS)
             row, older, newer = merge(row, part)
             weights *= newer
@@ -183,24 +194,24 @@ def _forward(
         HEAD,
         DIM,
     )
-    places = ((item * n_heads + head) * n_queries + rows)[:, None]
-    mask = (rows < n_queries)[:, None]
-    tl.store(facts_ptr + places, tl.where(total == 0.0, float("-inf"), peak - tl.log(inverse)), mask=mask)
-    tl.store(facts_ptr + (n_rows + places), mean_d, mask=mask)
-    tl.store(facts_ptr + (2 * n_rows + places), kl, mask=mask)
-    tl.store(energy_ptr + places, tl.load(precision_ptr + item // items_per_sample) * kl, mask=mask)
+    places = places[:, None]
+    inside = inside[:, None]
+    tl.store(facts_ptr + places, peak - tl.log(inverse), mask=inside)
+    tl.store(facts_ptr + (n_rows + places), mean_d, mask=inside)
+    tl.store(facts_ptr + (2 * n_rows + places), kl, mask=inside)
+    tl.store(energy_ptr + places, tl.load(precision_ptr + item // items_per_sample) * kl, mask=inside)
 
 
 @triton.jit
-def load_facts(facts_ptr, mean_g_ptr, places, mask, n_rows, HAS_STATE: tl.constexpr):
-    """Of these rows log sum e^u, <p, d>, KL and <p, g>."""
+def load_facts(facts_ptr, places, mask, n_rows, HAS_STATE: tl.constexpr):
+    """Of these rows log sum e^u, <p, d> and KL."""
     lse = tl.load(facts_ptr + places, mask=mask, other=0.0)
     mean_d = tl.zeros_like(lse)
     kl = tl.zeros_like(lse)
     if HAS_STATE:
         mean_d = tl.load(facts_ptr + (n_rows + places), mask=mask, other=0.0)
         kl = tl.load(facts_ptr + (2 * n_rows + places), mask=mask, other=0.0)
-    return lse, mean_d, kl, tl.load(mean_g_ptr + places, mask=mask, other=0.0)
+    return lse, mean_d, kl
 
 
 @triton.jit
@@ -214,15 +225,21 @@ def near_tail(x):
 
 
 @triton.jit
-def node_tile(mu, d, live, g, facts, pi, HAS_STATE: tl.constexpr):
-    """p and dF/dmu = p (pi (d - <p, d>) + g - <p, g>) + pi (q_ - p) of a tile, 0 where masked."""
-    lse, mean_d, kl, mean_g = facts
-    p = tl.exp(tl.where(live, mu + d - lse, float("-inf")))
+def load_state(pointers, mask, live):
+    """A tile of d, 0 where masked. The load itself minds the edges alone: causal would cut its vectors to pieces."""
+    return tl.where(live, tl.load(pointers, mask=mask, other=0.0), 0.0)
+
+
+@triton.jit
+def node_tile(mu, d, g, facts, mean_g, pi, HAS_STATE: tl.constexpr):
+    """p and dF/dmu = p (pi (d - <p, d>) + g - <p, g>) + pi (q_ - p) of a tile; masked, mu is -inf and both are 0."""
+    lse, mean_d, kl = facts
+    p = tl.exp(mu + d - lse)
     grad_mu = p * (g - mean_g)
     if HAS_STATE:
         y = mean_d - kl - d
         near = tl.abs(y) < 1.0
-        q = tl.exp(tl.where(live, mu - (lse - mean_d + kl), float("-inf")))
+        q = tl.exp(mu - (lse - mean_d + kl))
         bend = tl.where(near, p * near_tail(tl.where(near, y, 0.0)), q - p - p * y)
         grad_mu += pi * (bend - p * kl)
     return p, grad_mu
@@ -264,36 +281,39 @@ def _grad_queries(
     Floor, bytes per pair of query and key: read the state (4).
     """
     item, head, block = place(tl.cdiv(n_queries, ROWS), n_heads)
-    rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = block * ROWS + tl.arange(0, ROWS)
     q = load_rows(q_ptr + (item * n_queries * q_stride + head * HEAD), rows, n_queries, q_stride, HEAD, DIM)
     token = n_heads * HEAD
     first = (item * n_queries * n_heads + head) * HEAD
     grad_out = load_rows(grad_out_ptr + first, rows, n_queries, token, HEAD, DIM)
     out = load_rows(out_ptr + first, rows, n_queries, token, HEAD, DIM)
-    places = ((item * n_heads + head) * n_queries + rows)[:, None]
-    mask = (rows < n_queries)[:, None]
-    mean_g = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1, keep_dims=True)
-    tl.store(mean_g_ptr + places, mean_g, mask=mask)
-    lse, mean_d, kl, _ = load_facts(facts_ptr, facts_ptr, places, mask, n_rows, HAS_STATE)
+    places = (item * n_heads + head) * n_queries + rows
+    inside = rows < n_queries
+    mean_g = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
+    tl.store(mean_g_ptr + places, mean_g, mask=inside)
+    lse, mean_d, kl = load_facts(facts_ptr, places, inside, n_rows, HAS_STATE)
+    facts = (lse[:, None], mean_d[:, None], kl[:, None])
     pi = tl.load(precision_ptr + item // items_per_sample)
     k_ptr += item * n_keys * k_stride + head // GROUP * HEAD
     v_ptr += item * n_keys * v_stride + head // GROUP * HEAD
-    state_row = places * n_keys
     grad_q = tl.zeros([ROWS, DIM], tl.float32)
     end = n_keys
     if CAUSAL:
         end = tl.minimum(n_keys, (block + 1) * ROWS + n_keys - n_queries)
     for start in range(0, end, COLS):
-        cols = start + tl.arange(0, COLS).to(tl.int64)
+        cols = start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
         v = load_rows(v_ptr, cols, n_keys, v_stride, HEAD, DIM)
         mu = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         g = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
-        live = visible(rows[:, None], cols[None, :], item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING)
+        seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
+        live = visible(rows[:, None], cols[None, :], seen[None, :], n_queries, n_keys, CAUSAL)
+        mu = tl.where(live, mu, float("-inf"))
         d = tl.zeros_like(mu)
         if HAS_STATE:
-            d = tl.load(state_ptr + (state_row + cols[None, :]), mask=live, other=0.0)
-        _, grad_mu = node_tile(mu, d, live, g, (lse, mean_d, kl, mean_g), pi, HAS_STATE)
+            pointers = state_ptr + (places[:, None] * n_keys + cols[None, :])
+            d = load_state(pointers, inside[:, None] & (cols < n_keys)[None, :], live)
+        _, grad_mu = node_tile(mu, d, g, facts, mean_g[:, None], pi, HAS_STATE)
         grad_q = tl.dot(grad_mu.to(k.dtype), k, grad_q, input_precision="ieee")
     store_rows(grad_q_ptr + first, grad_q * scale, rows, n_queries, token, HEAD, DIM)
 
@@ -334,15 +354,16 @@ def _step_keys(
 ):
     """d <- keep d - (move / pi) (g - <p, g>); dF/dk = scale dF/dmu' q and dF/dv = p' dF/dout, at the old d.
 
-    A program takes COLS keys of a head of theirs, and tiles [COLS, ROWS] of every query head of its group.
+    A program takes COLS keys of a head of theirs, and every query head of its group.
     Floor, bytes per pair of query and key: read and write the state (8).
     """
     item, kv_head, block = place(tl.cdiv(n_keys, COLS), n_heads // GROUP)
-    cols = block.to(tl.int64) * COLS + tl.arange(0, COLS)
+    cols = block * COLS + tl.arange(0, COLS)
     k_ptr += item * n_keys * k_stride + kv_head * HEAD
     v_ptr += item * n_keys * v_stride + kv_head * HEAD
     k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
     v = load_rows(v_ptr, cols, n_keys, v_stride, HEAD, DIM)
+    seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
     sample = item // items_per_sample
     pi = tl.load(precision_ptr + sample)
     keep = pi
@@ -355,16 +376,16 @@ def _step_keys(
     first = 0
     if CAUSAL:
         first = tl.maximum(block * COLS - (n_keys - n_queries), 0) // ROWS * ROWS
-    for member in range(0, GROUP):
+    for member in range(GROUP):
         head = kv_head * GROUP + member
         head_row = (item * n_heads + head) * n_queries
         if MOVE and not HAS_STATE:
             for start in range(0, tl.minimum(first, n_queries), ROWS):
-                rows = start + tl.arange(0, ROWS).to(tl.int64)[None, :]
-                mask = (rows < n_queries) & (cols < n_keys)[:, None]
-                tl.store(state_ptr + ((head_row + rows) * n_keys + cols[:, None]), 0.0, mask=mask)
+                rows = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
+                mask = (rows < n_queries) & (cols < n_keys)[None, :]
+                tl.store(state_ptr + ((head_row + rows) * n_keys + cols[None, :]), 0.0, mask=mask)
         for start in range(first, n_queries, ROWS):
-            rows = start + tl.arange(0, ROWS).to(tl.int64)
+            rows = start + tl.arange(0, ROWS)
             q = load_rows(q_ptr + (item * n_queries * q_stride + head * HEAD), rows, n_queries, q_stride, HEAD, DIM)
             grad_out = load_rows(
                 grad_out_ptr + (item * n_queries * n_heads + head) * HEAD,
@@ -376,18 +397,21 @@ def _step_keys(
             )
             mu = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
             g = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
-            rows = rows[None, :]
+            inside = rows < n_queries
             places = head_row + rows
-            live = visible(rows, cols[:, None], item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING)
-            offsets = places * n_keys + cols[:, None]
+            lse, mean_d, kl = load_facts(facts_ptr, places, inside, n_rows, HAS_STATE)
+            mean_g = tl.load(mean_g_ptr + places, mask=inside, other=0.0)[None, :]
+            live = visible(rows[None, :], cols[:, None], seen[:, None], n_queries, n_keys, CAUSAL)
+            mu = tl.where(live, mu, float("-inf"))
+            offsets = places[None, :] * n_keys + cols[:, None]
+            mask = inside[None, :] & (cols < n_keys)[:, None]
             d = tl.zeros_like(mu)
             if HAS_STATE:
-                d = tl.load(state_ptr + offsets, mask=live, other=0.0)
-            facts = load_facts(facts_ptr, mean_g_ptr, places, rows < n_queries, n_rows, HAS_STATE)
-            p, grad_mu = node_tile(mu, d, live, g, facts, pi, HAS_STATE)
+                d = load_state(state_ptr + offsets, mask, live)
             if MOVE:
-                new = tl.where(live, keep * d - push * (g - facts[3]), 0.0)
-                tl.store(state_ptr + offsets, new, mask=(rows < n_queries) & (cols < n_keys)[:, None])
+                new = tl.where(mu == float("-inf"), 0.0, keep * d - push * (g - mean_g))
+                tl.store(state_ptr + offsets, new, mask=mask)
+            p, grad_mu = node_tile(mu, d, g, (lse[None, :], mean_d[None, :], kl[None, :]), mean_g, pi, HAS_STATE)
             grad_v = tl.dot(p.to(grad_out.dtype), grad_out, grad_v, input_precision="ieee")
             grad_k = tl.dot(grad_mu.to(q.dtype), q, grad_k, input_precision="ieee")
     token = n_heads // GROUP * HEAD
@@ -439,10 +463,19 @@ def like_tokens(x: Tensor) -> Tensor:
 
 
 def plan(dtype: torch.dtype, dim: int, kernel: str) -> dict[str, int]:
-    """ROWS, COLS, num_warps and num_stages of a kernel."""
+    """ROWS, COLS, num_warps and num_stages of a kernel: the largest tiles that spill on none of aot.py's targets."""
+    wide = dim > 64
     if dtype == torch.float32:
-        return {"ROWS": 32, "COLS": 32, "num_warps": 4, "num_stages": 1}
-    return {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2}
+        rows, cols, warps, stages = 16, 16 if wide and kernel == "queries" else 32, 8 if wide else 4, 1
+    elif kernel == "keys":
+        rows, cols, warps, stages = 16, 64, 8 if wide or torch.version.hip else 4, 2
+    elif torch.version.hip:
+        rows, cols, warps, stages = 64, 16, 4, 2
+    elif kernel == "forward":
+        rows, cols, warps, stages = (128, 32, 8, 2) if wide else (64, 64, 8, 2)
+    else:
+        rows, cols, warps, stages = 64, 32 if wide else 64, 8, 2
+    return {"ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": stages, **FUSED}
 
 
 def shape_options(q: Tensor, k: Tensor, kernel: str, causal: bool, padding: Tensor | None) -> dict[str, int]:

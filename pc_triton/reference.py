@@ -297,7 +297,8 @@ def attention_forward(
     p, energy = categorical_forward(mu, d, precision, form="error", causal=causal, padding=padding)
     logits = mask_logits(mu, causal, padding)
     kl = categorical_energy(logits + d, logits).sum(-1)
-    facts = torch.stack([torch.logsumexp(logits + d, -1), (p * d).sum(-1), kl])
+    lse = torch.logsumexp(logits + d, -1)
+    facts = torch.stack([lse.masked_fill(lse == -torch.inf, 0.0), (p * d).sum(-1), kl])
     return (p @ _for_queries(v, q)).to(q.dtype), energy, facts
 
 

@@ -579,8 +579,8 @@ def attention_step(
     precision, facts = precision.contiguous(), facts.contiguous()
     hidden = None if padding is None else padding.contiguous().view(torch.uint8)
     mean_g = torch.empty(q.shape[:3], device=q.device)
-    sizes = (scale, q_stride, k_stride, v_stride, q.shape[2], k.shape[2], q.shape[1], mean_g.numel())
-    sizes = (*sizes, len(q) // len(precision))
+    lengths = (q.shape[2], k.shape[2], q.shape[1], mean_g.numel(), len(q) // len(precision))
+    sizes = (scale, q_stride, k_stride, v_stride, *lengths)
     with on_device(q):
         options = shape_options(q, k, "queries", causal, padding)
         _grad_queries[(len(q) * q.shape[1] * triton.cdiv(q.shape[2], options["ROWS"]),)](

@@ -320,11 +320,10 @@ def attention_step(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """The state moved by g = grad_out v', and dF/dq, dF/dk, dF/dv. It reads neither out nor facts: the kernels do."""
     mu, sent = _logits(q, k, scale), wide(grad_out)
-    masks = {"causal": causal, "padding": padding}
-    d = torch.zeros_like(mu) if state is None else state
-    p, _ = categorical_forward(mu, d, precision, form="error", **masks)
+    logits, d = mask_logits(mu, causal, padding), torch.zeros_like(mu) if state is None else state
+    p = log_softmax(logits + d).exp()
     g = sent @ _for_queries(v, q).mT
-    new, grad_mu, _ = categorical_step(mu, state, g, precision, keep, move, form="error", **masks)
+    new, grad_mu, _ = categorical_step(logits, state, g, precision, keep, move, form="error")
     grad_q = scale * (grad_mu @ _for_queries(k, q))
     grad_k, grad_v = scale * (grad_mu.mT @ wide(q)), p.mT @ sent
     grad_k, grad_v = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (grad_k, grad_v))

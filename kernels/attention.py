@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .categorical import check_masks, kl_of, kl_terms, online_softmax, settle
+from .categorical import check_masks, kl_of, online_softmax, settle
 from .common import check, check_node, check_step, on_device, packed, sum_partials
 
 WIDEST = 128  # the largest head dimension
@@ -84,6 +84,23 @@ def join(peak_a, total_a, peak_b, total_b):
 
 
 @triton.jit
+def near_tail(x):
+    """e^x - 1 - x for |x| < 1, to float32's relative precision."""
+    series = 1.0 / 362880.0 + x * (1.0 / 3628800.0)
+    series = 1.0 / 5040.0 + x * (1.0 / 40320.0 + x * series)
+    series = 1.0 / 120.0 + x * (1.0 / 720.0 + x * series)
+    series = 1.0 / 6.0 + x * (1.0 / 24.0 + x * series)
+    return x * x * (0.5 + x * series)
+
+
+@triton.jit
+def kl_parts(p, q, x, kl):
+    """The terms p (e^-x - 1 + x) of e^KL - 1, as in ``kl_terms`` of ``categorical.py`` with a cheaper series."""
+    near = tl.abs(x) < 1.0
+    return tl.where(near, p * near_tail(tl.where(near, -x, 0.0)), q * tl.exp(tl.minimum(kl, 1.0)) - p + p * x)
+
+
+@triton.jit
 def tile_row(u, mu, d, live, ROWS: tl.constexpr):
     """A tile's weights e^(u - peak); by row peaks and sums of u and mu, <p, d> and KL[p || q_] within the tile."""
     low = tl.full([ROWS, 1], float("-inf"), tl.float32)
@@ -94,8 +111,9 @@ def tile_row(u, mu, d, live, ROWS: tl.constexpr):
     flat_mu, inverse_mu = settle(peak_mu, total_mu)
     mean_d = tl.sum(weights * d, axis=1, keep_dims=True) * inverse_u
     kl = mean_d - (flat_u - flat_mu) - tl.log(inverse_mu / inverse_u)
-    terms = kl_terms(weights * inverse_u, weights_mu * inverse_mu, d - mean_d, kl)
-    return weights, (peak_u, total_u, peak_mu, total_mu, mean_d, kl_of(terms, kl))
+    terms = kl_parts(weights * inverse_u, weights_mu * inverse_mu, d - mean_d, kl)
+    kl = kl_of(tl.sum(terms, axis=1, keep_dims=True), kl)
+    return weights, (peak_u, total_u, peak_mu, total_mu, mean_d, kl)
 
 
 @triton.jit
@@ -113,7 +131,7 @@ def merge(a, b):
     shift_b = mean_b - kl_b
     gap = shift_a - shift_b
     kl = (w_a * shift_a + w_b * shift_b) - (settled_u[0] - settled_mu[0]) - tl.log(settled_mu[1] / settled_u[1])
-    between = kl_of(kl_terms(w_a, v_a, w_b * gap, kl) + kl_terms(w_b, v_b, -w_a * gap, kl), kl)
+    between = kl_of(kl_parts(w_a, v_a, w_b * gap, kl) + kl_parts(w_b, v_b, -w_a * gap, kl), kl)
     merged = (peak_u, total_u, peak_mu, total_mu, w_a * mean_a + w_b * mean_b, w_a * kl_a + w_b * kl_b + between)
     return merged, scale_a, scale_b
 
@@ -212,16 +230,6 @@ def load_facts(facts_ptr, places, mask, n_rows, HAS_STATE: tl.constexpr):
         mean_d = tl.load(facts_ptr + (n_rows + places), mask=mask, other=0.0)
         kl = tl.load(facts_ptr + (2 * n_rows + places), mask=mask, other=0.0)
     return lse, mean_d, kl
-
-
-@triton.jit
-def near_tail(x):
-    """e^x - 1 - x for |x| < 1, to float32's relative precision."""
-    series = 1.0 / 362880.0 + x * (1.0 / 3628800.0)
-    series = 1.0 / 5040.0 + x * (1.0 / 40320.0 + x * series)
-    series = 1.0 / 120.0 + x * (1.0 / 720.0 + x * series)
-    series = 1.0 / 6.0 + x * (1.0 / 24.0 + x * series)
-    return x * x * (0.5 + x * series)
 
 
 @triton.jit

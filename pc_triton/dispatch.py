@@ -29,7 +29,7 @@ def triton_kernels() -> Any:
         launchers: dict[str, Any] = {}
         for module in (gaussian, gaussian_logvar, bernoulli, categorical, attention):
             launchers.update({k: v for k, v in vars(module).items() if k.endswith(("_forward", "_step", "_backward"))})
-        _triton = SimpleNamespace(**launchers)
+        _triton = SimpleNamespace(**launchers, WIDEST=attention.WIDEST)
     return _triton
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .dispatch import tracing
+from . import reference
+from .dispatch import backend, tracing
 from .distributions import Categorical, Distribution, Gaussian, current
 from .reference import per_sample, sum_samples, wide
 
@@ -81,10 +82,47 @@ class _Visit(torch.autograd.Function):
         scale = grad_energy if inference.mode == "incremental" else None
         if scale is not None:
             grad = grad / per_sample(scale, grad).to(grad.dtype)
-        grad_mu = inference.move_state(node, mu, grad)
+
+        def step(state):
+            return node.family.node_step(
+                mu, state, grad, node.pi, node.unit, inference.keep, inference.move,
+                form=inference.form, moved=inference.order == "sweep", **node.frozen,
+            )[:2]  # fmt: skip
+
+        grad_mu = inference.move_state(node, step)
         if scale is not None:
             grad_mu = grad_mu * per_sample(scale, grad_mu).to(grad_mu.dtype)
         return grad_mu, None, None, None
+
+
+class _AttentionVisit(torch.autograd.Function):
+    """`_Visit` in error form, for the Categorical node of attention: its logits and weights never reach memory."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, anchor, node, inference, scale):
+        ctx.set_materialize_grads(False)
+        ctx.node, ctx.inference, ctx.options = node, inference, {"scale": scale, **node.frozen}
+        out, energy, facts = backend(q).attention_forward(q, k, v, node.state, node.pi, **ctx.options)
+        ctx.save_for_backward(q, k, v, out, facts)
+        return out, energy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_energy):
+        q, k, v, out, facts = ctx.saved_tensors
+        node, inference = ctx.node, ctx.inference
+        grad = torch.zeros_like(out) if grad is None else grad
+
+        def step(state, pi, keep, move):
+            run = backend(q).attention_step
+            moved, *grads = run(q, k, v, out, grad, state, pi, keep, move, facts, **ctx.options)
+            return moved, grads
+
+        if inference.mode == "learn":
+            _, grads = step(node.state, node.pi * grad_energy, None, None)
+        else:
+            grads = inference.move_state(node, lambda state: step(state, node.pi, inference.keep, inference.move))
+        return *grads, None, None, None, None
 
 
 class Inference:
@@ -121,12 +159,7 @@ class Inference:
         if self.mode == "first":
             node = self._new_node(family, mu, frozen)
         else:
-            if self.visits == len(self.nodes) or self.nodes[self.visits].family is not family:
-                raise RuntimeError(
-                    f"node {self.owner.name_of(family)!r}: the model visits its nodes in another order than in its "
-                    "first pass; inference needs the same path at every step"
-                )
-            node = self.nodes[self.visits]
+            node = self._next_node(family)
             family.frozen(mu)  # drawn again and not used, so that what is drawn after it is the same
         self.visits += 1
         if node is self.output:
@@ -140,6 +173,30 @@ class Inference:
             node.emission, node.energy = _Visit.apply(mu, self._anchor, node, self)
         node.version = node.emission._version
         return node.emission
+
+    def visit_attention(self, family: Categorical, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+        """softmax(u) v for mu = scale q k', in one kernel with the node; None where that is not to be.
+
+        `calibrate` needs the gradient in the weights, and `FreeEnergy.infer` shows them: those passes make them.
+        """
+        ours = backend(q)
+        if self.mode in ("first", "probe") or self.form == "state" or ours is reference or q.shape[-1] > ours.WIDEST:
+            return None
+        node = self._next_node(family)
+        if node is self.output or node.state is None:
+            return None
+        node.emission, node.energy = _AttentionVisit.apply(q, k, v, self._anchor, node, self, scale)
+        node.version = node.emission._version
+        self.visits += 1
+        return node.emission
+
+    def _next_node(self, family: Distribution) -> ValueNode:
+        if self.visits == len(self.nodes) or self.nodes[self.visits].family is not family:
+            raise RuntimeError(
+                f"node {self.owner.name_of(family)!r}: the model visits its nodes in another order than in its "
+                "first pass; inference needs the same path at every step"
+            )
+        return self.nodes[self.visits]
 
     def _new_node(self, family: Distribution, mu: Tensor, frozen: dict[str, Any]) -> ValueNode:
         name = self.owner.name_of(family)
@@ -155,25 +212,22 @@ class Inference:
         self.nodes.append(node)
         return node
 
-    def move_state(self, node: ValueNode, mu: Tensor, grad: Tensor) -> Tensor:
-        """Move the node's state by one step, given what its children send back; return dF/dmu for the layer below."""
+    def move_state(self, node: ValueNode, step: Callable[[Tensor], tuple[Tensor | None, Any]]) -> Any:
+        """Move the node's state by one step, which returns the new state, and what goes to the layer below."""
         assert node.state is not None
         by_gradient = self.optimizer is not None or self.mode == "probe"
         state = node.state.clone() if by_gradient else node.state  # a kernel moves it in place
-        moved, grad_mu, _ = node.family.node_step(
-            mu, state, grad, node.pi, node.unit, self.keep, self.move,
-            form=self.form, moved=self.order == "sweep", **node.frozen,
-        )  # fmt: skip
+        moved, grad_below = step(state)
         assert moved is not None
         if not by_gradient:
             node.state = moved
-            return grad_mu
+            return grad_below
         natural = node.state - moved  # the natural gradient, since the step is 1
         if self.mode == "probe":
             node.residual = sum_samples(natural * natural, self.samples).sqrt()
         else:
             node.state.grad = natural
-        return grad_mu
+        return grad_below
 
     # Passes.
 

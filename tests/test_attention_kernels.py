@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kernels import INTERPRETED, assert_close, device, double, poison, spot  # noqa: F401
+from test_kernels import ON_CPU, assert_close, device, double, poison, spot  # noqa: F401
+from torch import nn
 
-from pc_triton import reference
+import pc_triton as pc
+from pc_triton import dispatch, reference
 from pc_triton.kernels import attention
 
 HIDDEN = -torch.inf
@@ -90,10 +92,10 @@ def check(q, k, v, grad_out, state, coefficients, *, learn=False, **options):
 CASES = [  # heads, key heads, queries, keys, head dimension, causal, padded, a state, the learning pass
     (1, 1, 1, 1, 16, False, False, True, False),
     (2, 1, 17, 33, 8, True, True, True, False),
-    (4, 2, 33, 17, 16, True, False, True, False),
-    (2, 2, 65, 65, 40, True, True, True, False),
+    (4, 2, 18, 17, 16, True, False, True, False),
+    (1, 1, 65, 65, 40, True, True, True, False),
     (3, 1, 1, 65, 16, False, True, True, True),
-    (2, 2, 33, 70, 40, True, True, False, False),
+    (2, 1, 33, 70, 40, True, True, False, False),
     (2, 1, 65, 33, 8, True, False, False, True),
     (1, 1, 20, 130, 16, False, False, True, False),
     (2, 1, 17, 40, 66, True, True, True, True),
@@ -292,3 +294,52 @@ def test_the_oracle_is_autograd(causal, padded):
     for a, b in zip((out, same, *grads), (p @ values, energy, *truth)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(new, wanted.where(p > 0, 0.0), rtol=1e-9, atol=1e-11)
+
+
+# In inference.
+
+
+class TwoAttentions(nn.Module):
+    """Causal with grouped heads, then plain; keys of token 0 are padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.out = nn.Embedding(7, 16), nn.Linear(16, 7)
+        self.first, self.second = pc.Attention(16, 4, kv_heads=2, causal=True), pc.Attention(16, 2)
+
+    def forward(self, x):
+        h = self.inp(x)
+        h = h + self.first(h, key_padding_mask=x == 0)
+        return self.out(h + self.second(h, key_padding_mask=x == 0))
+
+
+@ON_CPU
+@pytest.mark.parametrize("options", [{}, {"steps": 4}, {"precision": 3.0, "step": 0.3}], ids=str)
+def test_inference_is_the_same_fused(options, monkeypatch):
+    """Loss, gradients and states with the kernels and with torch; the fused step is the one that runs."""
+    torch.manual_seed(0)
+    model = TwoAttentions()
+    x, y = torch.randint(1, 7, (3, 6)), torch.randint(7, (3, 6))
+    x[0, 4:], x[1, 3] = 0, 0
+    kernels, steps = dispatch.triton_kernels(), []
+    plain = kernels.attention_step
+    monkeypatch.setattr(kernels, "attention_step", lambda q, *a, **b: steps.append(q.shape) or plain(q, *a, **b))
+
+    def run(backend):
+        free_energy = pc.FreeEnergy(model, **options)
+        model.zero_grad()
+        with pc.use_backend(backend):
+            loss = free_energy(x, y)
+            (2.5 * loss).backward()
+            settled = free_energy.infer(x, y)
+        return loss, settled.free_energy, [p.grad.clone() for p in model.parameters()], settled.states
+
+    fused, taken = run("triton"), len(steps)
+    whole = run("torch")
+    assert set(steps) == {(3, 4, 6, 4), (3, 2, 6, 8)}
+    assert len(steps) == taken
+    torch.testing.assert_close(fused[:2], whole[:2], rtol=2e-5, atol=0.0)
+    for a, b in zip(fused[2], whole[2]):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+    for name, b in whole[3].items():
+        torch.testing.assert_close(fused[3][name], b, rtol=1e-3, atol=1e-4 * b.abs().max().item(), msg=name)

@@ -474,7 +474,7 @@ def plan(dtype: torch.dtype, dim: int, kernel: str) -> dict[str, int]:
     """ROWS, COLS, num_warps and num_stages of a kernel: the largest tiles that spill on none of aot.py's targets."""
     wide = dim > 64
     if dtype == torch.float32:
-        rows, cols, warps, stages = 16, 16 if wide and kernel == "queries" else 32, 8 if wide else 4, 1
+        rows, cols, warps, stages = 16, 16 if kernel == "queries" else 32, 8 if wide else 4, 1
     elif kernel == "keys":
         rows, cols, warps, stages = 16, 64, 8 if wide or torch.version.hip else 4, 2
     elif torch.version.hip:

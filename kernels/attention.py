@@ -7,7 +7,7 @@ are not visited.
 
 A row's KL is gathered in one pass over the keys by the chain rule: for keys a and b seen apart, of weights w in p and
 v in q_, KL = w_a KL_a + w_b KL_b + KL[w || v]. Each term is taken as in ``categorical.py``, without cancellation, and
-none is negative; d = u - mu is centred tile by tile, so that a shift of it costs no digits.
+none is negative; d = u - mu is centred tile by tile, so that a shift costs no more digits than d itself loses by it.
 The step needs no difference q_ - p either: with x = d - <p, d> and y = log(q_ / p) = -(x + KL),
 p x + q_ - p = p (e^y - 1 - y) - p KL, of second order in d.
 """

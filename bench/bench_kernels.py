@@ -169,6 +169,53 @@ def layer(device: str, rows: int, n: int, k: int) -> Iterator[Case]:
         )
 
 
+def attention(device: str, n: int, head: int) -> Iterator[Case]:
+    """Causal attention with a state, fused; an element is a query and a key, of which causal hides half.
+
+    Floor: the state, read by the forward pass, read and written by the step. The step's two kernels read it twice, so
+    that it can reach two thirds of its floor. Rivals: the products and the node's kernel, given the mu and p that
+    autograd would have kept; and torch's attention, which has no state.
+    """
+    dtype, heads = DTYPE[device], 8
+    items = ELEMENTS[device] // (heads * n * n)
+
+    def build(phase: str) -> dict[str, Call]:
+        q, k, v, grad_out = (torch.randn(items, heads, n, head, dtype=dtype, device=device) for _ in range(4))
+        state = torch.randn(items, heads, n, n, device=device).mul_(0.1)
+        pi, scale = torch.rand(items, device=device) + 0.5, head**-0.5
+        ours, node = backend(q), {"form": "error", "causal": True}
+        out, _, facts = ours.attention_forward(q, k, v, state, pi, scale=scale, causal=True)
+        mu = q @ k.mT * scale
+        p, _ = ours.categorical_forward(mu, state, pi, **node)
+
+        def products_forward() -> object:
+            weights, energy = ours.categorical_forward(q @ k.mT * scale, state, pi, **node)
+            return weights @ v, energy
+
+        def products_step() -> object:
+            moved, grad_mu = ours.categorical_step(mu, state, grad_out @ v.mT, pi, pi / 3, pi / 3, **node)
+            return moved, scale * (grad_mu @ k), scale * (grad_mu.mT @ q), p.mT @ grad_out
+
+        if phase == "forward":
+            fused = partial(ours.attention_forward, q, k, v, state, pi, scale=scale, causal=True)
+            torchs = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+            return {"pc_triton": fused, "products": products_forward, "torch": torchs}
+        inputs = (q, k, v, out, grad_out, state, pi, pi / 3, pi / 3, facts)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            without = F.scaled_dot_product_attention(*leaves, is_causal=True)
+        return {
+            "pc_triton": partial(ours.attention_step, *inputs, scale=scale, causal=True),
+            "products": products_step,
+            "torch": partial(torch.autograd.grad, without, leaves, grad_out, retain_graph=True),
+        }
+
+    # Half of the pairs; forward 2 products and 40 operations, the step 7 products and 60.
+    for phase, moved, flops in (("forward", 4, 4 * head + 40), ("step", 8, 14 * head + 60)):
+        name = f"fused attention {n} causal, head dimension {head}, {phase}"
+        yield Case(name, device, items * heads * n * n, moved / 2, flops // 2, partial(build, phase))
+
+
 def cases(device: str) -> Iterator[Case]:
     """Every kernel, at the sizes of that device."""
     elements = ELEMENTS[device]
@@ -178,6 +225,8 @@ def cases(device: str) -> Iterator[Case]:
         yield from node(f"categorical {columns}", "categorical", device, elements // columns, columns)
     n = 1024 if device == "cuda" else 256
     yield from node(f"attention {n} causal", "categorical", device, elements // (8 * n * n), 8, n, n, causal=True)
+    for head in (64, 128):
+        yield from attention(device, n, head)
     for columns in (2**15, 2**18):
         yield clamped(device, columns)
     for n in (1024, 4096) if device == "cuda" else (256,):

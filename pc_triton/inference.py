@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from . import reference
 from .dispatch import backend, fuses, tracing
 from .distributions import Categorical, Distribution, Gaussian, current
 from .reference import per_sample, sum_samples, wide
@@ -134,6 +135,36 @@ class _LinearVisit(torch.autograd.Function):
         return inference.move_state(node, step), None, None, None, None, None
 
 
+class _AttentionVisit(torch.autograd.Function):
+    """`_Visit` in error form, for the Categorical node of attention: its logits and weights never reach memory."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, anchor, node, inference, scale):
+        ctx.set_materialize_grads(False)
+        ctx.node, ctx.inference, ctx.options = node, inference, {"scale": scale, **node.frozen}
+        out, energy, facts = backend(q).attention_forward(q, k, v, node.state, node.pi, **ctx.options)
+        ctx.save_for_backward(q, k, v, out, facts)
+        return out, energy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_energy):
+        q, k, v, out, facts = ctx.saved_tensors
+        node, inference = ctx.node, ctx.inference
+        grad = torch.zeros_like(out) if grad is None else grad
+
+        def step(state, pi, keep, move):
+            run = backend(q).attention_step
+            moved, *grads = run(q, k, v, out, grad, state, pi, keep, move, facts, **ctx.options)
+            return moved, grads
+
+        if inference.mode == "learn":
+            _, grads = step(node.state, node.pi * grad_energy, None, None)
+        else:
+            grads = inference.move_state(node, lambda state: step(state, node.pi, inference.keep, inference.move))
+        return *grads, None, None, None, None
+
+
 class Inference:
     """The states of one batch through its inference. `FreeEnergy` drives it; a value node calls `visit`."""
 
@@ -212,6 +243,22 @@ class Inference:
         if node is self.output or node.state is None:
             return None
         node.emission, node.energy = _LinearVisit.apply(x, weight, bias, self._anchor, node, self)
+        node.version = node.emission._version
+        self.visits += 1
+        return node.emission
+
+    def visit_attention(self, family: Categorical, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+        """softmax(u) v for mu = scale q k', in one kernel with the node; None where that is not to be.
+
+        `calibrate` needs the gradient in the weights, and `FreeEnergy.infer` shows them: those passes make them.
+        """
+        ours = backend(q)
+        if self.mode in ("first", "probe") or self.form == "state" or ours is reference or q.shape[-1] > ours.WIDEST:
+            return None
+        node = self._next_node(family)
+        if node is self.output or node.state is None:
+            return None
+        node.emission, node.energy = _AttentionVisit.apply(q, k, v, self._anchor, node, self, scale)
         node.version = node.emission._version
         self.visits += 1
         return node.emission

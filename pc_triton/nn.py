@@ -148,7 +148,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError("a value node needs its samples along the first axis: batch_first=True and a batch")
         q, k, v = F._in_projection_packed(query, key, value, self.in_proj_weight, self.in_proj_bias)  # type: ignore
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        bias = None
+        bias, dropout = None, self.dropout if self.training else 0.0
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
         if key_padding_mask is not None:
@@ -158,7 +158,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 if mask.dtype == torch.bool:
                     mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
                 bias = mask if bias is None else bias + mask
-        out, weights = _attend(self.node, q, k, v, False, None, bias, self.dropout if self.training else 0.0)
+        out, weights = _attend(self.node, q, k, v, False, None, bias, dropout, fused=not need_weights)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not need_weights:
             return out, None
@@ -174,9 +174,11 @@ def _attend(
     padding: Tensor | None,
     bias: Tensor | None,
     dropout: float,
+    fused: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q k' / sqrt(D) + bias) v ``[B, heads, N, D]`` with the node over the keys, and its weights.
 
+    The weights are None where nothing has to make them; fused=False makes them in inference.
     q ``[B, heads, N, D]``; k, v ``[B, kv heads, K, D]``; causal and padding as in `reference.mask_logits`.
     """
     if node is None or (current.get() is None and isinstance(node, Categorical)):
@@ -186,6 +188,12 @@ def _attend(
             causal = False
         shared = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=shared), None
+    scale = 1 / math.sqrt(q.shape[-1])
+    inference = current.get()
+    if fused and inference is not None and isinstance(node, Categorical) and bias is None and not dropout:
+        out = inference.visit_attention(node, q, k, v, scale)
+        if out is not None:
+            return out, None
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

@@ -298,6 +298,68 @@ def categorical_step(
     return u, (pi * (q - p)).to(mu.dtype)
 
 
+# Attention: a Categorical node over the keys for every query, mu = scale q k', and its output p v. In error form.
+
+
+def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return scale * (wide(q) @ _for_queries(k, q).mT)
+
+
+def _for_queries(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values ``[B, heads, K, D]`` with each head repeated for the query heads that share it."""
+    return wide(x).repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    precision: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output softmax(u) v, pi KL of the softmaxes, and the facts of each row: log sum e^u, <p, d>, KL."""
+    mu = _logits(q, k, scale)
+    d = torch.zeros_like(mu) if state is None else state
+    p, energy = categorical_forward(mu, d, precision, form="error", causal=causal, padding=padding)
+    logits = mask_logits(mu, causal, padding)
+    kl = categorical_energy(logits + d, logits).sum(-1)
+    lse = torch.logsumexp(logits + d, -1)
+    facts = torch.stack([lse.masked_fill(lse == -torch.inf, 0.0), (p * d).sum(-1), kl])
+    return (p @ _for_queries(v, q)).to(q.dtype), energy, facts
+
+
+def attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    state: Tensor | None,
+    precision: Tensor,
+    keep: Tensor | None,
+    move: Tensor | None,
+    facts: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    padding: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """The state moved by g = grad_out v', and dF/dq, dF/dk, dF/dv. It reads neither out nor facts: the kernels do."""
+    mu, sent = _logits(q, k, scale), wide(grad_out)
+    logits, d = mask_logits(mu, causal, padding), torch.zeros_like(mu) if state is None else state
+    p = log_softmax(logits + d).exp()
+    g = sent @ _for_queries(v, q).mT
+    new, grad_mu = categorical_step(logits, state, g, precision, keep, move, form="error")
+    grad_q = scale * (grad_mu @ _for_queries(k, q))
+    grad_k, grad_v = scale * (grad_mu.mT @ wide(q)), p.mT @ sent
+    grad_k, grad_v = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (grad_k, grad_v))
+    return state if keep is None else new, grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
 # Categorical clamped to labels: the output node of a classifier or a language model.
 
 

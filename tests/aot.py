@@ -68,10 +68,9 @@ def resources(kernel) -> list[int]:
     if "amdgcn" in kernel.asm:
         number = {
             key: int(re.search(rf"\.{key}:?\s+(\d+)", kernel.asm["amdgcn"]).group(1))
-            for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+            for key in ("vgpr_count", "private_segment_fixed_size")  # scalar registers spill into vector registers
         }
-        spills = 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"])
-        return [number["vgpr_count"], max(spills, number["private_segment_fixed_size"]), kernel.metadata.shared]
+        return [number["vgpr_count"], number["private_segment_fixed_size"], kernel.metadata.shared]
     usage = cuobjdump(kernel, "-res-usage")
     halves = re.findall(r"tt\.dot .*tensor<[0-9x]*b?f16>", kernel.asm["ttir"])
     if halves and kernel.metadata.target.arch == 90:
@@ -98,7 +97,7 @@ HEAVIEST = ("forward error", "step error", "step state moved")
 
 def launches():
     """Every kernel at every branch, and the heaviest branches at each shape of tile, as (name, call)."""
-    from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar, linear
+    from pc_triton.kernels import attention, bernoulli, categorical, gaussian, gaussian_logvar, linear
 
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -145,6 +144,16 @@ def launches():
     yield from node(categorical, 64, 10, only=HEAVIEST, dtype=torch.float32)
     masks = {"causal": True, "padding": tensor(2, 1024, dtype=torch.bool)}
     yield from node(categorical, 2, 8, 512, 1024, label=" causal padding", **masks)
+    for head, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)):
+        q, keys = tensor(2, 8, 1024, head, dtype=dtype), tensor(2, 4, 1024, head, dtype=dtype)
+        state, pi = tensor(2, 8, 1024, 1024, dtype=torch.float32), tensor(2, dtype=torch.float32)
+        facts, options = tensor(3, 2, 8, 1024, dtype=torch.float32), {"scale": 0.125, **masks}
+        label = f"attention {head} {str(dtype).removeprefix('torch.')}"
+        for name, e in (("", state), (" fresh", None)):
+            forward = partial(attention.attention_forward, q, keys, keys, e, pi, **options)
+            step = partial(attention.attention_step, q, keys, keys, q, q, e, pi, pi, pi, facts, **options)
+            yield f"{label} forward{name}", forward
+            yield f"{label} step{name}", step
     for module in (gaussian, categorical):
         yield from node(module, 1, 1, only=HEAVIEST[:1])
     for columns in (10, 131072):
@@ -170,11 +179,13 @@ def measure(targets) -> dict[str, dict[str, list[int]]]:
     found: dict[str, dict[str, list[int]]] = {}
     for target in targets:
         driver.set_active(StubDriver(target))
+        torch.version.hip = "stub" if target.startswith("hip") else None
         for name, call in launches():
             compiled.clear()
             call()
-            (kernel,) = compiled
-            found.setdefault(name, {})[target] = resources(kernel)
+            for kernel in compiled:
+                label = name if len(compiled) == 1 else f"{name}, {kernel.name.strip('_')}"
+                found.setdefault(label, {})[target] = resources(kernel)
     return found
 
 

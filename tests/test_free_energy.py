@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_adam_on_the_states_with_a_precision_of_its_own():
             model, steps=8, precision=1.0, state_optimizer=lambda states: torch.optim.Adam(states, lr=0.01)
         ).report(x, y).free_energies
     )  # fmt: skip
-    assert all(b < a for a, b in zip(free_energies, free_energies[1:]))
+    assert all(b < a for a, b in pairwise(free_energies))
 
 
 # Inputs.

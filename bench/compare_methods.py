@@ -31,7 +31,7 @@ from tqdm import tqdm
 from pc_triton.text import InputError
 from pc_triton.train import METHODS, Settings, train
 
-LEARNING_RATES: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+LEARNING_RATES: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TUNING_SEED = 3
 SEEDS: tuple[int, ...] = (0, 1, 2)
 DIVERGED = float("inf")

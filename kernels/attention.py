@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .categorical import check_masks, kl_of, online_softmax, settle
-from .common import check, check_node, check_step, on_device, packed, sum_partials
+from .categorical import check_masks, kl_of, kl_parts, online_softmax, settle
+from .common import check, check_node, check_step, near_tail, on_device, packed, sum_partials
 
 WIDEST = 128  # the largest head dimension
 FUSED = {"enable_fp_fusion": True}  # launch option: what is to be exactly 0 is no difference of rounded products here
@@ -81,23 +81,6 @@ def join(peak_a, total_a, peak_b, total_b):
     scale_b = tl.exp(peak_b - finite)
     total = total_a * scale_a + total_b * scale_b
     return highest, total, settle(highest, total), scale_a, scale_b
-
-
-@triton.jit
-def near_tail(x):
-    """e^x - 1 - x for |x| < 1, to float32's relative precision."""
-    series = 1.0 / 362880.0 + x * (1.0 / 3628800.0)
-    series = 1.0 / 5040.0 + x * (1.0 / 40320.0 + x * series)
-    series = 1.0 / 120.0 + x * (1.0 / 720.0 + x * series)
-    series = 1.0 / 6.0 + x * (1.0 / 24.0 + x * series)
-    return x * x * (0.5 + x * series)
-
-
-@triton.jit
-def kl_parts(p, q, x, kl):
-    """The terms p (e^-x - 1 + x) of e^KL - 1, as in ``kl_terms`` of ``categorical.py`` with a cheaper series."""
-    near = tl.abs(x) < 1.0
-    return tl.where(near, p * near_tail(tl.where(near, -x, 0.0)), q * tl.exp(tl.minimum(kl, 1.0)) - p + p * x)
 
 
 @triton.jit

@@ -23,8 +23,8 @@ from .common import (
     check_step,
     coefficients,
     count_rows,
-    exp_tail,
     log1p,
+    near_tail,
     on_device,
     packed,
     row_tile,
@@ -127,8 +127,8 @@ def finish(sums):
 @triton.jit
 def direct_kl(row):
     """KL = <p, d> - (lse u - lse mu), which is noise where u is near mu."""
-    mean_d, _, (peak_u, inverse_u), (peak_mu, inverse_mu) = row
-    return mean_d - (peak_u - peak_mu) - tl.log(inverse_mu / inverse_u)
+    mean_d, _, settled_u, settled_mu = row
+    return mean_d - (settled_u[0] - settled_mu[0]) - tl.log(settled_mu[1] / settled_u[1])
 
 
 @triton.jit
@@ -139,14 +139,13 @@ def softmax(x, live, settled):
 
 
 @triton.jit
-def kl_terms(p, q, x, kl):
-    """sum p (e^-x - 1 + x) with x = d - <p, d>, which is e^KL - 1: no term is negative, and none is lost near u = mu.
+def kl_parts(p, q, x, kl):
+    """The terms p (e^-x - 1 + x) of e^KL - 1, x = d - <p, d>: none is negative, and none is lost near u = mu.
 
     Away from x = 0 p e^-x is taken as q e^KL, which cannot overflow.
     """
     near = tl.abs(x) < 1.0
-    terms = tl.where(near, p * exp_tail(tl.where(near, -x, 0.0)), q * tl.exp(tl.minimum(kl, 1.0)) - p + p * x)
-    return tl.sum(terms, axis=1, keep_dims=True)
+    return tl.where(near, p * near_tail(tl.where(near, -x, 0.0)), q * tl.exp(tl.minimum(kl, 1.0)) - p + p * x)
 
 
 @triton.jit
@@ -162,7 +161,7 @@ def write_emission(emission_ptr, node_tile, row, kl):
     offsets, mask, live, u, mu, d = node_tile
     p = softmax(u, live, settled_u)
     tl.store(emission_ptr + offsets, p, mask=mask)
-    return kl_terms(p, softmax(mu, live, settled_mu), d - mean_d, kl)
+    return tl.sum(kl_parts(p, softmax(mu, live, settled_mu), d - mean_d, kl), axis=1, keep_dims=True)
 
 
 @triton.jit

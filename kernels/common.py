@@ -128,13 +128,20 @@ def coefficients(precision_ptr, keep_ptr, move_ptr, sample, inside, MOVE: tl.con
 
 
 @triton.jit
+def near_tail(x):
+    """e^x - 1 - x for |x| < 1, to float32's relative precision."""
+    series = 1.0 / 362880.0 + x * (1.0 / 3628800.0)
+    series = 1.0 / 5040.0 + x * (1.0 / 40320.0 + x * series)
+    series = 1.0 / 120.0 + x * (1.0 / 720.0 + x * series)
+    series = 1.0 / 6.0 + x * (1.0 / 24.0 + x * series)
+    return x * x * (0.5 + x * series)
+
+
+@triton.jit
 def exp_tail(x):
     """e^x - 1 - x: never negative, and accurate to float32's relative precision however small x is."""
-    small = tl.where(tl.abs(x) < 1.0, x, 0.0)
-    series = 1.0 + small * (1.0 / 11.0)
-    for i in tl.static_range(8):
-        series = 1.0 + small * (1.0 / (10 - i)) * series
-    return tl.where(tl.abs(x) < 1.0, 0.5 * small * small * series, tl.exp(x) - 1.0 - x)
+    near = tl.abs(x) < 1.0
+    return tl.where(near, near_tail(tl.where(near, x, 0.0)), tl.exp(x) - 1.0 - x)
 
 
 @triton.jit

@@ -51,7 +51,7 @@ class Settings:
     context: int = _setting(64, "tokens the model sees at once")
     vocabulary: int = _setting(1024, "byte-pair tokens, at least 256")
     batch: int = _setting(16, "sequences per training step")
-    steps: int = _setting(400, "training steps")
+    steps: int = _setting(600, "training steps")
     lr: float = _setting(2e-3, "peak learning rate of AdamW; 5 percent warm-up, then a cosine to a tenth")
     seed: int = _setting(0, "seed of the weights and the batches")
     inference_steps: int = _setting(3, "T, the inference steps of predictive coding")

@@ -1,4 +1,5 @@
-"""How near each kernel comes to its floor: the time in which a copy would move the bytes that it must read and write.
+"""How near each kernel comes to its floor: the time in which a copy would move the bytes that it must read and write,
+or in which cuBLAS would do its floating-point operations, whichever is longer.
 
     pytest bench/bench_kernels.py --benchmark-enable
 
@@ -48,6 +49,11 @@ class Case(NamedTuple):
     def bytes(self) -> int:
         """All that must be read and written."""
         return int(self.elements * self.bytes_each)
+
+    @property
+    def flops(self) -> float:
+        """All that must be computed."""
+        return float(self.elements) * self.flops_each
 
 
 def node_bytes(family: str, phase: str, form: str, size: int) -> tuple[int, int]:
@@ -256,9 +262,18 @@ def copy_speed(device: str, moved: int) -> float:
     return moved / seconds(partial(target.copy_, source), device)
 
 
+@lru_cache
+def product_speed(device: str) -> float:
+    """FLOPs a second of torch's product of large square matrices, in the dtype of the cases."""
+    n = 8192 if device == "cuda" else 512
+    a, b = torch.randn(2, n, n, dtype=DTYPE[device], device=device)
+    return 2.0 * n**3 / seconds(partial(torch.mm, a, b), device)
+
+
 def measure(case: Case, calls: dict[str, Call]) -> dict:
     """A row of the table: time, share of the floor, peak memory, and each rival's time and memory."""
     speed = copy_speed(case.device, 2**32 if case.device == "cuda" else case.bytes)
+    floor = max(case.bytes / speed, case.flops / product_speed(case.device))
     row = {"kernel": case.name, "elements": case.elements, "bytes_each": case.bytes_each, "flops_each": case.flops_each}
     found: dict[str, dict] = {}
     for name, call in calls.items():
@@ -274,7 +289,7 @@ def measure(case: Case, calls: dict[str, Call]) -> dict:
             call()
             found[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
     ours = found.pop("pc_triton")
-    return {**row, **ours, "of_floor": case.bytes / speed / ours["seconds"], "rivals": found}
+    return {**row, **ours, "of_floor": floor / ours["seconds"], "rivals": found}
 
 
 def rivals(row: dict) -> dict[str, float]:

@@ -109,11 +109,21 @@ def perplexity(record: dict[str, Any]) -> float:
 def compare(base: Settings, rates: tuple[float, ...], seeds: tuple[int, ...], out: Path, jobs: int) -> dict[str, Any]:
     """The records of the seeds, by method, each at the method's best learning rate."""
     tuning = [replace(base, method=m, lr=lr, seed=TUNING_SEED) for m in METHODS for lr in rates]
-    records = complete(out, tuning, jobs)
-    best = {m: min((r for r in records if r["method"] == m), key=perplexity)["lr"] for m in METHODS}
+    best = best_rates(complete(out, tuning, jobs))
     final = [replace(base, method=m, lr=best[m], seed=seed) for m in METHODS for seed in seeds]
-    records = complete(out, final, jobs)
-    return {m: [r for r in records if r["method"] == m] for m in METHODS}
+    return chosen(complete(out, final, jobs), best)
+
+
+def best_rates(records: list[dict[str, Any]]) -> dict[str, float]:
+    """The learning rate of each method that ended lowest on the tuning seed."""
+    tried = [r for r in records if r["seed"] == TUNING_SEED]
+    return {m: min((r for r in tried if r["method"] == m), key=perplexity)["lr"] for m in METHODS}
+
+
+def chosen(records: list[dict[str, Any]], rates: dict[str, float]) -> dict[str, list[dict[str, Any]]]:
+    """Of these runs each method's at its best rate, without the tuning seed's."""
+    counted = [r for r in records if r["seed"] != TUNING_SEED and r["lr"] == rates[r["method"]]]
+    return {m: [r for r in counted if r["method"] == m] for m in METHODS}
 
 
 def table(final: dict[str, Any]) -> str:

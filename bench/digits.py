@@ -45,7 +45,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "PC, error T=1": ("pc", {"steps": 1}),
     "PC, error T=1, eager": ("pc", {"steps": 1, "eager": True}),
     "FabricPC, error T=1": ("fabricpc", {"steps": 1, "error_order": True}),
-    "PC, error T=2 (default)": ("pc", {"steps": 2}),
+    "PC, error T=2": ("pc", {"steps": 2}),
+    "PC, error T=3 (default)": ("pc", {"steps": 3}),
 }
 
 
@@ -205,7 +206,10 @@ def main() -> None:
     if given.out:
         import torch
 
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
         machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
+        machine["commit"] = commit
         given.out.parent.mkdir(parents=True, exist_ok=True)
         record = {**machine, "turns": given.turns, "steps": given.steps, "rows": rows}
         given.out.write_text(json.dumps(record, indent=1))

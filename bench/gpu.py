@@ -1,9 +1,10 @@
-"""The one command for a machine with a GPU: its tests first, and only if they pass the speed of every kernel.
+"""The one command for a machine with a GPU: its tests first, and only if they pass the speed of kernels and training.
 
     python bench/gpu.py [--commit SHA] [--out DIR] [--minutes 8]
 
-It needs torch, triton, numpy, pytest and pytest-benchmark, and no installed package. It writes DIR/<device>.json and
-prints the table. Exit status 1: a test failed, and no speed is printed; 2: no GPU, or no kernels.
+It needs torch, triton, numpy, matplotlib, pytest and pytest-benchmark, and no installed package. It writes
+DIR/<device>.json and a roofline DIR/<device>.png, and prints the tables. Exit status 1: a test failed, and no speed is
+printed; 2: no GPU, or no kernels.
 """
 
 from __future__ import annotations
@@ -73,11 +74,26 @@ def measure_all(deadline: float) -> Iterator[dict]:
             yield measure(case, case.build())
 
 
+def measure_training(deadline: float) -> Iterator[dict]:
+    """Rows of ``training.py``: each size, without a state of the attention weights and with one."""
+    import training
+
+    for size in training.SIZES["cuda"]:
+        for state in (False, True):
+            if time.monotonic() > deadline:
+                print(f"out of time before training {size}, attention state {state}")
+                return
+            print(size, "with" if state else "without", "a state of the attention weights", flush=True)
+            rows = training.measure(size, "cuda", [1, 2, 3, 4], state, turns=5)
+            print(training.table(rows), flush=True)
+            yield from rows
+
+
 def table(rows: list[dict]) -> str:
     """The rows as markdown; a rival's column says how many times as long as ours it took."""
-    names = ("eager", "compiled", "torch")
+    names = list(dict.fromkeys(name for row in rows for name in row["rivals"]))
     lines = [
-        "| kernel | bytes an element | of the copy's speed | us | peak MiB | " + " | ".join(names) + " |",
+        "| kernel | bytes an element | of the floor | us | peak MiB | " + " | ".join(names) + " |",
         "|---" * (5 + len(names)) + "|",
     ]
     for row in rows:
@@ -90,11 +106,29 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def write(out: Path, machine: dict, rows: list[dict]) -> Path:
-    """``out/<device>.json``: the machine, then a row a kernel."""
+def roofline(machine: dict, rows: list[dict], path: Path) -> None:
+    """A PNG: what each kernel computes a second over its FLOPs a byte, under the measured copy and product."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    intensity = [2.0**e for e in range(-3, 13)]
+    roof = [min(x * machine["copy_bytes_per_second"], machine["product_flops_per_second"]) for x in intensity]
+    axes.loglog(intensity, roof, color="gray", label="measured copy, measured product")
+    for row in rows:
+        x, y = row["flops_each"] / row["bytes_each"], row["elements"] * row["flops_each"] / row["seconds"]
+        axes.plot(x, y, marker="o", linestyle="", label=row["kernel"])
+    axes.set(title=machine["device"], xlabel="FLOPs a byte", ylabel="FLOPs a second")
+    axes.legend(fontsize=5, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+
+
+def write(out: Path, machine: dict, rows: list[dict], training: list[dict]) -> Path:
+    """``out/<device>.json``: the machine, a row a kernel and a row a training step; beside it the roofline."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{machine['device'].replace(' ', '_').replace('/', '_')}.json"
-    path.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**machine, "rows": rows, "training": training}, indent=1) + "\n", encoding="utf-8")
+    roofline(machine, rows, path.with_suffix(".png"))
     return path
 
 
@@ -116,6 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("the GPU's tests do not pass: nothing is measured", file=sys.stderr)
         return 1
     import triton
+    from bench_kernels import copy_speed, product_speed
 
     machine = {
         "device": torch.cuda.get_device_name(),
@@ -123,13 +158,18 @@ def main(arguments: list[str] | None = None) -> int:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "commit": options.commit or commit(),
+        "copy_bytes_per_second": copy_speed("cuda", 2**32),
+        "product_flops_per_second": product_speed("cuda"),
     }
     rows: list[dict] = []
+    training: list[dict] = []
     try:
         for row in measure_all(start + 60 * options.minutes):
             rows.append(row)
+        for row in measure_training(start + 60 * options.minutes):
+            training.append(row)
     finally:  # what was measured is kept
-        path = write(options.out, machine, rows)
+        path = write(options.out, machine, rows, training)
         print(f"{', '.join(f'{key} {value}' for key, value in machine.items())}\n\n{table(rows)}\n\nin {path}")
     return 0
 

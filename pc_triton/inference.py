@@ -81,8 +81,8 @@ class _Visit(torch.autograd.Function):
             )  # fmt: skip
             return grad_mu, None, None, None
         scale = grad_energy if inference.mode == "incremental" else None
-        if scale is not None:
-            grad = grad / per_sample(scale, grad).to(grad.dtype)
+        if scale is not None:  # a loss that its user scaled by 0 sends nothing down
+            grad = torch.where(per_sample(scale, grad) == 0, 0.0, grad / per_sample(scale, grad)).to(grad.dtype)
 
         def step(state):
             return node.family.node_step(

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ ROW = {
 
 @pytest.fixture
 def gpu(monkeypatch):
+    pytest.importorskip("triton")  # as interpreted as the other tests need it: main() would import it to compile
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -66,10 +68,16 @@ def test_table_and_file(gpu, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "missing", lambda: None)
     monkeypatch.setattr(gpu, "tests_pass", lambda timeout: True)
     monkeypatch.setattr(gpu, "measure_all", lambda deadline: [ROW])
+    monkeypatch.setattr(gpu, "measure_training", lambda deadline: [{"method": "PC, T=3", "ratio": 2.0}])
+    monkeypatch.setitem(
+        sys.modules, "bench_kernels", SimpleNamespace(copy_speed=lambda *_: 3e12, product_speed=lambda _: 8e14)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert gpu.main(["--commit", "abc", "--out", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "NVIDIA_H200.json").read_text())
     assert written["rows"] == [ROW]
+    assert written["training"] == [{"method": "PC, T=3", "ratio": 2.0}]
+    assert (tmp_path / "NVIDIA_H200.png").read_bytes().startswith(b"\x89PNG")
     assert written["commit"] == "abc"
     assert written["torch"] == torch.__version__
-    assert "| gaussian step | 10 | 91% | 200 | 3 | 4.00 | - | - |" in capsys.readouterr().out
+    assert "| gaussian step | 10 | 91% | 200 | 3 | 4.00 | - |" in capsys.readouterr().out

@@ -26,9 +26,9 @@ ROWS = 8
 
 
 class Moved:
-    """Bytes that kernels loaded and stored."""
+    """Bytes that kernels loaded and stored, and those of them in elements of 32 bits."""
 
-    loaded = stored = 0
+    loaded = stored = loaded32 = stored32 = 0
 
 
 @pytest.fixture
@@ -38,15 +38,17 @@ def moved(monkeypatch) -> Iterator[Moved]:
     count = Moved()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def size(ptrs, mask) -> int:
-        return int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
+    def add(what: str, ptrs, mask) -> None:
+        bits = ptrs.get_element_ty().primitive_bitwidth
+        for name in (what, f"{what}{bits}"):
+            setattr(count, name, getattr(count, name, 0) + int(mask.data.sum()) * bits // 8)
 
     def counted_load(self, ptrs, mask, *rest):
-        count.loaded += size(ptrs, mask)
+        add("loaded", ptrs, mask)
         return load(self, ptrs, mask, *rest)
 
     def counted_store(self, ptrs, value, mask, *rest):
-        count.stored += size(ptrs, mask)
+        add("stored", ptrs, mask)
         return store(self, ptrs, value, mask, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
@@ -117,3 +119,36 @@ def test_clamped(columns, moved):
         call()
         assert read * floor <= moved.loaded <= SLACK * read * floor
         assert floor <= moved.stored <= SLACK * floor
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all pairs", "causal"])
+def test_attention_reads_its_state_once_forward_and_twice_in_a_step(causal, moved):
+    """Float32 is the state, and a few numbers a row; with causal what its tiles above the diagonal hold is not read."""
+    items, heads, n, dim, tile = 1, 2, 256, 16, 64
+    q, k, v, grad = (torch.randn(items, heads, n, dim).half() for _ in range(4))
+    state, pi, kernels = torch.randn(items, heads, n, n) / 9, torch.ones(items), triton_kernels()
+    pairs, rows = items * heads * n * n, items * heads * n
+    seen = pairs * (n // tile + 1) // (2 * (n // tile)) if causal else pairs
+    least = seen // 2 if causal else seen  # on the diagonal, tiles are read in part
+    few = 4 * rows * (8 + 4 * n // tile)  # the rows' facts, by each block of keys
+    options = {"scale": 0.25, "causal": causal}
+    out, _, facts = kernels.attention_forward(q, k, v, state, pi, **options)
+    assert 4 * least <= moved.loaded32 <= 4 * seen + few
+    moved.loaded32 = moved.stored32 = 0
+    kernels.attention_step(q, k, v, out, grad, state, pi, pi / 3, pi / 3, facts, **options)
+    assert 8 * least <= moved.loaded32 <= 8 * seen + few
+    assert 4 * least <= moved.stored32 <= 4 * seen + few
+
+
+def test_a_linear_layer_moves_each_state_once(moved):
+    """Float32 is the state and the energies: the product's tiles share the states of their rows."""
+    rows, n, k = 256, 192, 160
+    x, weight, bias = (torch.randn(shape).half() for shape in ((rows, k), (n, k), (n,)))
+    state, pi, kernels = torch.randn(rows, n), torch.ones(rows), triton_kernels()
+    kernels.linear_forward(x, weight, bias, state, pi, form="error")
+    assert 4 * rows * n <= moved.loaded32 <= SLACK * 4 * rows * n
+    assert moved.stored == 2 * rows * n + moved.stored32
+    moved.loaded32 = moved.stored32 = 0
+    kernels.linear_backward(torch.randn(rows, n).half(), weight, state, pi, pi / 3, pi / 3)
+    assert 4 * rows * n <= moved.loaded32 <= SLACK * 4 * rows * n
+    assert 4 * rows * n == moved.stored32

@@ -34,10 +34,8 @@ def test_tables_are_the_files():
     import digits
 
     runs = json.loads((ROOT / "bench/results/methods.json").read_text())["runs"]
-    final = {
-        m: [r for r in runs if r["method"] == m and r["seed"] in compare_methods.SEEDS]
-        for m in ("pc", "bp", "gaussian-pc")
-    }
+    final = compare_methods.chosen(runs, compare_methods.best_rates(runs))
     rows = json.loads((ROOT / "bench/results/digits.json").read_text())["rows"]
-    for table in (compare_methods.table(final), digits.table(rows)):
+    tuning = compare_methods.tuning_table(runs, compare_methods.LEARNING_RATES)
+    for table in (compare_methods.table(final), tuning, digits.table(rows)):
         assert table in README

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from statistics import median
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 
 from pc_triton import reference
 from pc_triton.dispatch import backend
+from pc_triton.head import HeadEnergy
 
 Call = Callable[[], object]
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -123,6 +125,52 @@ def clamped(device: str, columns: int) -> Case:
 
     name = f"clamped categorical {columns} forward and backward"
     return Case(name, device, rows * columns, 3 * dtype.itemsize, 9, build)
+
+
+def language_head(device: str, rows: int, width: int, columns: int, learns: bool) -> Case:
+    """`Head`'s energy with dE/dx, as an inference step needs them, or with dE/dW too, as learning does.
+
+    An element is one of the logits, which none of the floor's bytes are. Rivals: the linear layer and torch's
+    cross-entropy, eager and compiled, and where they are installed Liger's fused layer and Apple's cut cross-entropy;
+    each is asked for the same gradients.
+    """
+    dtype = DTYPE[device]
+
+    def build() -> dict[str, Call]:
+        x = torch.randn(rows, width, dtype=dtype, device=device, requires_grad=True)
+        weight = torch.randn(columns, width, dtype=dtype, device=device).div_(width**0.5).requires_grad_()
+        labels = torch.randint(columns, (rows,), device=device)
+        wanted = [x, weight] if learns else [x]
+
+        def gradients(loss: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            with torch.enable_grad():
+                return torch.autograd.grad(loss(), wanted)
+
+        def torchs(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(F.linear(x, weight), labels, reduction="sum")
+
+        def ours() -> torch.Tensor:
+            return HeadEnergy.apply(x, weight, None, labels, -100, learns).sum()
+
+        calls: dict[str, Call] = {"pc_triton": partial(gradients, ours)}
+        if device == "cuda":
+            calls["compiled"] = partial(gradients, partial(torch.compile(torchs, dynamic=False), x, weight))
+            if find_spec("liger_kernel"):
+                from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+                liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+                calls["liger"] = partial(gradients, partial(liger, weight, x, labels))
+            if find_spec("cut_cross_entropy"):
+                from cut_cross_entropy import linear_cross_entropy
+
+                cut = partial(linear_cross_entropy, x, weight, labels, reduction="sum")
+                calls["cut cross-entropy"] = partial(gradients, cut)
+        return {**calls, "torch": partial(gradients, partial(torchs, x, weight))}
+
+    matrices = dtype.itemsize * 2 * (rows * width + (columns * width if learns else 0))
+    name = f"head {rows}x{width}x{columns}, {'learning' if learns else 'inference'}"
+    elements = rows * columns
+    return Case(name, device, elements, matrices / elements, (6 if learns else 4) * width + 5, build)
 
 
 def layer(device: str, rows: int, n: int, k: int) -> Iterator[Case]:
@@ -235,6 +283,9 @@ def cases(device: str) -> Iterator[Case]:
         yield from attention(device, n, head)
     for columns in (2**15, 2**18):
         yield clamped(device, columns)
+    head = (16384, 2048, 32768) if device == "cuda" else (1024, 64, 2048)
+    for learns in (False, True):
+        yield language_head(device, *head, learns=learns)
     for n in (1024, 4096) if device == "cuda" else (256,):
         yield from layer(device, elements // (2**13 if device == "cuda" else 2**10), n, n)
 

@@ -36,12 +36,12 @@ class Head(nn.Linear):
         logits = input.detach().new_zeros(()).expand(*input.shape[:-1], self.out_features)
         inference.count_items(family, logits)
         rows, labels = input.reshape(-1, self.in_features), target.reshape(-1)
-        energy = _HeadEnergy.apply(rows, self.weight, self.bias, labels, family.ignore_index, inference.learns)
+        energy = HeadEnergy.apply(rows, self.weight, self.bias, labels, family.ignore_index, inference.learns)
         inference.head = logits, energy
         return logits
 
 
-class _HeadEnergy(torch.autograd.Function):
+class HeadEnergy(torch.autograd.Function):
     """-log q_y of each row, q = softmax(x W' + b), float32 ``[R]``. Its gradients are made with it.
 
     The loss must weigh all rows alike, as the free energy does: the weight gradients are sums over the rows.

@@ -385,6 +385,10 @@ def clamped_categorical_backward(
 
 def clamped_categorical_gradient_(mu: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """-log q_y per row ``[R]``, as `clamped_categorical_forward`; mu ``[R, C]`` is overwritten by dE/dmu = q - y."""
-    energy, lse = clamped_categorical_forward(mu, labels, ignore_index)
-    mu.copy_(clamped_categorical_backward(mu, labels, lse, torch.ones_like(lse), ignore_index))
+    kept = labels != ignore_index
+    index = labels.where(kept, 0).unsqueeze(-1)
+    log_q = F.log_softmax(wide(mu), -1)
+    energy = torch.where(kept, -log_q.gather(-1, index).squeeze(-1), 0.0)
+    grad = log_q.exp_().scatter_add_(-1, index, torch.full_like(energy, -1.0).unsqueeze(-1))
+    mu.copy_(grad.mul_(kept.unsqueeze(-1)))
     return energy

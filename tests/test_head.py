@@ -214,10 +214,10 @@ def test_small_batches_use_few_chunks(monkeypatch):
     linear = head.F.linear
     monkeypatch.setattr(head.F, "linear", lambda x, *rest: sizes.append(len(x)) or linear(x, *rest))
     x, y, weight = torch.randn(300, 4), torch.zeros(300, dtype=torch.int64), torch.randn(5, 4)
-    head._HeadEnergy.apply(x, weight, None, y, -100, True)
+    head.HeadEnergy.apply(x, weight, None, y, -100, True)
     assert sizes == [256, 44]
     sizes.clear()
     x, y = torch.randn(20_000, 4), torch.zeros(20_000, dtype=torch.int64)
-    energy = head._HeadEnergy.apply(x, weight, None, y, -100, True)
+    energy = head.HeadEnergy.apply(x, weight, None, y, -100, True)
     assert len(sizes) == head.CHUNKS
     assert math.isclose(energy.sum(), torch.nn.functional.cross_entropy(x @ weight.T, y, reduction="sum"), rel_tol=1e-5)

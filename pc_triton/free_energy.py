@@ -55,8 +55,9 @@ class FreeEnergy(nn.Module):
         order: ``"error"``: the free variables are the errors e = u - mu, all moved at once; a step reaches every depth
             (Goemaere et al. 2025, arXiv 2505.20137). The last step is the learning pass: the states move T - 1 times,
             the cost is (2 T + 1) / 3 of backpropagation's products, and T = 1 *is* backpropagation.
-            ``"simultaneous"``: all states move from the same old states, as in the paper. ``"sweep"``: top-down, each
-            node with the already moved error of those above. Both cost (2 T + 2) / 3, and 2 / 3 more with "auto".
+            ``"simultaneous"``: all states move from the same old states, as in the paper; at step t the output's error
+            has reached the top t nodes, and nothing below is computed backwards. ``"sweep"``: top-down, each node with
+            the already moved error of those above. Both cost (2 T + 2) / 3, and 2 / 3 more with "auto".
             ``"incremental"``: the weights move at every step (Salvatori et al. 2024, arXiv 2212.00720); see
             `incremental`.
         precision: pi > 0 of every hidden node, which multiplies its energy (a Gaussian's variance is 1 / pi); or

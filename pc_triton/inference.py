@@ -56,6 +56,7 @@ class Inference:
         self.slope = torch.zeros_like(self.step)  # of F along the first move
         self.accepted = self.slope  # F [S] at the states to which the guard would go back
         self.moves = 0
+        self.skips = owner.order == "simultaneous" and owner.state_optimizer is None  # what is 0 for certain
         self.guarded = owner.adaptive and owner.state_optimizer is None
         self.remembers = self.guarded and (self.form == "state" or owner.steps > 3)  # keeps the accepted states
         self.energies: list[Tensor] = []  # F [S] of every forward pass

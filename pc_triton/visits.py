@@ -32,6 +32,7 @@ class ValueNode:
         self.accepted: Tensor | None = None  # the last state the guard accepted
         self.energy: Tensor | None = None  # [S], of the last forward pass
         self.residual: Tensor | None = None  # [S], the norm of the natural gradient at the last probe
+        self.reached = False  # whether a backward pass has moved the state from the prediction
         self.free = True  # False: the output node, and a node that does not reach the output
 
 
@@ -58,6 +59,10 @@ class Visit(torch.autograd.Function):
     def backward(ctx, grad, grad_energy):
         (mu,) = ctx.saved_tensors
         node, inference = ctx.node, ctx.inference
+        skips = inference.skips and inference.mode == "infer" and not node.reached
+        if skips and grad is None:
+            return None, None, None, None  # at its prediction, and nothing has come down to it
+        node.reached = True
         if grad is None and (inference.form == "error" or inference.mode != "learn"):
             grad = mu.new_zeros(ctx.shape)
         # F is linear in its energies, so a loss scaled by its user (mean over items, GradScaler) scales pi.
@@ -78,6 +83,8 @@ class Visit(torch.autograd.Function):
             )  # fmt: skip
 
         grad_mu = inference.move_state(node, step)
+        if skips:
+            return None, None, None, None  # its error was 0, and nothing comes of that in the layers below
         if scale is not None:
             grad_mu = grad_mu * per_sample(scale, grad_mu).to(grad_mu.dtype)
         return grad_mu, None, None, None

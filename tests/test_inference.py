@@ -669,3 +669,30 @@ def test_the_kernels_give_the_same_gradients(name, order, device):
 def test_use_backend_refuses_other_names():
     with pytest.raises(ValueError, match="choose 'triton' or 'torch'"), pc.use_backend("cuda"):
         pass
+
+
+def test_simultaneous_computes_backwards_what_the_error_has_reached():
+    """At step t the top t nodes move, and nothing is done beneath them; the states are those of a plain loop."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(5) for layer in (pc.Linear(4, 4), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(4, 3)).double()
+    x, y, moved = torch.randn(2, 4).double(), torch.randn(2, 3).double(), []
+    for number, layer in enumerate(layers[::2]):
+        step = layer.node.node_step
+        layer.node.node_step = lambda *a, n=number, step=step, **k: moved.append(n) or step(*a, **k)
+    settled = pc.FreeEnergy(model, order="simultaneous", steps=3, precision=2.0, step=0.1).infer(x, y)
+    assert moved[: 1 + 2 + 3] == [4, 4, 3, 4, 3, 2]
+
+    states = [x]
+    for layer in layers[::2]:
+        states.append(layer(states[-1].tanh() if len(states) > 1 else states[-1]).detach())
+    for _ in range(3):
+        leaves = [u.detach().requires_grad_() for u in states[1:]]
+        below = [x, *(u.tanh() for u in leaves)]
+        energy = ((model[-1](below[-1]) - y) ** 2).sum() / 2
+        for layer, u, h in zip(layers[::2], leaves, below):
+            energy = energy + 2.0 * ((u - F.linear(h, layer.weight, layer.bias)) ** 2).sum() / 2
+        grads = torch.autograd.grad(energy, leaves)
+        states = [x, *(u.detach() - 0.1 / 2.0 * g for u, g in zip(leaves, grads))]
+    for number, u in enumerate(states[1:]):
+        torch.testing.assert_close(settled.states[str(2 * number)], u)

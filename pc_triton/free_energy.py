@@ -65,9 +65,9 @@ class FreeEnergy(nn.Module):
             square.
         displacement: with "auto", delta, the fraction of F that inference may explain away, each node the same part
             of it: 0 < delta < 1.
-        step: 0 < step <= 1 in natural-gradient units (see ``reference.py``), for every move. None: it begins at 0.5 for
-            error and sweep, 0.2 else, and each later move but those of "incremental" is guarded: per sample, it first
-            takes back a move that raised F and adapts the step, in error order by the parabola through F.
+        step: 0 < step <= 1 in natural-gradient units (see ``reference.py``), for every move. None: it begins at 0.25
+            for error, 0.5 for sweep, 0.2 else, and each later move but those of "incremental" is guarded: per sample,
+            it first takes back a move that raised F and adapts the step, in error order by the parabola through F.
         state_optimizer: None for the plain step, or a function that makes a ``torch.optim`` optimiser of the list of
             states, as in ``lambda states: torch.optim.SGD(states, lr=0.5, momentum=0.3)``; it is given the natural
             gradient, of which lr = 1 is Newton's step. Adam's moves have the size of its lr, in units of the states: it
@@ -114,7 +114,7 @@ class FreeEnergy(nn.Module):
         self._names[self.input_node] = "input"
         self.steps, self.order, self.precision, self.displacement = steps, order, precision, displacement
         self.adaptive = step is None
-        self.step = {"error": 0.5, "sweep": 0.5}.get(order, 0.2) if step is None else step
+        self.step = {"error": 0.25, "sweep": 0.5}.get(order, 0.2) if step is None else step
         self.state_optimizer = state_optimizer
         self._compiled: CompiledSteps | None = None
 
@@ -216,9 +216,12 @@ class FreeEnergy(nn.Module):
             raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
         inference = Inference(self, x, y, clamp_input=clamp_input)
         inference.shows_output = True
+        inference.remembers = inference.guarded
         with hold_statistics(self.norms):
             self.settle(inference, self.steps)
             energy = inference.probe()
+            if inference.guarded and inference.take_back(energy):  # the last move too must not have raised F
+                energy = inference.probe()
         states: dict[str, Tensor] = {}
         for node in inference.nodes:
             if node is not inference.output:

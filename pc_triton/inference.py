@@ -354,6 +354,17 @@ class Inference:
                     begun = torch.zeros_like(node.state) if self.form == "error" else node.state
                     node.accepted = torch.where(rows, begun, node.state)
 
+    def take_back(self, energy: Tensor) -> bool:
+        """Go back to the accepted states in the samples whose F ``[S]`` is above that; whether there are any."""
+        rose = energy > self.accepted
+        if self.moves == 0 or not rose.any():
+            return False
+        for node in self.nodes:
+            if node.state is not None:
+                begun = torch.zeros_like(node.state) if node.accepted is None else node.accepted
+                node.state = torch.where(per_sample(rose, node.state), begun, node.state)
+        return True
+
     def long_run(self, steps: int) -> Tensor:
         """The lowest F per sample ``[S]`` that ``steps`` more guarded inference steps reach."""
         self.guarded = self.remembers = True

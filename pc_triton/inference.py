@@ -57,6 +57,9 @@ class Inference:
         self.accepted = self.slope  # F [S] at the states to which the guard would go back
         self.moves = 0
         self.skips = owner.order == "simultaneous" and owner.state_optimizer is None  # what is 0 for certain
+        self.lowest = (
+            math.inf
+        )  # the first visited of the nodes that have moved: those before it are at their predictions
         self.guarded = owner.adaptive and owner.state_optimizer is None
         self.remembers = self.guarded and (self.form == "state" or owner.steps > 3)  # keeps the accepted states
         self.energies: list[Tensor] = []  # F [S] of every forward pass
@@ -144,7 +147,7 @@ class Inference:
                 f"node {name!r} sees shape {tuple(mu.shape)} in a batch of {self.samples}: a value node needs its "
                 "samples along the first axis, a whole number of rows each"
             )
-        node = ValueNode(family, name, mu, {**family.frozen(mu), **frozen})
+        node = ValueNode(family, name, len(self.nodes), mu, {**family.frozen(mu), **frozen})
         if not self.owner.calibrates:
             node.pi = torch.full_like(self.step, float(self.owner.precision))
             node.state = wide(mu.detach()).clone()
@@ -254,6 +257,8 @@ class Inference:
         """One backward pass: every value node moves its state. Weight gradients are not computed."""
         if energy.requires_grad:
             torch.autograd.grad(energy, self._anchor, _ones(energy), allow_unused=True)
+        if self.skips:
+            self.lowest = min((node.number for node in self.nodes if node.reached), default=math.inf)
 
     # The parts of inference.
 

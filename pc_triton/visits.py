@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 class ValueNode:
     """One visit of a family's module in the model's forward: a value node of one batch."""
 
-    def __init__(self, family: Distribution, name: str, mu: Tensor, frozen: dict[str, Any]) -> None:
-        self.family, self.name, self.frozen = family, name, frozen
+    def __init__(self, family: Distribution, name: str, number: int, mu: Tensor, frozen: dict[str, Any]) -> None:
+        self.family, self.name, self.number, self.frozen = (
+            family,
+            name,
+            number,
+            frozen,
+        )  # number: in the order of visits
         self.mu = mu  # the prediction, of the first pass (of the last one for the output node)
         self.emission = mu
         self.version = 0
@@ -59,7 +64,7 @@ class Visit(torch.autograd.Function):
     def backward(ctx, grad, grad_energy):
         (mu,) = ctx.saved_tensors
         node, inference = ctx.node, ctx.inference
-        skips = inference.skips and inference.mode == "infer" and not node.reached
+        skips = inference.skips and inference.mode == "infer" and node.number < inference.lowest
         if skips and grad is None:
             return None, None, None, None  # at its prediction, and nothing has come down to it
         node.reached = True

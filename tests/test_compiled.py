@@ -39,11 +39,12 @@ def gradients(loss: torch.Tensor, model: nn.Module) -> list[torch.Tensor | None]
 
 
 def assert_same(found, wanted) -> None:
+    """But for rounding: the guard's step comes of a difference of two F in float32."""
     for a, b in zip(found, wanted, strict=True):
         if b is None:
             assert a is None
         else:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()) + 1e-9)
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()) + 1e-9)
 
 
 @pytest.mark.parametrize("options", ORDERS, ids=lambda o: f"{o['order']}-{o['steps']}")
@@ -70,9 +71,9 @@ def test_trace_skips_what_is_zero():
     products = sum(
         n.op == "call_function" and n.target.name() in ("aten::mm", "aten::addmm") for n in graph.graph.nodes
     )
-    # forward: 3 at the prediction, and 2 in each of two later passes (the first layer's is the same); backward: the
-    # output's error twice, the second node's once; weights: 3
-    assert products == 3 + 2 * 2 + 3 + 3
+    # forward: 3 at the prediction, then what lies above nodes that have moved: 1 at step 2, 2 in learning; backward:
+    # the output's error twice, the second node's once; weights: 3
+    assert products == 3 + 1 + 2 + 3 + 3
 
 
 def test_trace_of_a_frozen_parameter():

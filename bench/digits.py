@@ -205,11 +205,10 @@ def main() -> None:
     rows = measure(pythons, max(given.turns, 2), given.steps, lambda line: print(line, file=sys.stderr))
     if given.out:
         import torch
+        from compare_methods import commit
 
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
         machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
-        machine["commit"] = commit
+        machine["commit"] = commit()
         given.out.parent.mkdir(parents=True, exist_ok=True)
         record = {**machine, "turns": given.turns, "steps": given.steps, "rows": rows}
         given.out.write_text(json.dumps(record, indent=1))

@@ -3,9 +3,9 @@
     python bench/gpu.py [--commit SHA] [--out DIR] [--minutes 8]
 
 It needs torch, triton, numpy, matplotlib, pytest and pytest-benchmark, and no installed package; liger-kernel and
-cut-cross-entropy are measured as rivals where they are installed. It writes
-DIR/<device>.json and a roofline DIR/<device>.png, and prints the tables. Exit status 1: a test failed, and no speed is
-printed; 2: no GPU, or no kernels.
+cut-cross-entropy are measured as rivals where they are installed. It writes DIR/<device>.json and a roofline
+DIR/<device>.png, and prints the tables. Exit status 1: a test failed, and no speed is printed; 2: no GPU, or no
+kernels.
 """
 
 from __future__ import annotations

@@ -47,13 +47,6 @@ SIZES = {
 }
 
 
-def flops(model: nn.Module, size: Size) -> float:
-    """FLOPs of one forward pass's products: 2 a weight and token, and attention's 4 d a pair of positions it sees."""
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "tokens" not in name)
-    pairs = size.context * (size.context + 1) / 2
-    return size.batch * (2.0 * weights * size.context + 4.0 * size.width * size.blocks * pairs)
-
-
 class Autograd:
     """The same predictive coding in eager torch as one would write it: errors are leaf tensors, F goes to autograd.
 

@@ -14,9 +14,19 @@ UNFUSED = {"enable_fp_fusion": False}  # launch option: q - p in one fused instr
 
 
 def check(
-    name: str, x: Tensor, like: Tensor, shape: torch.Size | tuple[int, ...], *, coefficient: bool = False
+    name: str,
+    x: Tensor,
+    like: Tensor,
+    shape: torch.Size | tuple[int, ...],
+    *,
+    beside: str = "mu",
+    coefficient: bool = False,
+    same: bool = False,
 ) -> None:
-    """Refuse a tensor of the wrong shape, dtype or device, in one line that says what to do."""
+    """Refuse a tensor of the wrong shape, dtype or device, in one line that says what to do.
+
+    beside: the name of ``like``. coefficient: float32 alone will do. same: so will the dtype of ``like`` alone.
+    """
     if x.dtype == torch.float64:
         raise TypeError(f"{name} is float64 but the kernels compute in float32: cast it, or use pc_triton.reference")
     if x.dtype not in (DTYPES[:1] if coefficient else DTYPES):
@@ -25,7 +35,36 @@ def check(
     if x.shape != torch.Size(shape):
         raise ValueError(f"{name} has shape {list(x.shape)}: give it {list(shape)}")
     if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device} and mu on {like.device}: move it there")
+        raise ValueError(f"{name} is on {x.device} and {beside} on {like.device}: move it there")
+    if same and x.dtype != like.dtype:
+        kinds = [str(t.dtype).removeprefix("torch.") for t in (x, like)]
+        raise TypeError(f"{name} is {kinds[0]} and {beside} {kinds[1]}: cast one to the other's")
+
+
+def check_precision(precision: Tensor, like: Tensor, beside: str = "mu") -> None:
+    """Refuse a precision that does not divide the rows of ``like``, of that name, among samples."""
+    check("precision", precision, like, (precision.numel(),), beside=beside, coefficient=True)
+    samples = len(precision)
+    if like.shape[0] % samples if samples else like.shape[0]:
+        raise ValueError(
+            f"{beside} has {like.shape[0]} rows, no multiple of the {samples} samples of precision: "
+            "give precision one entry per sample"
+        )
+
+
+def check_state(state: Tensor) -> None:
+    """Refuse a state that cannot be moved in place."""
+    if not state.is_contiguous():
+        raise ValueError("state is not contiguous and is moved in place: keep it as state.contiguous()")
+
+
+def check_moves(keep: Tensor | None, move: Tensor | None, precision: Tensor, like: Tensor, beside: str = "mu") -> None:
+    """Refuse coefficients of a move that are not one a sample, or one without the other."""
+    if (keep is None) != (move is None):
+        raise ValueError("keep and move go together: give both, or neither for the learning pass")
+    for name, x in (("keep", keep), ("move", move)):
+        if x is not None:
+            check(name, x, like, precision.shape, beside=beside, coefficient=True)
 
 
 def check_node(mu: Tensor, state: Tensor | None, precision: Tensor, form: str, noise: Tensor | None = None) -> None:
@@ -35,21 +74,14 @@ def check_node(mu: Tensor, state: Tensor | None, precision: Tensor, form: str, n
     check("mu", mu, mu, mu.shape)
     if mu.dim() < (1 if noise is None else 2):
         raise ValueError(f"mu has {mu.dim()} dimensions: give it [samples, ...]")
-    check("precision", precision, mu, (precision.numel(),), coefficient=True)
-    samples = len(precision)
-    if mu.shape[0] % samples if samples else mu.shape[0]:
-        raise ValueError(
-            f"mu has {mu.shape[0]} rows, no multiple of the {samples} samples of precision: "
-            "give precision one entry per sample"
-        )
+    check_precision(precision, mu)
     if noise is not None:
         if mu.shape[-1] % 2:
             raise ValueError(f"mu has {mu.shape[-1]} columns: give it an even number, [mean | log variance]")
         check("noise", noise, mu, (*mu.shape[:-1], mu.shape[-1] // 2))
     if state is not None:
         check("state", state, mu, mu.shape, coefficient=True)
-        if not state.is_contiguous():
-            raise ValueError("state is not contiguous and is moved in place: keep it as state.contiguous()")
+        check_state(state)
 
 
 def check_step(
@@ -64,11 +96,7 @@ def check_step(
 ) -> None:
     """Refuse arguments of an inference step that its kernel would misread."""
     check_node(mu, state, precision, form, noise)
-    if (keep is None) != (move is None):
-        raise ValueError("keep and move go together: give both, or neither for the learning pass")
-    for name, x in (("keep", keep), ("move", move)):
-        if x is not None:
-            check(name, x, mu, precision.shape, coefficient=True)
+    check_moves(keep, move, precision, mu)
     if grad is not None:
         check("grad", grad, mu, mu.shape if noise is None else noise.shape)
     elif form == "error" or keep is not None:

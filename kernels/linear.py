@@ -18,7 +18,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from .common import UNFUSED, check, coefficients, on_device, packed, sum_partials
+from .common import (
+    UNFUSED,
+    check,
+    check_moves,
+    check_precision,
+    check_state,
+    coefficients,
+    on_device,
+    packed,
+    sum_partials,
+)
 
 SHARED: dict[int | str, int] = {80: 81, 87: 81, 90: 113, 100: 113, 103: 113}
 """KiB of shared memory of half a multiprocessor, by compute capability; 49 on NVIDIA's others."""
@@ -272,7 +282,7 @@ def linear_forward(
     _check_product("x", x, weight, weight.shape[-1])
     (rows, k), n = x.shape, len(weight)
     if bias is not None:
-        _check("bias", bias, (n,), "x", x, same=True)
+        check("bias", bias, x, (n,), beside="x", same=True)
     _check_state("x", x, state, (rows, n), precision)
     out, samples = torch.empty(rows, n, dtype=x.dtype, device=x.device), len(precision)
     if out.numel() == 0:
@@ -317,11 +327,7 @@ def linear_backward(
     _check_product("grad", grad, weight, len(weight))
     (rows, n), k = grad.shape, weight.shape[1]
     _check_state("grad", grad, state, (rows, n), precision)
-    if (keep is None) != (move is None):
-        raise ValueError("keep and move go together: give both, or neither for the learning pass")
-    for name, coefficient in (("keep", keep), ("move", move)):
-        if coefficient is not None:
-            _check(name, coefficient, precision.shape, "grad", grad, coefficient=True)
+    check_moves(keep, move, precision, grad, "grad")
     moves, has_state, samples = keep is not None, state is not None, len(precision)
     if moves and state is None:
         state = torch.empty(rows, n, device=grad.device)
@@ -356,8 +362,8 @@ def linear_weight_gradient(grad: Tensor, x: Tensor, *, bias: bool = True) -> tup
     if grad.dim() != 2 or x.dim() != 2:
         raise ValueError(f"grad and x have {grad.dim()} and {x.dim()} dimensions: give them [rows, columns]")
     (rows, n), k = grad.shape, x.shape[1]
-    _check("grad", grad, (rows, n), "grad", grad)
-    _check("x", x, (rows, k), "grad", grad, same=True)
+    check("grad", grad, grad, (rows, n))
+    check("x", x, grad, (rows, k), beside="grad", same=True)
     _check_size(rows, n, k)
     if rows == 0 or n == 0 or k == 0:
         return grad.new_zeros(n, k), grad.sum(0) if bias else None
@@ -406,25 +412,6 @@ def _arch(x: Tensor) -> int | str:
     return 90 if x.device.type == "cpu" else driver.active.get_current_target().arch
 
 
-def _check(
-    name: str,
-    x: Tensor,
-    shape: torch.Size | tuple[int, ...],
-    beside: str,
-    like: Tensor,
-    *,
-    same: bool = False,
-    coefficient: bool = False,
-) -> None:
-    """Refuse a tensor of the wrong shape, dtype or device; ``same``: of another dtype than ``like``."""
-    check(name, x, x, shape, coefficient=coefficient)
-    if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device} and {beside} on {like.device}: move it there")
-    if same and x.dtype != like.dtype:
-        kinds = [str(t.dtype).removeprefix("torch.") for t in (x, like)]
-        raise TypeError(f"{name} is {kinds[0]} and {beside} {kinds[1]}: cast one to the other's")
-
-
 def _check_product(name: str, x: Tensor, weight: Tensor, columns: int) -> None:
     """Refuse a product of x [R, columns] with the weight."""
     if weight.dim() != 2:
@@ -433,8 +420,8 @@ def _check_product(name: str, x: Tensor, weight: Tensor, columns: int) -> None:
         raise ValueError("weight has no columns: give it at least one")
     if x.dim() != 2:
         raise ValueError(f"{name} has {x.dim()} dimensions: give it [rows, {columns}]")
-    _check(name, x, (len(x), columns), name, x)
-    _check("weight", weight, weight.shape, name, x, same=True)
+    check(name, x, x, (len(x), columns))
+    check("weight", weight, x, weight.shape, beside=name, same=True)
     _check_size(len(x), *weight.shape)
 
 
@@ -446,14 +433,7 @@ def _check_size(rows: int, n: int, k: int) -> None:
 
 def _check_state(name: str, x: Tensor, state: Tensor | None, shape: tuple[int, int], precision: Tensor) -> None:
     """Refuse a state of the wrong kind, and a precision that does not divide its rows among samples."""
-    _check("precision", precision, (precision.numel(),), name, x, coefficient=True)
-    samples = len(precision)
-    if shape[0] % samples if samples else shape[0]:
-        raise ValueError(
-            f"{name} has {shape[0]} rows, no multiple of the {samples} samples of precision: "
-            "give precision one entry per sample"
-        )
+    check_precision(precision, x, name)
     if state is not None:
-        _check("state", state, shape, name, x)
-        if not state.is_contiguous():
-            raise ValueError("state is not contiguous and is moved in place: keep it as state.contiguous()")
+        check("state", state, x, shape, beside=name)
+        check_state(state)

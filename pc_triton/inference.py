@@ -57,9 +57,7 @@ class Inference:
         self.accepted = self.slope  # F [S] at the states to which the guard would go back
         self.moves = 0
         self.skips = owner.order == "simultaneous" and owner.state_optimizer is None  # what is 0 for certain
-        self.lowest = (
-            math.inf
-        )  # the first visited of the nodes that have moved: those before it are at their predictions
+        self.lowest = math.inf  # the number of the first node that has moved: those before it are at their predictions
         self.guarded = owner.adaptive and owner.state_optimizer is None
         self.remembers = self.guarded and (self.form == "state" or owner.steps > 3)  # keeps the accepted states
         self.energies: list[Tensor] = []  # F [S] of every forward pass

@@ -22,12 +22,8 @@ class ValueNode:
     """One visit of a family's module in the model's forward: a value node of one batch."""
 
     def __init__(self, family: Distribution, name: str, number: int, mu: Tensor, frozen: dict[str, Any]) -> None:
-        self.family, self.name, self.number, self.frozen = (
-            family,
-            name,
-            number,
-            frozen,
-        )  # number: in the order of visits
+        self.family, self.name, self.frozen = family, name, frozen
+        self.number = number  # in the order of visits
         self.mu = mu  # the prediction, of the first pass (of the last one for the output node)
         self.emission = mu
         self.version = 0

@@ -88,7 +88,7 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
         kind = str if f.default is None else type(f.default)
         choices, text = f.metadata["choices"], f.metadata["help"]
         text += "" if f.default is None else f" (default {f.default})"
-        metavar = None if choices else {int: "N", float: "X", str: "FILE"}[kind]
+        metavar = None if choices else {int: "N", float: "X", str: "FILE" if f.default is None else "X"}[kind]
         option = "--" + f.name.replace("_", "-")
         train.add_argument(option, type=kind, choices=choices, default=argparse.SUPPRESS, help=text, metavar=metavar)
     train.add_argument("--out", metavar="FOLDER", help="folder of the run (default runs/METHOD)")
@@ -154,7 +154,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     model, free_energy, tokenizer, counts, settings = load(arguments.checkpoint, arguments.device)
     if arguments.data is None:
         _, record = checkpoint.load(arguments.checkpoint)
-        _, text = own_text(arguments.checkpoint, record, settings.data)
+        _, text = own_text(arguments.checkpoint, record, settings)
     else:
         text = read_text(arguments.data)
     tokens = encode(tokenizer, text)

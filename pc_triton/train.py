@@ -31,7 +31,7 @@ from .text import InputError, read_text, split, train_tokenizer
 
 METHODS = ("pc", "bp", "gaussian-pc")
 ORDERS = ("error", "sweep", "simultaneous", "incremental")
-MAY_CHANGE = ("data", "steps", "eval_every")  # when a run is resumed; the text itself is compared by its digest
+MAY_CHANGE = ("data", "held_out", "steps", "eval_every")  # when a run is resumed; the text itself is compared by its digest
 BACKPROPAGATION = "backpropagation: no inference"
 
 
@@ -45,6 +45,7 @@ class Settings:
 
     method: str = _setting("pc", "predictive coding, backpropagation, or PC with every energy Gaussian", METHODS)
     data: str | None = _setting(None, "UTF-8 text file to train on; Python's language reference if not given")
+    held_out: str | None = _setting(None, "UTF-8 text file to measure on; by default about a tenth of the other text")
     width: int = _setting(128, "units of the residual stream, a multiple of heads")
     heads: int = _setting(4, "attention heads")
     blocks: int = _setting(2, "transformer blocks")
@@ -57,6 +58,7 @@ class Settings:
     inference_steps: int = _setting(3, "T, the inference steps of predictive coding")
     order: str = _setting("error", "order of inference", ORDERS)
     displacement: float = _setting(0.003, "fraction of the free energy that inference may explain away")
+    precision: str = _setting("auto", "precision of the hidden nodes: auto, by the displacement, or a number")
     eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
 
     def __post_init__(self) -> None:
@@ -68,6 +70,13 @@ class Settings:
             raise InputError(f"lr={self.lr}: give a positive finite learning rate, such as 2e-3")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed={self.seed}: give a whole number of at least 0, below 2**63")
+        if self.precision != "auto":
+            try:
+                fine = 0 < float(self.precision) < math.inf
+            except ValueError:
+                fine = False
+            if not fine:
+                raise InputError(f"precision={self.precision}: give auto, or a positive finite number")
         for name, choices in (("method", METHODS), ("order", ORDERS)):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
@@ -88,8 +97,9 @@ def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
             return model, None
         whole = nn.Sequential(model, nn.Softmax(-1)) if gaussian else model
         output = Gaussian(1.0) if gaussian else None
-        order: Any = s.order
-        return model, FreeEnergy(whole, output, steps=s.inference_steps, order=order, displacement=s.displacement)
+        options: dict[str, Any] = {"order": s.order, "displacement": s.displacement}
+        options["precision"] = s.precision if s.precision == "auto" else float(s.precision)
+        return model, FreeEnergy(whole, output, steps=s.inference_steps, **options)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -201,11 +211,11 @@ def train(
     if resume:
         tensors, record = checkpoint.load(path)
         _check_same(path, settings, record)
-        train_text, held_out_text = own_text(path, record, settings.data)
+        train_text, held_out_text = own_text(path, record, settings)
         tokenizer = Tokenizer.from_str(record["tokenizer"])
     else:
         tensors, record = {}, {}
-        train_text, held_out_text = split(read_text(settings.data))
+        train_text, held_out_text = both_texts(settings)
         tokenizer = train_tokenizer(train_text, settings.vocabulary)
     tokens, held_out = encode(tokenizer, train_text), encode(tokenizer, held_out_text)
     for name, part in (("training", tokens), ("held-out", held_out)):
@@ -316,14 +326,23 @@ def train(
     }
 
 
-def own_text(path: str | Path, record: dict[str, Any], data: str | None) -> tuple[str, str]:
-    """The training and the held-out text of a checkpoint's run, read from data (a file; None is the default text).
+def both_texts(settings: Settings) -> tuple[str, str]:
+    """The text to train on and the held-out text. Raises InputError for a file that cannot be used."""
+    if settings.held_out is None:
+        return split(read_text(settings.data))
+    return read_text(settings.data), read_text(settings.held_out)
 
-    Raises InputError if that cannot be read, or is not the text of the run.
+
+def own_text(path: str | Path, record: dict[str, Any], settings: Settings) -> tuple[str, str]:
+    """As `both_texts`, for a checkpoint's run.
+
+    Raises InputError if they cannot be read, or are not the texts of the run.
     """
-    parts = split(read_text(data))
+    parts = both_texts(settings)
     if record["text"] != _digest(*parts):
-        raise InputError(f"the text is not the one {path} was trained on: give the same --data (and the same Python)")
+        raise InputError(
+            f"the text is not the one {path} was trained on: give the same --data and --held-out (and the same Python)"
+        )
     return parts
 
 

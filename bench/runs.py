@@ -1,0 +1,112 @@
+"""Training runs of an experiment, each in a process of its own on one CPU thread, and their records in one JSON file.
+
+A finished run is in the file at once, with the commit that made it, and is not made again after an interruption. After
+a change of the code begin with another file.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+Settings = dict[str, Any]
+"""What defines a run: numbers and strings, as they stand in the file; never a path of this machine."""
+Record = dict[str, Any]
+"""``settings``, ``commit``, and what the run returned: ``score`` (the lower the better), or why it ``diverged``."""
+
+TUNING_SEED = 100
+DIVERGED = float("inf")
+
+
+def commit() -> str:
+    """The commit of this checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def load(out: Path) -> dict[str, Any]:
+    """What the file holds: ``environment`` and ``runs``, a list of records."""
+    if out.exists():
+        return json.loads(out.read_text(encoding="utf-8"))
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"environment": versions | {"device": "CPU only, one thread a run"}, "runs": []}
+
+
+def save(out: Path, results: dict[str, Any]) -> None:
+    """Replace the file at once."""
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, out)
+
+
+def complete(out: Path, wanted: Sequence[Settings], run: Callable[[Settings], Record], jobs: int) -> list[Record]:
+    """The records of these runs, in their order; those not in the file are made, ``jobs`` at once.
+
+    run: a function of a module (a process of its own imports it).
+    """
+    results = load(out)
+
+    def find(settings: Settings) -> Record | None:
+        return next((record for record in results["runs"] if record["settings"] == settings), None)
+
+    todo = [settings for settings in wanted if find(settings) is None]
+    made_by = commit()
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(run, settings): settings for settings in todo}
+        try:
+            for future in tqdm(as_completed(futures), "runs", len(wanted), initial=len(wanted) - len(todo)):
+                results["runs"].append({"settings": futures[future], "commit": made_by, **future.result()})
+                save(out, results)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [record for settings in wanted if (record := find(settings)) is not None]
+
+
+def score(record: Record) -> float:
+    """The score of a run; infinite where it diverged."""
+    return record.get("score", DIVERGED)
+
+
+def tuned(
+    out: Path,
+    variants: Sequence[Settings],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    run: Callable[[Settings], Record],
+    jobs: int,
+) -> list[list[Record]]:
+    """For each variant its records on the seeds, at the learning rate of the grid that scored best in tuning.
+
+    Every variant has the same number of trials: one run a rate, on a seed of its own, with ``tuning`` set in its
+    settings, by which run measures on data that neither training nor the final measurement uses.
+    """
+    trials = [v | {"lr": lr, "seed": TUNING_SEED, "tuning": True} for v in variants for lr in rates]
+    tried = complete(out, trials, run, jobs)
+    wanted = []
+    for n in range(len(variants)):
+        best = min(tried[n * len(rates) : (n + 1) * len(rates)], key=score)["settings"]["lr"]
+        wanted += [variants[n] | {"lr": best, "seed": seed, "tuning": False} for seed in seeds]
+    records = complete(out, wanted, run, jobs)
+    return [records[n * len(seeds) : (n + 1) * len(seeds)] for n in range(len(variants))]
+
+
+def spread(records: Sequence[Record], digits: int = 2) -> str:
+    """Mean and standard deviation of the runs' scores over the seeds, as in ``36.98 ± 0.08``."""
+    values = [score(record) for record in records]
+    if max(values) == DIVERGED:
+        return "diverged"
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")

@@ -1,0 +1,165 @@
+"""The conditional language model of Pinchetti et al. 2022, section 4.3: BP, PC and Gaussian PC on the same text.
+
+``--data`` is a folder of UTF-8 text: ``train.txt``, ``valid.txt`` and ``test.txt``, as of WikiText-2, or shards of LM1B,
+``heldout-*.txt`` to train on and ``news.en.heldout-*`` to measure on; then the model is the paper's: one block, one
+head, 128 units, sequences of 32 tokens, 8,001 byte-pair tokens. Without it the text is Python's language reference, and
+the model that of ``pc-triton train``. Learning rates are chosen on text that is neither trained on nor measured on.
+Backpropagation also gets the steps that PC's products would pay for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from runs import DIVERGED, TUNING_SEED, Record, Settings, load, score, spread, tuned
+
+from pc_triton.text import InputError, read_text, split
+from pc_triton.train import Settings as TrainSettings
+from pc_triton.train import train
+
+DEFAULT: Settings = {"width": 128, "heads": 4, "blocks": 2, "context": 64, "vocabulary": 1024, "batch": 16}
+PAPER: Settings = {"width": 128, "heads": 1, "blocks": 1, "context": 32, "vocabulary": 8001, "batch": 32}
+TINY: Settings = {"width": 16, "heads": 2, "blocks": 1, "context": 16, "vocabulary": 300, "batch": 4}
+RATES = (1e-3, 2e-3, 4e-3)
+SEEDS = (0, 1, 2)
+STEPS = 500
+PRODUCTS = {"bp": 3, "pc": 7, "gaussian-pc": 7}  # of a training step, in passes of the network's products: T = 3
+PUBLISHED = {"bp": 162.64, "pc": 175.90, "gaussian-pc": 590.08}
+"""Test perplexity on LM1B, the whole of which the paper trains on (Pinchetti et al. 2022, table 3)."""
+
+
+def base(data: Path | None, quick: bool) -> Settings:
+    """What all runs share: the model, the batch and the number of steps."""
+    if quick:
+        return TINY | {"steps": 20}
+    return (DEFAULT if data is None else PAPER) | {"steps": STEPS}
+
+
+def texts(data: Path | None, tuning: bool) -> tuple[str, str]:
+    """The text to train on and the one to measure on; in tuning the validation text, or a part of the training text."""
+    valid = None
+    if data is None:
+        training, test = split(read_text())
+    elif (data / "train.txt").exists():
+        training, valid, test = (read_text(str(data / f"{part}.txt")) for part in ("train", "valid", "test"))
+    else:
+        shards = sorted(data.glob("heldout-*.txt")), sorted(data.glob("news.en.heldout-*"))
+        if not all(shards):
+            raise InputError(f"{data}: it needs train.txt, valid.txt and test.txt, or LM1B's shards: see paper_lm.py")
+        training, test = ("".join(read_text(str(shard)) for shard in group) for group in shards)
+    if not tuning:
+        return training, test
+    return split(training) if valid is None else (training, valid)
+
+
+def run(settings: Settings, data: Path | None) -> Record:
+    """Train one model, as ``pc-triton train`` does; its score is the perplexity per token of the text measured on."""
+    options = {name: value for name, value in settings.items() if name != "tuning"}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("train.txt", "held_out.txt")]
+        for path, text in zip(paths, texts(data, settings["tuning"])):
+            path.write_text(text, encoding="utf-8")
+        every = settings["steps"] if settings["tuning"] else max(1, settings["steps"] // 5)
+        options |= {"data": str(paths[0]), "held_out": str(paths[1]), "eval_every": every}
+        try:
+            result = train(TrainSettings(**options), Path(folder) / "run", device="cpu", quiet=True)
+        except InputError as error:
+            if "not finite" not in str(error):
+                raise
+            return {"diverged": str(error)}
+    record = {"score": result["held_out_perplexity"], "unigram_perplexity": result["unigram_perplexity"]}
+    if result["report"] is not None:
+        for name in ("settled", "residual", "cosine", "worst_cosine", "explained"):
+            record[name] = getattr(result["report"], name)
+        record["node_energies"] = {node.name: node.energy for node in result["report"].nodes}
+    return record | {"evaluations": result["evaluations"], "losses_every_10th": result["losses"][::10]}
+
+
+def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
+    """Make the runs that ``out`` lacks; Markdown of methods and tuning, and a PNG of the curves beside the JSON."""
+    common = base(data, quick)
+    variants = [common | {"method": method} for method in ("bp", "pc", "gaussian-pc")]
+    variants.insert(1, common | {"method": "bp", "steps": common["steps"] * PRODUCTS["pc"] // PRODUCTS["bp"]})
+    rates, seeds = (RATES[:2], SEEDS[:1]) if quick else (RATES, SEEDS)
+    results = tuned(out, variants, rates, seeds, partial(run, data=data), jobs)
+    plot(results, out.with_suffix(".png"))
+    return table(results) + "\n\n" + tuning_table(load(out)["runs"])
+
+
+def name(settings: Settings) -> str:
+    """A method, and what sets it apart from the default."""
+    found = settings["method"]
+    if settings["method"] == "bp":
+        found += f", {settings['steps']} steps"
+    return found
+
+
+def table(results: Sequence[Sequence[Record]]) -> str:
+    """Markdown: each method's perplexities, their ratio to backpropagation's, and the regime, means over the seeds."""
+    seeds = [f"seed {record['settings']['seed']}" for record in results[0]]
+    heads = ["method", "products", "lr", *seeds, "mean ± std", "ratio to bp", "regime"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    first = mean(map(score, results[0]))
+    for records in results:
+        settings = records[0]["settings"]
+        products = settings["steps"] * PRODUCTS[settings["method"]] / (results[0][0]["settings"]["steps"] * 3)
+        values = list(map(score, records))
+        cells = [name(settings), f"{products:.2f}", f"{settings['lr']:g}"]
+        cells += [f"{v:.2f}" if v < DIVERGED else "diverged" for v in values]
+        cells += [spread(records), f"{mean(values) / first:.3f}", regime(records)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tuning_table(runs: Sequence[Record]) -> str:
+    """Markdown: each method's perplexity in tuning at every learning rate that was tried."""
+    tried = [record for record in runs if record["settings"]["seed"] == TUNING_SEED]
+    rates = sorted({record["settings"]["lr"] for record in tried})
+    found = {(name(record["settings"]), record["settings"]["lr"]): score(record) for record in tried}
+    lines = ["| in tuning | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for method in sorted({method for method, _ in found}):
+        values = [found.get((method, rate)) for rate in rates]
+        lines.append(f"| {method} | " + " | ".join("" if v is None else f"{v:.2f}" for v in values) + " |")
+    return "\n".join(lines)
+
+
+def regime(records: Sequence[Record]) -> str:
+    """Where the trained models' inference stands, means over the seeds."""
+    if "settled" not in records[0]:
+        return "no inference"
+    names = ("settled", "explained", "residual", "cosine", "worst_cosine")
+    settled, explained, residual, cosine, worst = (mean(r[key] for r in records) for key in names)
+    return (
+        f"settled {settled:.1%} (explains {explained:.2%} of F), residual {residual:.2g}, "
+        f"cosine to bp {cosine:.4f} (worst parameter {worst:.3f})"
+    )
+
+
+def plot(results: Sequence[Sequence[Record]], png: Path) -> None:
+    """Perplexity over the training steps: each method's mean over the seeds, and their range as a band."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for records in results:
+        finished: list[Any] = [record["evaluations"] for record in records if "evaluations" in record]
+        if finished:
+            steps = [row["step"] for row in finished[0]]
+            values = list(zip(*([row["perplexity"] for row in rows] for rows in finished)))
+            (line,) = axes.plot(steps, list(map(mean, values)), marker=".", label=name(records[0]["settings"]))
+            band = list(map(min, values)), list(map(max, values))
+            axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2)
+    unigram = next((r["unigram_perplexity"] for rows in results for r in rows if "unigram_perplexity" in r), None)
+    if unigram is not None:
+        axes.axhline(unigram, color="gray", linestyle="--", label=f"unigram model, {unigram:.0f}")
+    axes.set(xlabel="training step", ylabel="held-out perplexity per token", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(png, dpi=120)

@@ -1,6 +1,6 @@
 """The conditional language model of Pinchetti et al. 2022, section 4.3: BP, PC and Gaussian PC on the same text.
 
-``--data`` is a folder of UTF-8 text: ``train.txt``, ``valid.txt`` and ``test.txt``, as of WikiText-2, or shards of LM1B,
+``--data`` is a folder of UTF-8 text: ``train.txt``, ``valid.txt`` and ``test.txt``, as of WikiText-2, or LM1B's shards,
 ``heldout-*.txt`` to train on and ``news.en.heldout-*`` to measure on; then the model is the paper's: one block, one
 head, 128 units, sequences of 32 tokens, 8,001 byte-pair tokens. Without it the text is Python's language reference, and
 the model that of ``pc-triton train``. Learning rates are chosen on text that is neither trained on nor measured on.
@@ -30,7 +30,6 @@ TINY: Settings = {"width": 16, "heads": 2, "blocks": 1, "context": 16, "vocabula
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
 STEPS = 500
-PRODUCTS = {"bp": 3, "pc": 7, "gaussian-pc": 7}  # of a training step, in passes of the network's products: T = 3
 PUBLISHED = {"bp": 162.64, "pc": 175.90, "gaussian-pc": 590.08}
 """Test perplexity on LM1B, the whole of which the paper trains on (Pinchetti et al. 2022, table 3)."""
 
@@ -86,19 +85,24 @@ def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     """Make the runs that ``out`` lacks; Markdown of methods and tuning, and a PNG of the curves beside the JSON."""
     common = base(data, quick)
     variants = [common | {"method": method} for method in ("bp", "pc", "gaussian-pc")]
-    variants.insert(1, common | {"method": "bp", "steps": common["steps"] * PRODUCTS["pc"] // PRODUCTS["bp"]})
+    variants.insert(1, variants[0] | {"steps": common["steps"] * products(variants[1]) // products(variants[0])})
     rates, seeds = (RATES[:2], SEEDS[:1]) if quick else (RATES, SEEDS)
     results = tuned(out, variants, rates, seeds, partial(run, data=data), jobs)
     plot(results, out.with_suffix(".png"))
     return table(results) + "\n\n" + tuning_table(load(out)["runs"])
 
 
-def name(settings: Settings) -> str:
-    """A method, and what sets it apart from the default."""
-    found = settings["method"]
-    if settings["method"] == "bp":
-        found += f", {settings['steps']} steps"
-    return found
+def products(settings: Settings) -> int:
+    """Passes of the network's products in a training: a step of BP takes 3, one of PC in error order 2 T + 1."""
+    return settings["steps"] * (3 if settings["method"] == "bp" else 2 * settings.get("inference_steps", 3) + 1)
+
+
+def names(all_settings: Sequence[Settings]) -> list[str]:
+    """Of each its method, and the settings in which they differ otherwise."""
+    keys = dict.fromkeys(key for settings in all_settings for key in settings if key not in ("method", "lr", "seed"))
+    differ = [key for key in keys if len({settings.get(key) for settings in all_settings}) > 1]
+    parts = [[f"{key.replace('_', ' ')} {s[key]}" for key in differ if key in s] for s in all_settings]
+    return [", ".join([s["method"], *part]) for s, part in zip(all_settings, parts)]
 
 
 def table(results: Sequence[Sequence[Record]]) -> str:
@@ -107,11 +111,10 @@ def table(results: Sequence[Sequence[Record]]) -> str:
     heads = ["method", "products", "lr", *seeds, "mean ± std", "ratio to bp", "regime"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     first = mean(map(score, results[0]))
-    for records in results:
-        settings = records[0]["settings"]
-        products = settings["steps"] * PRODUCTS[settings["method"]] / (results[0][0]["settings"]["steps"] * 3)
+    all_settings = [records[0]["settings"] for records in results]
+    for name, settings, records in zip(names(all_settings), all_settings, results):
         values = list(map(score, records))
-        cells = [name(settings), f"{products:.2f}", f"{settings['lr']:g}"]
+        cells = [name, f"{products(settings) / products(all_settings[0]):.2f}", f"{settings['lr']:g}"]
         cells += [f"{v:.2f}" if v < DIVERGED else "diverged" for v in values]
         cells += [spread(records), f"{mean(values) / first:.3f}", regime(records)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -122,11 +125,12 @@ def tuning_table(runs: Sequence[Record]) -> str:
     """Markdown: each method's perplexity in tuning at every learning rate that was tried."""
     tried = [record for record in runs if record["settings"]["seed"] == TUNING_SEED]
     rates = sorted({record["settings"]["lr"] for record in tried})
-    found = {(name(record["settings"]), record["settings"]["lr"]): score(record) for record in tried}
     lines = ["| in tuning | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
-    for method in sorted({method for method, _ in found}):
-        values = [found.get((method, rate)) for rate in rates]
-        lines.append(f"| {method} | " + " | ".join("" if v is None else f"{v:.2f}" for v in values) + " |")
+    found: dict[str, dict[float, float]] = {}
+    for name, record in zip(names([record["settings"] for record in tried]), tried):
+        found.setdefault(name, {})[record["settings"]["lr"]] = score(record)
+    for name, values in found.items():
+        lines.append(f"| {name} | " + " | ".join(f"{values[rate]:.2f}" for rate in rates) + " |")
     return "\n".join(lines)
 
 
@@ -146,12 +150,12 @@ def plot(results: Sequence[Sequence[Record]], png: Path) -> None:
     """Perplexity over the training steps: each method's mean over the seeds, and their range as a band."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for records in results:
+    for name, records in zip(names([records[0]["settings"] for records in results]), results):
         finished: list[Any] = [record["evaluations"] for record in records if "evaluations" in record]
         if finished:
             steps = [row["step"] for row in finished[0]]
             values = list(zip(*([row["perplexity"] for row in rows] for rows in finished)))
-            (line,) = axes.plot(steps, list(map(mean, values)), marker=".", label=name(records[0]["settings"]))
+            (line,) = axes.plot(steps, list(map(mean, values)), marker=".", label=name)
             band = list(map(min, values)), list(map(max, values))
             axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2)
     unigram = next((r["unigram_perplexity"] for rows in results for r in rows if "unigram_perplexity" in r), None)

@@ -72,8 +72,8 @@ class Report:
             return "backpropagation: the states are at their predictions"
         return (
             f"settled {self.settled:.1%} of the reachable fall in {len(self.free_energies) - 1} moves (it explains "
-            f"{self.explained:.2%} of F), residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} (worst "
-            f"parameter {self.worst_cosine:.3f})"
+            f"{self.explained:.2%} of F), residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} "
+            f"(worst parameter {self.worst_cosine:.3f})"
         )
 
     def __str__(self) -> str:

@@ -3,7 +3,7 @@
 mu = scale q k', u = mu + e, p = softmax(u), q_ = softmax(mu), output p v, E = pi KL[p || q_] (Pinchetti et al. 2022,
 arXiv 2211.03481, section 4.3). Neither mu nor p nor their gradients reach memory, as in Dao et al. 2022 (arXiv
 2205.14135): e ``[B, H, N, K]`` alone does, and without a state (e = 0) nothing of that size. Tiles that causal hides
-are not visited.
+are not visited, nor are those behind an item's last key that is no padding.
 
 A row's KL is gathered in one pass over the keys by the chain rule: for keys a and b seen apart, of weights w in p and
 v in q_, KL = w_a KL_a + w_b KL_b + KL[w || v]. Each term is taken as in ``categorical.py``, without cancellation, and
@@ -61,6 +61,22 @@ def seen_keys(cols, item, padding_ptr, n_keys, PADDING: tl.constexpr):
     if PADDING:
         seen = seen & (tl.load(padding_ptr + (item * n_keys + cols), mask=seen, other=1) == 0)
     return seen
+
+
+@triton.jit
+def end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL: tl.constexpr, PADDING: tl.constexpr,
+           ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """Where the keys end that this block of queries sees."""
+    end = n_keys
+    if CAUSAL:
+        end = tl.minimum(n_keys, (block + 1) * ROWS + n_keys - n_queries)
+    if PADDING:
+        last = 0
+        for start in range(0, end, COLS):
+            cols = start + tl.arange(0, COLS)
+            last = tl.maximum(last, tl.max(tl.where(seen_keys(cols, item, padding_ptr, n_keys, PADDING), cols + 1, 0)))
+        end = tl.minimum(end, last)
+    return end
 
 
 @triton.jit
@@ -164,9 +180,7 @@ def _forward(
     row = (low, nil, low, nil, nil, nil)
     peak, total, mean_d, kl = low, nil, nil, nil
     out = tl.zeros([ROWS, DIM], tl.float32)
-    end = n_keys
-    if CAUSAL:
-        end = tl.minimum(n_keys, (block + 1) * ROWS + n_keys - n_queries)
+    end = end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING, ROWS, COLS)
     for start in range(0, end, COLS):
         cols = start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
@@ -288,9 +302,7 @@ def _grad_queries(
     k_ptr += item * n_keys * k_stride + head // GROUP * HEAD
     v_ptr += item * n_keys * v_stride + head // GROUP * HEAD
     grad_q = tl.zeros([ROWS, DIM], tl.float32)
-    end = n_keys
-    if CAUSAL:
-        end = tl.minimum(n_keys, (block + 1) * ROWS + n_keys - n_queries)
+    end = end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING, ROWS, COLS)
     for start in range(0, end, COLS):
         cols = start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
@@ -367,6 +379,8 @@ def _step_keys(
     first = 0
     if CAUSAL:
         first = tl.maximum(block * COLS - (n_keys - n_queries), 0) // ROWS * ROWS
+    if PADDING:
+        first = tl.where(tl.max(seen.to(tl.int32)) > 0, first, n_queries)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         head_row = (item * n_heads + head) * n_queries
@@ -552,8 +566,8 @@ def attention_step(
 
     dF/dmu = p (pi (d - <p, d>) + g - <p, g>) + pi (q_ - p). The arguments are those of `attention_forward`, with what
     it returned for this state (out, facts) and with grad_out ``[B, H, N, D]``, dF/dout; keep, move ``[S]`` float32.
-    The state is moved in place; None stands for 0, and the new one is returned. Where masked it is 0; of a state that
-    was given, what causal hides is left as it is, since nothing reads it. Without keep and move it is the learning
+    The state is moved in place; None stands for 0, and the new one, which is 0 where masked, is returned. Of a state
+    that was given what is masked may be left as it is: nothing reads it. Without keep and move it is the learning
     pass: the state stays. Every sum has its order: the same arguments give the same bits.
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype.
     """

@@ -74,14 +74,6 @@ def check(q, k, v, grad_out, state, coefficients, *, learn=False, **options):
         terms = rounding * (move / precision).max() / torch.finfo(torch.float32).eps
         spread = [x.masked_fill(hidden, 0.0) for x in (moved, truth[0], plain[0])]
         assert_close("state", *spread, terms=terms if q.dtype != torch.float32 else 0.0)
-        if options.get("padding") is not None:
-            padded = options["padding"][:, None, None, :].expand_as(moved)
-            seen = (
-                torch.ones_like(hidden)
-                if not masks["causal"]
-                else ~(reference.mask_logits(logits, True, None) == HIDDEN)
-            )
-            assert (moved[padded & seen] == 0).all()
     sent = (grad_out.double() @ v.double().repeat_interleave(q.shape[1] // v.shape[1], 1).mT).abs().max()
     largest = max(1.0, *(options["scale"] * x.abs().max().item() for x in (q, k)))
     for name, a, b, c in zip(("dF/dq", "dF/dk", "dF/dv"), grads, truth[1:], plain[1:]):

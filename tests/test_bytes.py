@@ -140,6 +140,21 @@ def test_attention_reads_its_state_once_forward_and_twice_in_a_step(causal, move
     assert 4 * least <= moved.stored32 <= 4 * seen + few
 
 
+def test_attention_reads_no_state_behind_the_padding(moved):
+    """Of an item whose last half is padding half the pairs are read, in the tiles of its keys."""
+    items, heads, n, dim = 2, 1, 256, 16
+    q, k, v, grad = (torch.randn(items, heads, n, dim).half() for _ in range(4))
+    state, pi, kernels = torch.randn(items, heads, n, n) / 9, torch.ones(items), triton_kernels()
+    padding = torch.arange(n).expand(items, n) >= torch.tensor([[n // 2], [n]])
+    seen, few = heads * n * n * 3 // 2, 4 * items * heads * n * (8 + 4 * n // 64)
+    out, _, facts = kernels.attention_forward(q, k, v, state, pi, scale=0.25, padding=padding)
+    assert 4 * seen <= moved.loaded32 <= 4 * seen + few
+    moved.loaded32 = moved.stored32 = 0
+    kernels.attention_step(q, k, v, out, grad, state, pi, pi / 3, pi / 3, facts, scale=0.25, padding=padding)
+    assert 8 * seen <= moved.loaded32 <= 8 * seen + few
+    assert 4 * seen <= moved.stored32 <= 4 * seen + few
+
+
 def test_a_linear_layer_moves_each_state_once(moved):
     """Float32 is the state and the energies: the product's tiles share the states of their rows."""
     rows, n, k = 256, 192, 160

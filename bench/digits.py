@@ -1,13 +1,13 @@
-"""A training step of a small network on a CPU: predictive coding against backpropagation and other PC libraries.
+"""A training step of a small network: predictive coding against backpropagation and other PC libraries.
 
     python bench/digits.py                                  # this project and torch
     python bench/digits.py --pcx PYTHON --fabricpc PYTHON   # and the rivals, each with its own environment's python
 
 The network is 64-128-128-10, tanh, on scikit-learn's digits, batch 128, plain SGD. Every method runs in a process of
-its own, on one processor, and the processes take turns, a few steps each, so that all see the same machine; printed are
-each method's times as ratios to backpropagation's (median over the turns, and the quartiles). PCX and FabricPC
-need different versions of JAX: make two environments (``pip install pcx==0.6.3 scikit-learn``, ``pip install
-fabricpc==0.6.0 scikit-learn``).
+its own, on one processor or with ``--device cuda`` on the GPU, and the processes take turns, a few steps each, so that
+all see the same machine; printed are each method's times as ratios to backpropagation's (median over the turns, and the
+quartiles). PCX and FabricPC need different versions of JAX: make two environments (``pip install pcx==0.6.3
+scikit-learn``, ``pip install fabricpc==0.6.0 scikit-learn``).
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-    "PYTHONPATH": str(HERE.parent),
+    "cpu": {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu"},
+    "cuda": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "backpropagation": ("torch", {}),
@@ -51,14 +50,23 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Scikit-learn's 1,797 digits: x float32 ``[1797, 64]`` in [0, 1] and y int64 ``[1797]``."""
-    from sklearn.datasets import load_digits
+    """Scikit-learn's 1,797 digits: x float32 ``[1797, 64]`` in [0, 1] and y int64 ``[1797]``.
 
+    Without scikit-learn as many points of ten clusters.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        random = np.random.default_rng(0)
+        y = random.integers(0, 10, 1797)
+        return (random.random((10, 64))[y] + 0.3 * random.standard_normal((1797, 64))).astype(np.float32), y
     x, y = load_digits(return_X_y=True)
     return (x / 16).astype(np.float32), y.astype(np.int64)
 
 
-def torch_method(batches: Any, compile: bool = False, pc: bool = False, eager: bool = False, **options: Any) -> Any:
+def torch_method(
+    batches: Any, device: str, compile: bool = False, pc: bool = False, eager: bool = False, **options: Any
+) -> Any:
     """The network in torch: backpropagation, or predictive coding by `FreeEnergy` with these options."""
     import torch
     import torch.nn.functional as F
@@ -69,9 +77,9 @@ def torch_method(batches: Any, compile: bool = False, pc: bool = False, eager: b
     torch.manual_seed(0)
     torch.set_num_threads(1)
     linear = pc_triton.Linear if pc else nn.Linear
-    model = nn.Sequential(linear(64, 128), nn.Tanh(), linear(128, 128), nn.Tanh(), linear(128, 10))
+    model = nn.Sequential(linear(64, 128), nn.Tanh(), linear(128, 128), nn.Tanh(), linear(128, 10)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    data = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in batches]
+    data = [(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in batches]
     if pc:
         loss = pc_triton.FreeEnergy(model, **options)
         if not eager:
@@ -90,14 +98,14 @@ def torch_method(batches: Any, compile: bool = False, pc: bool = False, eager: b
         optimizer.step()
 
     def accuracy(x: np.ndarray, y: np.ndarray) -> float:
-        return float((model(torch.from_numpy(x)).argmax(-1).numpy() == y).mean())
+        return float((model(torch.from_numpy(x).to(device)).argmax(-1).cpu().numpy() == y).mean())
 
-    return step, accuracy
+    return step, torch.cuda.synchronize if device == "cuda" else lambda: None, accuracy
 
 
-def worker(name: str) -> None:
+def worker(name: str, device: str) -> None:
     """Train by one method: for each line with a number of steps on stdin, write the seconds they took to stdout."""
-    if hasattr(os, "sched_setaffinity"):
+    if device == "cpu" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one processor, the same for all
     kind, options = METHODS[name]
     x, y = digits()
@@ -105,14 +113,15 @@ def worker(name: str) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints goes to stderr
     if kind in ("torch", "pc"):
-        step, accuracy = torch_method(batches, pc=kind == "pc", **options)
+        step, wait, accuracy = torch_method(batches, device, pc=kind == "pc", **options)
     else:
         import rivals
 
-        step, accuracy = getattr(rivals, kind)(batches, **options)
+        step, wait, accuracy = getattr(rivals, kind)(batches, **options)
     done = 0
     for _ in range(3):
         step(done)
+    wait()
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         if line == "accuracy\n":
@@ -122,19 +131,20 @@ def worker(name: str) -> None:
         for _ in range(int(line)):
             step(done)
             done += 1
+        wait()
         print(time.perf_counter() - start, file=out, flush=True)
 
 
 class Worker:
     """A worker's process."""
 
-    def __init__(self, name: str, python: str) -> None:
+    def __init__(self, name: str, python: str, device: str) -> None:
         self.process = subprocess.Popen(
-            [python, __file__, "--worker", name],
+            [python, __file__, "--worker", name, "--device", device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT[device], "PYTHONPATH": str(HERE.parent)},
         )
 
     def read(self) -> str:
@@ -153,14 +163,16 @@ class Worker:
         return float(self.read())
 
 
-def measure(pythons: dict[str, str], turns: int, steps: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(
+    pythons: dict[str, str], device: str, turns: int, steps: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """A row for each method whose python is given: its ratio to backpropagation (median, quartiles), its accuracy."""
     workers: dict[str, Worker] = {}
     try:
         for name, (kind, _) in METHODS.items():
             if kind in pythons:
                 say(f"starting {name}")
-                workers[name] = Worker(name, pythons[kind])
+                workers[name] = Worker(name, pythons[kind], device)
                 workers[name].read()  # one after the other: compiling takes both processors
         ratios: dict[str, list[float]] = {name: [] for name in workers}
         for _ in range(turns):
@@ -192,22 +204,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pcx", help="python of an environment with pcx")
     parser.add_argument("--fabricpc", help="python of an environment with fabricpc")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all train (default cpu)")
     parser.add_argument("--turns", type=int, default=60, help="turns of each method (default 60)")
     parser.add_argument("--steps", type=int, default=20, help="training steps a turn (default 20)")
     parser.add_argument("--out", type=Path, help="also write the rows to this JSON file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        worker(given.worker)
+        worker(given.worker, given.device)
         return
     pythons = {"torch": sys.executable, "pc": sys.executable}
     pythons |= {kind: python for kind in ("pcx", "fabricpc") if (python := getattr(given, kind))}
-    rows = measure(pythons, max(given.turns, 2), given.steps, lambda line: print(line, file=sys.stderr))
+    rows = measure(pythons, given.device, max(given.turns, 2), given.steps, lambda line: print(line, file=sys.stderr))
     if given.out:
         import torch
-        from compare_methods import commit
+        from runs import commit
 
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
+        processor = torch.cuda.get_device_name() if given.device == "cuda" else platform.machine()
+        machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": processor}
         machine["commit"] = commit()
         given.out.parent.mkdir(parents=True, exist_ok=True)
         record = {**machine, "turns": given.turns, "steps": given.steps, "rows": rows}

@@ -2,10 +2,10 @@
 
     python bench/gpu.py [--commit SHA] [--out DIR] [--minutes 8]
 
-It needs torch, triton, numpy, matplotlib, pytest and pytest-benchmark, and no installed package; liger-kernel and
-cut-cross-entropy are measured as rivals where they are installed. It writes DIR/<device>.json and a roofline
-DIR/<device>.png, and prints the tables. Exit status 1: a test failed, and no speed is printed; 2: no GPU, or no
-kernels.
+It needs torch, triton, numpy, matplotlib, pytest and pytest-benchmark, and no installed package; liger-kernel,
+cut-cross-entropy, pcx and fabricpc are measured as rivals where they are installed. It writes DIR/<device>.json and a
+roofline DIR/<device>.png, and prints the tables. Exit status 1: a test failed, and no speed is printed; 2: no GPU, or
+no kernels.
 """
 
 from __future__ import annotations
@@ -90,6 +90,19 @@ def measure_training(deadline: float) -> Iterator[dict]:
             yield from rows
 
 
+def measure_small(deadline: float) -> list[dict]:
+    """Rows of ``digits.py``: a small network on the GPU."""
+    import digits
+
+    if time.monotonic() > deadline:
+        print("out of time before the small network")
+        return []
+    kinds = ["torch", "pc", *(rival for rival in ("pcx", "fabricpc") if importlib.util.find_spec(rival))]
+    rows = digits.measure(dict.fromkeys(kinds, sys.executable), "cuda", turns=20, steps=20, say=print)
+    print(digits.table(rows), flush=True)
+    return rows
+
+
 def table(rows: list[dict]) -> str:
     """The rows as markdown; a rival's column says how many times as long as ours it took."""
     names = list(dict.fromkeys(name for row in rows for name in row["rivals"]))
@@ -124,11 +137,13 @@ def roofline(machine: dict, rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write(out: Path, machine: dict, rows: list[dict], training: list[dict]) -> Path:
+def write(out: Path, machine: dict, rows: list[dict], small: list[dict], training: list[dict]) -> Path:
     """``out/<device>.json``: the machine, a row a kernel and a row a training step; beside it the roofline."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{machine['device'].replace(' ', '_').replace('/', '_')}.json"
-    path.write_text(json.dumps({**machine, "rows": rows, "training": training}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({**machine, "rows": rows, "small": small, "training": training}, indent=1) + "\n", encoding="utf-8"
+    )
     roofline(machine, rows, path.with_suffix(".png"))
     return path
 
@@ -163,14 +178,16 @@ def main(arguments: list[str] | None = None) -> int:
         "product_flops_per_second": product_speed("cuda"),
     }
     rows: list[dict] = []
+    small: list[dict] = []
     training: list[dict] = []
     try:
         for row in measure_all(start + 60 * options.minutes):
             rows.append(row)
+        small += measure_small(start + 60 * options.minutes)
         for row in measure_training(start + 60 * options.minutes):
             training.append(row)
     finally:  # what was measured is kept
-        path = write(options.out, machine, rows, training)
+        path = write(options.out, machine, rows, small, training)
         print(f"{', '.join(f'{key} {value}' for key, value in machine.items())}\n\n{table(rows)}\n\nin {path}")
     return 0
 

@@ -1,7 +1,7 @@
 """The digits network of ``digits.py`` in other predictive coding libraries, written as their own tutorials do.
 
-Each function takes the batches (a list of x ``[128, 64]`` float32 and y ``[128]`` int64 in numpy) and returns the
-step, a function of a batch's number that trains on it and waits for the end, and the accuracy, a function of (x, y).
+Each function takes the batches (a list of x ``[128, 64]`` float32 and y ``[128]`` int64 in numpy) and returns three:
+the step, a function of a batch's number that trains on it; the wait for all steps to end; the accuracy of (x, y).
 Network: 64-128-128-10, tanh, squared errors on the hidden nodes, cross-entropy on the output, plain SGD at 0.1.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 Batches = Sequence[tuple[np.ndarray, np.ndarray]]
-Trained = tuple[Callable[[int], Any], Callable[[np.ndarray, np.ndarray], float]]
+Trained = tuple[Callable[[int], Any], Callable[[], Any], Callable[[np.ndarray, np.ndarray], float]]
 SIZES = (64, 128, 128, 10)
 ONE_HOT = np.eye(10, dtype=np.float32)
 
@@ -85,14 +85,13 @@ def pcx(batches: Batches, steps: int) -> Trained:
     def step(number: int) -> None:
         x, y = on_device[number % len(on_device)]
         train(steps, x, y, model=model, optim_w=optim_w, optim_h=optim_h)
-        weight.get().block_until_ready()
 
     def accuracy(x: np.ndarray, y: np.ndarray) -> float:
         for number, layer in enumerate(model.layers):
             x = (np.tanh(x) if number else x) @ np.asarray(layer.nn.weight.get()).T + np.asarray(layer.nn.bias.get())
         return float((x.argmax(-1) == y).mean())
 
-    return step, accuracy
+    return step, lambda: weight.get().block_until_ready(), accuracy
 
 
 def fabricpc(batches: Batches, steps: int, error_order: bool = False) -> Trained:
@@ -110,7 +109,7 @@ def fabricpc(batches: Batches, steps: int, error_order: bool = False) -> Trained
     from fabricpc.nodes import Linear
     from fabricpc.training import evaluate, make_train_step
 
-    setup_jax("cpu")
+    setup_jax(jax.default_backend())
     nodes = [Linear(shape=(SIZES[0],), name="x")]
     nodes += [Linear(shape=(n,), name=f"h{k}", activation=TanhActivation()) for k, n in enumerate(SIZES[1:-1])]
     nodes += [Linear(shape=(10,), name="y", activation=SoftmaxActivation(), energy=CrossEntropyEnergy())]
@@ -129,11 +128,10 @@ def fabricpc(batches: Batches, steps: int, error_order: bool = False) -> Trained
 
     def step(number: int) -> None:
         nonlocal params, state
-        params, state, metrics, _ = train(params, state, on_device[number % len(on_device)], key)
-        metrics["energy"].block_until_ready()
+        params, state, *_ = train(params, state, on_device[number % len(on_device)], key)
 
     def accuracy(x: np.ndarray, y: np.ndarray) -> float:
         found = evaluate(params, structure, [{"x": x, "y": ONE_HOT[y]}], {}, key)
         return float(found["accuracy"])
 
-    return step, accuracy
+    return step, lambda: jax.block_until_ready(params), accuracy

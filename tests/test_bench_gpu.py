@@ -68,6 +68,7 @@ def test_table_and_file(gpu, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "missing", lambda: None)
     monkeypatch.setattr(gpu, "tests_pass", lambda timeout: True)
     monkeypatch.setattr(gpu, "measure_all", lambda deadline: [ROW])
+    monkeypatch.setattr(gpu, "measure_small", lambda deadline: [{"method": "PCX", "ratio": 9.0}])
     monkeypatch.setattr(gpu, "measure_training", lambda deadline: [{"method": "PC, T=3", "ratio": 2.0}])
     monkeypatch.setitem(
         sys.modules, "bench_kernels", SimpleNamespace(copy_speed=lambda *_: 3e12, product_speed=lambda _: 8e14)
@@ -76,6 +77,7 @@ def test_table_and_file(gpu, monkeypatch, capsys, tmp_path):
     assert gpu.main(["--commit", "abc", "--out", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "NVIDIA_H200.json").read_text())
     assert written["rows"] == [ROW]
+    assert written["small"] == [{"method": "PCX", "ratio": 9.0}]
     assert written["training"] == [{"method": "PC, T=3", "ratio": 2.0}]
     assert (tmp_path / "NVIDIA_H200.png").read_bytes().startswith(b"\x89PNG")
     assert written["commit"] == "abc"

@@ -3,30 +3,22 @@
     python bench/compare_methods.py [--jobs 2] [--quick]
 
 Every method gets the same grid of learning rates on a seed of its own, then its best one on the seeds that count. Each
-run is what ``pc-triton train`` does, on one CPU thread. A finished run is written to the JSON at once, with the commit
-that made it, and not done again after an interruption: after a change of the code begin with another ``--out``. At the
-end: Markdown tables of the methods and of the tuning on stdout, and beside the JSON a PNG of the curves.
+run is what ``pc-triton train`` does; how runs are made and kept is in ``runs.py``. At the end: Markdown tables of the
+methods and of the tuning on stdout, and beside the JSON a PNG of the curves.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from tqdm import tqdm
+from runs import DIVERGED, complete, load
 
 from pc_triton.text import InputError
 from pc_triton.train import METHODS, Settings, train
@@ -34,13 +26,12 @@ from pc_triton.train import METHODS, Settings, train
 LEARNING_RATES: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TUNING_SEED = 3
 SEEDS: tuple[int, ...] = (0, 1, 2)
-DIVERGED = float("inf")
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """The record of one training run, in a process of its own."""
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    """The record of one training run."""
+    settings = Settings(**options)
     record: dict[str, Any] = {"method": settings.method, "seed": settings.seed, "lr": settings.lr}
-    record |= {"settings": asdict(settings), "commit": commit()}
     try:
         with tempfile.TemporaryDirectory() as folder:
             result = train(settings, folder, device="cpu", quiet=True)
@@ -56,51 +47,6 @@ def run(settings: Settings) -> dict[str, Any]:
     return record | {"losses_every_10th": result["losses"][::10]}
 
 
-def commit() -> str:
-    """The commit of this checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
-def environment() -> dict[str, str]:
-    """What the runs were made with."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return versions | {"device": "CPU only, one thread a run"}
-
-
-def load(out: Path) -> dict[str, Any]:
-    """The runs that the JSON holds."""
-    return json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"environment": environment(), "runs": []}
-
-
-def save(out: Path, results: dict[str, Any]) -> None:
-    """Replace the JSON at once."""
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, out)
-
-
-def find(results: dict[str, Any], settings: Settings) -> dict[str, Any] | None:
-    """The record of a run, if it is there."""
-    return next((record for record in results["runs"] if record["settings"] == asdict(settings)), None)
-
-
-def complete(out: Path, wanted: list[Settings], jobs: int) -> list[dict[str, Any]]:
-    """The records of these runs; those not in the JSON are made."""
-    results = load(out)
-    todo = [settings for settings in wanted if find(results, settings) is None]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run, settings) for settings in todo]
-        try:
-            for future in tqdm(as_completed(futures), "runs", len(wanted), initial=len(wanted) - len(todo)):
-                results["runs"].append(future.result())
-                save(out, results)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [record for settings in wanted if (record := find(results, settings)) is not None]
-
-
 def perplexity(record: dict[str, Any]) -> float:
     """Held out, per token; infinite for a run that diverged."""
     return record.get("held_out_perplexity", DIVERGED)
@@ -109,9 +55,9 @@ def perplexity(record: dict[str, Any]) -> float:
 def compare(base: Settings, rates: tuple[float, ...], seeds: tuple[int, ...], out: Path, jobs: int) -> dict[str, Any]:
     """The records of the seeds, by method, each at the method's best learning rate."""
     tuning = [replace(base, method=m, lr=lr, seed=TUNING_SEED) for m in METHODS for lr in rates]
-    best = best_rates(complete(out, tuning, jobs))
+    best = best_rates(complete(out, list(map(asdict, tuning)), run, jobs))
     final = [replace(base, method=m, lr=best[m], seed=seed) for m in METHODS for seed in seeds]
-    return chosen(complete(out, final, jobs), best)
+    return chosen(complete(out, list(map(asdict, final)), run, jobs), best)
 
 
 def best_rates(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -192,14 +138,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON of the runs (default bench/results/methods.json)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one thread (default 1)")
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
     base, rates, seeds = Settings(), LEARNING_RATES, SEEDS
     out = Path(__file__).parent / "results" / "methods.json"
     if arguments.quick:
         base = replace(base, width=16, heads=2, blocks=1, context=16, batch=4, steps=40, eval_every=10, vocabulary=300)
         rates, seeds, out = rates[:2], seeds[:2], Path(tempfile.gettempdir()) / "methods-quick.json"
     out = arguments.out or out
-    out.parent.mkdir(parents=True, exist_ok=True)
     final = compare(base, rates, seeds, out, arguments.jobs)
     print(table(final), tuning_table(load(out)["runs"], rates), sep="\n\n")
     plot(final, out.with_suffix(".png"))

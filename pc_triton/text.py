@@ -28,7 +28,7 @@ def read_text(path: str | None = None) -> str:
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except OSError as error:
-        raise InputError(f"{Path(path)}: {error.strerror}: give a readable text file with --data") from None
+        raise InputError(f"{Path(path)}: {error.strerror}: give a readable text file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 at byte {error.start}: convert it, as with `iconv -t UTF-8`") from None
     if not text.strip():

@@ -259,6 +259,9 @@ def test_data_that_cannot_be_used(tmp_path, capsys, content, message):
         ("--batch -1", "batch=-1"),
         ("--inference-steps 0", "inference_steps=0"),
         ("--displacement 1.5", "displacement=1.5"),
+        ("--precision much", "precision=much: give auto, or a positive"),
+        ("--precision -1", "precision=-1"),
+        ("--held-out missing.txt", "No such file"),
         ("--lr nan", "lr=nan"),
         ("--lr 0", "lr=0.0"),
         ("--seed -1", "seed=-1"),
@@ -492,3 +495,20 @@ def test_settings_from_python():
         Settings(method="x")
     with pytest.raises(InputError, match=r"width=3\.5"):
         Settings(width=3.5)
+
+
+def test_a_held_out_text_of_its_own(tmp_path, data, capsys):
+    """All of --data is trained on, all of --held-out measured; evaluation finds it again."""
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("another text to measure on\n" * 20, encoding="utf-8")
+    assert main(train_arguments(data, tmp_path / "run", f"--steps 2 --held-out {held_out}")) == 0
+    trained = capsys.readouterr().out.splitlines()[-1]
+    assert main(["eval", "--checkpoint", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == trained
+    held_out.write_text("a text that has changed\n" * 20, encoding="utf-8")
+    assert "the text is not the one" in failure(capsys, ["eval", "--checkpoint", tmp_path / "run"])
+
+
+def test_a_fixed_precision():
+    _, free_energy = training.build(training.Settings(width=16, heads=2, blocks=1, vocabulary=300, precision="10"))
+    assert free_energy.precision == 10

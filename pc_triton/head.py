@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dispatch import backend
-from .distributions import current
+from .distributions import inference_here, running
 from .reference import wide
 
 CHUNKS, LEAST = 32, 256
@@ -28,7 +28,11 @@ class Head(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``[B, ..., C]`` of input ``[B, ..., in_features]``; in inference their shape alone, without memory."""
-        inference = current.get()
+        return self._visit(input) if running else super().forward(input)
+
+    @torch.compiler.disable
+    def _visit(self, input: Tensor) -> Tensor:
+        inference = inference_here()
         output = None if inference is None else inference.labelled_output()
         if inference is None or output is None:
             return super().forward(input)

@@ -68,7 +68,7 @@ class HeadEnergy(torch.autograd.Function):
             if grad_x is not None:
                 grad_x[rows] = grad @ weight
             if grad_weight is not None:
-                grad_weight += grad.T @ x[rows]
+                _add_product(grad_weight, grad.T, x[rows])
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=grad_bias.dtype)
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
@@ -83,3 +83,13 @@ class HeadEnergy(torch.autograd.Function):
         x = None if x is None else (x * grad_energy.unsqueeze(-1)).to(x.dtype)
         weight, bias = (None if t is None else (t * scale).to(ctx.dtype) for t in (weight, bias))
         return x, weight, bias, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b; of half precision on a GPU in one pass, with the product in float32 as it was summed."""
+    if (
+        total.is_cuda and total.dtype != a.dtype == b.dtype and torch.__version__ >= "2.11"
+    ):  # earlier: total in a's dtype
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

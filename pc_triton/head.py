@@ -28,7 +28,7 @@ class Head(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``[B, ..., C]`` of input ``[B, ..., in_features]``; in inference their shape alone, without memory."""
-        return self._visit(input) if running else super().forward(input)
+        return self._visit(input) if len(running) > 0 else super().forward(input)
 
     @torch.compiler.disable
     def _visit(self, input: Tensor) -> Tensor:
@@ -87,9 +87,8 @@ class HeadEnergy(torch.autograd.Function):
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b; of half precision on a GPU in one pass, with the product in float32 as it was summed."""
-    if (
-        total.is_cuda and total.dtype != a.dtype == b.dtype and torch.__version__ >= "2.11"
-    ):  # earlier: total in a's dtype
+    half = total.dtype != a.dtype == b.dtype
+    if total.is_cuda and half and torch.__version__ >= "2.11":  # before that the total had to be half too
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b

@@ -40,7 +40,7 @@ running: list[Inference] = []
 
 def inference_here() -> Inference | None:
     """`current`, or None where no inference is running at all: so much of it torch.compile can trace."""
-    return current.get() if running else None
+    return current.get() if len(running) > 0 else None
 
 
 def visited(node: Distribution | None) -> bool:
@@ -48,7 +48,7 @@ def visited(node: Distribution | None) -> bool:
 
     Such layers break the graph, and what lies between them is compiled. Outside inference the model is one graph.
     """
-    return bool(running) and node is not None and node.error is None
+    return len(running) > 0 and node is not None and node.error is None  # torch 2.11 traces no bool(list)
 
 
 class Distribution(nn.Module):

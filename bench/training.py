@@ -107,10 +107,10 @@ def methods(size: Size, device: str, steps: list[int], state: bool) -> dict[str,
     def bp(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, y: F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
-    def free_energy(t: int, graph: bool) -> Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]]:
+    def free_energy(t: int, how: str = "") -> Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]]:
         def make(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-            loss = pc.FreeEnergy(model, steps=t)
-            if graph:
+            loss = pc.FreeEnergy(torch.compile(model) if how == "torch.compile" else model, steps=t)
+            if how == "compile()":
                 loss.compile()
             return loss
 
@@ -122,9 +122,9 @@ def methods(size: Size, device: str, steps: list[int], state: bool) -> dict[str,
     }
     for t in steps:
         products = 2.0 * t + 1
-        found[f"PC, T={t}"] = (products, train(free_energy(t, False)))
-        if device == "cuda":
-            found[f"PC, T={t}, compile()"] = (products, train(free_energy(t, True)))
+        found[f"PC, T={t}"] = (products, train(free_energy(t)))
+        for how in ("torch.compile", *(["compile()"] if device == "cuda" else [])):
+            found[f"PC, T={t}, {how}"] = (products, train(free_energy(t, how)))
         if not state:
             found[f"PC by plain autograd, T={t}"] = (products, train(lambda model, t=t: Autograd(model, t)))
     return found

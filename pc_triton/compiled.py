@@ -3,7 +3,8 @@
 Small models spend most of a PC step in Python, in autograd's bookkeeping and in launches, once per inference step. On a
 CPU the step is traced to a flat list of ATen operations, as ``torch.compile`` does for one backward pass, and compiled:
 what is structurally zero (the error of a node that no signal has reached) and what repeats (the first layer's product
-with the clamped input) is then computed once or not at all. On a GPU it is captured in one CUDA graph.
+with the clamped input) is then computed once or not at all. On a GPU ``torch.compile`` has the model, and the step
+is captured in one CUDA graph.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class CompiledSteps:
             return owner.loss_and_inference(*tree_unflatten(batch, spec))[0]
 
         if inputs[0].is_cuda:
+            owner.compile_model()
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             return capture(loss, owner.model, inputs, self.pool), lambda x, y: None  # the graph checks on the device
         with torch.random.fork_rng(), _unmoved(owner.model):

@@ -33,7 +33,22 @@ if TYPE_CHECKING:
     from .inference import Inference
 
 current: ContextVar[Inference | None] = ContextVar("pc_triton_inference", default=None)
-"""The inference under way; None outside it, where a value node is its emission."""
+"""The inference under way in this thread; None outside it, where a value node is its emission."""
+running: list[Inference] = []
+"""Those under way in any thread. torch.compile guards on whether there are any, as it cannot on a ContextVar."""
+
+
+def inference_here() -> Inference | None:
+    """`current`, or None where no inference is running at all: so much of it torch.compile can trace."""
+    return current.get() if len(running) > 0 else None
+
+
+def visited(node: Distribution | None) -> bool:
+    """Whether this node's layer may have to visit an inference, which it does outside of torch.compile's graphs.
+
+    Such layers break the graph, and what lies between them is compiled. Outside inference the model is one graph.
+    """
+    return len(running) > 0 and node is not None and node.error is None  # torch 2.11 traces no bool(list)
 
 
 class Distribution(nn.Module):
@@ -48,15 +63,24 @@ class Distribution(nn.Module):
 
     measured = False
     """True for a location family: errors count in units of the node's root mean square, measured per sample."""
+    error: Tensor | None = None
+    """The node's e, while it is a leaf of autograd's in a pass of a compiled model: see `Inference.leaves`."""
 
     def forward(self, mu: Tensor, **frozen: Any) -> Tensor:
         """The emission of the node for its prediction mu ``[B, ..., C]``; in inference that of its state.
 
         frozen: what the family needs beside mu and inference holds fixed, such as attention's masks.
         """
-        inference = current.get()
-        if inference is not None:
-            return inference.visit(self, mu, frozen)
+        if self.error is not None:
+            return mu + self.error
+        return self._visit(mu, frozen) if visited(self) else self._at_prediction(mu, frozen)
+
+    @torch.compiler.disable
+    def _visit(self, mu: Tensor, frozen: dict[str, Any]) -> Tensor:
+        inference = inference_here()
+        return self._at_prediction(mu, frozen) if inference is None else inference.visit(self, mu, frozen)
+
+    def _at_prediction(self, mu: Tensor, frozen: dict[str, Any]) -> Tensor:
         if self.training:
             frozen = {**self.frozen(mu), **frozen}
         return self.emission(mu, **frozen)
@@ -209,6 +233,10 @@ class Gaussian(Distribution):
 
     def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False):
         return backend(mu).gaussian_step(mu, state, grad, self._precision(pi, unit), keep, move, form=form, moved=moved)
+
+    def error_energy(self, state: Tensor, pi: Tensor, unit: Tensor | None) -> Tensor:
+        """The energy ``[S]`` in error form, where it is one of e alone."""
+        return 0.5 * self._precision(pi, unit) * torch.linalg.vector_norm(state.view(len(pi), -1), dim=1) ** 2
 
     def linear_forward(self, x, weight, bias, state, pi, unit):
         """`node_forward` in error form for the prediction x W' + b, x ``[R, K]``: see ``reference.py``."""

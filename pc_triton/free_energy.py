@@ -47,7 +47,8 @@ class FreeEnergy(nn.Module):
 
     Arguments:
         model: any module with value nodes: `Linear`, `Attention`, a family such as `Categorical` after any
-            module, or what `convert` makes.
+            module, or what `convert` makes. Where torch.compile has it or its blocks already, a pass of an inference
+            step in error order is one graph with its Gaussian nodes; any other node breaks the graph.
         output: family of the output, clamped to y. By default Categorical for integer y; else the family of the node
             whose emission the model returns; else Gaussian of variance 1. Such a last node is the output and not free.
         steps: T >= 1, the inference steps, each a forward and a backward pass of the model. The default 3 settles the
@@ -106,9 +107,14 @@ class FreeEnergy(nn.Module):
             raise ValueError(f"output={output!r}: give a pc_triton Distribution, for example pc_triton.Categorical()")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: give a module (torch.nn.Module)")
-        self._names = {module: name for name, module in model.named_modules() if isinstance(module, Distribution)}
+        self._names = {
+            module: name.replace("_orig_mod.", "")  # as torch.compile calls what it wraps
+            for name, module in model.named_modules()
+            if isinstance(module, Distribution)
+        }
         if not self._names:
             raise ValueError("the model has no value node: use pc.Linear or pc.Gaussian() in it, or pc.convert(model)")
+        self.traced = any("_orig_mod" in name or module._compiled_call_impl for name, module in model.named_modules())
         self.norms = [m for m in model.modules() if isinstance(m, _NormBase)]
         self.model, self.output, self.input_node = model, output, Gaussian()
         self._names[self.input_node] = "input"
@@ -117,6 +123,7 @@ class FreeEnergy(nn.Module):
         self.step = {"error": 0.25, "sweep": 0.5}.get(order, 0.2) if step is None else step
         self.state_optimizer = state_optimizer
         self._compiled: CompiledSteps | None = None
+        self._traced_model: Callable[..., Any] | None = None
 
     @property
     def moves(self) -> int:
@@ -127,6 +134,15 @@ class FreeEnergy(nn.Module):
     def calibrates(self) -> bool:
         """Whether inference begins with a backward pass at the prediction."""
         return self.order == "error" or self.precision == "auto"
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The model, as inference calls it."""
+        return (self.model if self._traced_model is None else self._traced_model)(*args, **kwargs)
+
+    def compile_model(self, backend: Any = "inductor") -> None:
+        """Give the model to torch.compile in inference alone, unless its user has done so already."""
+        if not self.traced:
+            self.traced, self._traced_model = True, torch.compile(lambda *a, **k: self.model(*a, **k), backend=backend)
 
     def name_of(self, module: Distribution) -> str:
         """The name of a value node in the model: its module's, without the ``.node`` of a layer."""
@@ -167,9 +183,10 @@ class FreeEnergy(nn.Module):
 
         As ``nn.Module.compile`` it works in place: call it once, and train as before. Small models spend most of a step
         in Python, autograd and launches, and this removes it: on a CPU the graph is compiled by ``torch.compile``'s
-        inductor (which needs a C++ compiler), on a GPU it is a CUDA graph. It is made at the first batch of each shape,
-        and serves while parameters keep their shapes, ``requires_grad`` and, on a GPU, their place in memory (as
-        optimisers that work in place leave it). options: inductor's, such as ``{"max_autotune": True}``.
+        inductor (which needs a C++ compiler), on a GPU the model is, and the step is one CUDA graph. It is made at the
+        first batch of each shape, and serves while parameters keep their shapes, ``requires_grad`` and, on a GPU, their
+        place in memory (as optimisers that work in place leave it). options: inductor's on a CPU, such as
+        ``{"max_autotune": True}``.
 
         The model's forward must not depend on the values of its inputs. Raises ValueError here for
         ``order="incremental"`` or a state_optimizer, at the first batch for dropout or, on a GPU, any random numbers.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dispatch import backend
-from .distributions import current
+from .distributions import inference_here, running
 from .reference import wide
 
 CHUNKS, LEAST = 32, 256
@@ -28,7 +28,11 @@ class Head(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``[B, ..., C]`` of input ``[B, ..., in_features]``; in inference their shape alone, without memory."""
-        inference = current.get()
+        return self._visit(input) if len(running) > 0 else super().forward(input)
+
+    @torch.compiler.disable
+    def _visit(self, input: Tensor) -> Tensor:
+        inference = inference_here()
         output = None if inference is None else inference.labelled_output()
         if inference is None or output is None:
             return super().forward(input)
@@ -64,7 +68,7 @@ class HeadEnergy(torch.autograd.Function):
             if grad_x is not None:
                 grad_x[rows] = grad @ weight
             if grad_weight is not None:
-                grad_weight += grad.T @ x[rows]
+                _add_product(grad_weight, grad.T, x[rows])
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=grad_bias.dtype)
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
@@ -79,3 +83,12 @@ class HeadEnergy(torch.autograd.Function):
         x = None if x is None else (x * grad_energy.unsqueeze(-1)).to(x.dtype)
         weight, bias = (None if t is None else (t * scale).to(ctx.dtype) for t in (weight, bias))
         return x, weight, bias, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b; of half precision on a GPU in one pass, with the product in float32 as it was summed."""
+    half = total.dtype != a.dtype == b.dtype
+    if total.is_cuda and half and torch.__version__ >= "2.11":  # before that the total had to be half too
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

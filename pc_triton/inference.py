@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import reference
 from .dispatch import backend, fuses, tracing
-from .distributions import Categorical, Distribution, Gaussian, current
+from .distributions import Categorical, Distribution, Gaussian, current, running
 from .reference import per_sample, sum_samples, wide
-from .visits import AttentionVisit, LinearVisit, ValueNode, Visit
+from .visits import AttentionVisit, LinearVisit, Start, ValueNode, Visit
 
 if TYPE_CHECKING:
     from .free_energy import FreeEnergy
@@ -40,10 +41,14 @@ class Inference:
             raise TypeError(f"y is a {type(target).__name__}: give a tensor, or None for a free output")
         self.args, self.kwargs, first = _batch(inputs)
         self.samples = first.shape[0]
+        self.weights = [p for p in owner.model.parameters() if p.requires_grad and p.is_leaf]
         check_finite("y", target)
         self.form = "error" if self.order == "error" else "state"
         self.mode = "first"  # then "infer", "incremental", "probe" or "learn"
         self.nodes: list[ValueNode] = []
+        self.visited = self.nodes  # those of them that the passes after the first visit
+        self.leaves: list[ValueNode] = []  # the others: the model adds their e, a leaf of autograd's
+        self.errors: list[Tensor] = []  # those leaves, in the last pass
         self.visits = 0
         self.output: ValueNode | None = None  # the node whose emission the model returns, if any
         self.output_shape: torch.Size | None = None  # that of what the model returns, where it is another
@@ -81,7 +86,7 @@ class Inference:
         if node.state is None:
             node.emission = node.family.emission(mu, **node.frozen)
             if self.mode == "first" and not node.emission.requires_grad:
-                node.emission = node.emission.detach().requires_grad_()
+                node.emission = Start.apply(node.emission, self._anchor)
         else:
             node.emission, node.energy = Visit.apply(mu, self._anchor, node, self)
         node.version = node.emission._version
@@ -131,12 +136,12 @@ class Inference:
         return node.emission
 
     def _next_node(self, family: Distribution) -> ValueNode:
-        if self.visits == len(self.nodes) or self.nodes[self.visits].family is not family:
+        if self.visits == len(self.visited) or self.visited[self.visits].family is not family:
             raise RuntimeError(
                 f"node {self.owner.name_of(family)!r}: the model visits its nodes in another order than in its "
                 "first pass; inference needs the same path at every step"
             )
-        return self.nodes[self.visits]
+        return self.visited[self.visits]
 
     def _new_node(self, family: Distribution, mu: Tensor, frozen: dict[str, Any]) -> ValueNode:
         name = self.owner.name_of(family)
@@ -179,12 +184,19 @@ class Inference:
         self.mode, self.visits, self.learns, self.head = mode, 0, learns, None
         self.random.restore()  # dropout and noise are the same in every pass
         token = current.set(self)
+        running.append(self)
         try:
-            with torch.enable_grad(), hold_statistics([] if mode == "first" else self.owner.norms):
+            held = [] if mode == "first" else self.owner.norms
+            with torch.enable_grad(), hold_statistics(held), hold_weights([] if learns else self.weights):
                 args = self.args
                 if not self.clamp_input:
                     args = (self.owner.input_node(args[0]), *args[1:])
-                self.out = self.owner.model(*args, **self.kwargs)
+                if mode == "first" and not learns and self.owner.traced:  # its nodes break graphs that others do not
+                    with torch.compiler.set_stance("force_eager"):
+                        self.out = self.owner.run(*args, **self.kwargs)
+                else:
+                    with self._leaves():
+                        self.out = self.owner.run(*args, **self.kwargs)
                 self._check_pass()
                 energy = self._output_energy()
                 for node in self.nodes:
@@ -194,11 +206,29 @@ class Inference:
             self.random.restore()  # a batch that is refused draws nothing
             raise
         finally:
+            running.remove(self)
             current.reset(token)
         self.energies.append(energy.detach())
         if mode != "first" or not self.owner.calibrates:
             self._release()
         return energy
+
+    @contextlib.contextmanager
+    def _leaves(self) -> Iterator[None]:
+        """Within it the model adds the errors of `leaves` to their predictions, in the dtype of these."""
+        self.errors = []
+        try:  # `error` is set and deleted, not set to None: torch.compile guards on whether it is an attribute
+            for node in self.leaves:
+                assert node.state is not None
+                assert isinstance(node.family, Gaussian)
+                error = node.state.detach().to(node.mu.dtype).requires_grad_(self.mode != "learn")
+                node.family.error = error
+                node.energy = node.family.error_energy(node.state, node.pi, node.unit)
+                self.errors.append(error)
+            yield
+        finally:
+            for node in self.leaves:
+                del node.family.error
 
     def _release(self) -> None:
         """Keep values only: a value node's graph holds this object, and Python cannot collect such a cycle."""
@@ -210,9 +240,9 @@ class Inference:
     def _check_pass(self) -> None:
         if not isinstance(self.out, Tensor):
             raise TypeError(f"the model returned {type(self.out).__name__}: it must return one tensor; wrap it")
-        if not self.nodes or self.visits != len(self.nodes):
+        if not self.nodes or self.visits != len(self.visited):
             raise RuntimeError(
-                f"the model's forward visited {self.visits} value nodes, and {len(self.nodes)} in its first pass: "
+                f"the model's forward visited {self.visits} value nodes, and {len(self.visited)} in its first pass: "
                 "inference needs at least one, and the same at every step"
             )
         if self.out.dim() == 0 or self.out.shape[0] != self.samples:
@@ -223,7 +253,7 @@ class Inference:
             if returned:
                 self.output = returned[-1]
                 self.output.free, self.output.state, self.output.energy = False, None, None
-        for node in self.nodes:
+        for node in self.visited:
             if node is not self.output and node.emission._version != node.version:
                 raise RuntimeError(
                     f"an operation after node {node.name!r} changes its output in place: use inplace=False there"
@@ -254,9 +284,20 @@ class Inference:
     def _backward(self, energy: Tensor) -> None:
         """One backward pass: every value node moves its state. Weight gradients are not computed."""
         if energy.requires_grad:
-            torch.autograd.grad(energy, self._anchor, _ones(energy), allow_unused=True)
+            inputs = [self._anchor, *self.errors]
+            _, *grads = torch.autograd.grad(energy, inputs, _ones(energy), allow_unused=True)
+            for node, grad in zip(self.leaves, grads):
+                self._move_leaf(node, grad)
         if self.skips:
             self.lowest = min((node.number for node in self.nodes if node.reached), default=math.inf)
+
+    def _move_leaf(self, node: ValueNode, grad: Tensor | None) -> None:
+        if grad is None:
+            raise RuntimeError(
+                f"node {node.name!r}: the model's forward passes it by; inference needs the same path at every step"
+            )
+        coefficients = (node.pi, node.unit, self.keep, self.move)
+        self.move_state(node, lambda e: node.family.node_step(grad, e, grad, *coefficients, form="error"))  # no mu
 
     # The parts of inference.
 
@@ -290,6 +331,10 @@ class Inference:
                 )
                 self.moves = 1
             node.mu = node.emission = node.mu.new_empty(0)  # read no more: let them go
+        if self.owner.traced and self.form == "error" and self.owner.state_optimizer is None and not self.shows_output:
+            times = Counter(node.family for node in self.nodes)
+            self.leaves = [n for n, _ in reached if type(n.family) is Gaussian and times[n.family] == 1]
+            self.visited = [n for n in self.nodes if n not in self.leaves]
 
     def _set_precision(self, node: ValueNode, grad: Tensor, nodes: int) -> None:
         owner, mu, f0 = self.owner, node.mu, self.accepted.abs()
@@ -455,6 +500,18 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+@contextlib.contextmanager
+def hold_weights(weights: list[nn.Parameter]) -> Iterator[None]:
+    """Within it these require no gradient: a compiled backward computes all that its forward saw required."""
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 @contextlib.contextmanager

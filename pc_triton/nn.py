@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distributions import Categorical, Distribution, Gaussian, current
+from .distributions import Categorical, Distribution, Gaussian, inference_here, visited
 from .reference import mask_logits
 
 
@@ -38,7 +38,11 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The node's emission ``[B, ..., out_features]``, in the dtype of the product."""
-        inference = current.get()
+        return self._visit(input) if visited(self.node) else self.node(super().forward(input))
+
+    @torch.compiler.disable
+    def _visit(self, input: Tensor) -> Tensor:
+        inference = inference_here()
         if inference is not None and type(self.node) is Gaussian:
             emission = inference.visit_linear(self.node, input, self.weight, self.bias)
             if emission is not None:
@@ -100,6 +104,9 @@ class Attention(nn.Module):
 
         key_padding_mask: bool ``[B, K]``, True where a key is padding. Raises ValueError for a wrong shape or dtype.
         """
+        return (self._visit if visited(self.node) else self._plain)(x, context, key_padding_mask)
+
+    def _plain(self, x: Tensor, context: Tensor | None, key_padding_mask: Tensor | None) -> Tensor:
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}: Attention needs [batch, length, {self.embed_dim}]")
         kv_dim = self.kv_heads * self.head_dim
@@ -115,6 +122,8 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         out, _ = _attend(self.node, q, k, v, self.causal, key_padding_mask, None, dropout)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    _visit = torch.compiler.disable(_plain)
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads}, kv_heads={self.kv_heads}, causal={self.causal}"
@@ -140,7 +149,22 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``nn.MultiheadAttention.forward``. Raises ValueError in inference if ``batch_first`` is False."""
-        if current.get() is None:
+        run = self._visit if visited(self.node) else super().forward
+        return run(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+
+    @torch.compiler.disable
+    def _visit(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        if inference_here() is None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -181,7 +205,7 @@ def _attend(
     The weights are None where nothing has to make them; fused=False makes them in inference.
     q ``[B, heads, N, D]``; k, v ``[B, kv heads, K, D]``; causal and padding as in `reference.mask_logits`.
     """
-    if node is None or (current.get() is None and isinstance(node, Categorical)):
+    if node is None or (inference_here() is None and isinstance(node, Categorical)):
         mask = bias
         if padding is not None or (causal and q.shape[2] != k.shape[2]):
             mask = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding)
@@ -189,7 +213,7 @@ def _attend(
         shared = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=shared), None
     scale = 1 / math.sqrt(q.shape[-1])
-    inference = current.get()
+    inference = inference_here()
     if fused and inference is not None and isinstance(node, Categorical) and bias is None and not dropout:
         out = inference.visit_attention(node, q, k, v, scale)
         if out is not None:

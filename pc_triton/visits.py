@@ -37,6 +37,14 @@ class ValueNode:
         self.free = True  # False: the output node, and a node that does not reach the output
 
 
+class Start(torch.autograd.Function):
+    """The emission of a node at its prediction, where nothing below requires a gradient: there autograd begins."""
+
+    @staticmethod
+    def forward(ctx, emission, anchor):
+        return emission.detach()
+
+
 class Visit(torch.autograd.Function):
     """A value node in a pass of the model. ``anchor`` makes its backward run when nothing below needs a gradient."""
 
@@ -98,7 +106,7 @@ class LinearVisit(torch.autograd.Function):
     def forward(ctx, x, weight, bias, anchor, node, inference):
         ctx.set_materialize_grads(False)
         ctx.node, ctx.inference = node, inference
-        ctx.below = ctx.needs_input_grad[0] and inference.visits > 0  # no node is beneath the first one
+        ctx.below = ctx.needs_input_grad[0] and node.number > 0  # no node is beneath the first one
         rows = x.flatten(0, -2)
         ctx.save_for_backward(weight, rows if inference.mode == "learn" else None)
         emission, energy = node.family.linear_forward(rows, weight, bias, node.state.flatten(0, -2), node.pi, node.unit)

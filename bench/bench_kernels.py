@@ -20,9 +20,11 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import pc_triton as pc
 from pc_triton import reference
-from pc_triton.dispatch import backend
+from pc_triton.dispatch import backend, use_chain
 from pc_triton.head import HeadEnergy
 
 Call = Callable[[], object]
@@ -223,6 +225,32 @@ def layer(device: str, rows: int, n: int, k: int) -> Iterator[Case]:
         )
 
 
+def chain(device: str, samples: int, width: int, layers: int) -> Case:
+    """A training step at the defaults (T = 3) on layers of one width, without the products for the weights.
+
+    An element is a hidden unit of a sample. Floor: x and the weights read, f(u) and dF/dmu written; T forward passes,
+    and as many backward ones, which need no gradient of x. Rival: the same by the layers, with those products.
+    """
+    dtype, t = DTYPE[device], 3
+
+    def build() -> dict[str, Call]:
+        hidden = [module for _ in range(layers - 1) for module in (pc.Linear(width, width), nn.Tanh())]
+        model = nn.Sequential(*hidden, nn.Linear(width, 16)).to(device, dtype)
+        x, y = torch.randn(samples, width, dtype=dtype, device=device), torch.randint(16, (samples,), device=device)
+
+        def step(one: bool) -> torch.Tensor:
+            with use_chain(one and device == "cuda"):
+                return pc.FreeEnergy(model, steps=t)(x, y)
+
+        return {"pc_triton": partial(step, True), "layers": partial(step, False)}
+
+    first, inner, last = samples * width**2, samples * width**2 * (layers - 2), samples * width * 16
+    moved = dtype.itemsize * (samples * (2 * width * (layers - 1) + width + 16) + width**2 * (layers - 1) + 16 * width)
+    elements = samples * width * (layers - 1)
+    flops = 2 * t * (first + 2 * inner + 2 * last) // elements
+    return Case(f"chain {samples}: {layers} layers of {width}", device, elements, moved / elements, flops, build)
+
+
 def attention(device: str, n: int, head: int) -> Iterator[Case]:
     """Causal attention with a state, fused; an element is a query and a key, of which causal hides half.
 
@@ -283,6 +311,8 @@ def cases(device: str) -> Iterator[Case]:
         yield from attention(device, n, head)
     for columns in (2**15, 2**18):
         yield clamped(device, columns)
+    for samples, width in ((512, 128), (2048, 256)):
+        yield chain(device, samples, width, 4)
     head = (16384, 2048, 32768) if device == "cuda" else (1024, 64, 2048)
     for learns in (False, True):
         yield language_head(device, *head, learns=learns)

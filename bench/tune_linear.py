@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -96,19 +97,12 @@ def measure(rows: int, n: int, k: int, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def write(table: Path, device: str, dtype: str, rows: list[list[float]]) -> None:
-    """Put these rows [rows, N, K, ratio] in place of the device's and dtype's, a row a line."""
+def write(table: Path, what: str, device: str, dtype: str, rows: list[list[float]]) -> None:
+    """Put these rows [*sizes, ratio] in place of those of "linear" or "chain", device and dtype; a row a line."""
     known = json.loads(table.read_text()) if table.exists() else {}
-    known.setdefault(device, {})[dtype] = rows
-    devices = [
-        f"{json.dumps(name)}: {{\n"
-        + ",\n".join(
-            f"{json.dumps(kind)}: [\n" + ",\n".join(map(json.dumps, measured)) + "\n]"
-            for kind, measured in sorted(by_dtype.items())
-        )
-        for name, by_dtype in sorted(known.items())
-    ]
-    text = "{\n" + "\n},\n".join(devices) + "\n}\n}"
+    known.setdefault(what, {}).setdefault(device, {})[dtype] = rows
+    text = json.dumps(known, indent=1, sort_keys=True)
+    text = re.sub(r"\[\s+([-0-9.,\s]+?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", text)
     table.write_text(text + "\n", encoding="utf-8")
 
 
@@ -134,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             cells = rows, n, k, f"{1e3 * time['fused']:.3f}", f"{ratio:.3f}", f"{time['fused'] / time['product']:.3f}"
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
             found.append([rows, n, k, round(ratio, 3)])
-    write(options.out, torch.cuda.get_device_name(), options.dtype, found)
+    write(options.out, "linear", torch.cuda.get_device_name(), options.dtype, found)
     print(f"in {options.out}")
     return 0
 

@@ -516,6 +516,42 @@ def _clamped_backward(
 
 
 @triton.jit
+def clamp_rows(
+    mu_ptr,  # [R, C] in rows of that stride, overwritten by scale dE/dmu
+    labels_ptr,  # [R] integers
+    rows,  # [ROWS, 1]
+    n_rows,
+    n_columns,
+    stride,
+    ignore_index,
+    scale,
+    COLS: tl.constexpr,
+):
+    """E = log sum e^mu - mu_y ``[ROWS, 1]`` of whole rows, and scale (q - y) in mu's place; both 0 where ignored."""
+    inside = rows < n_rows
+    peak = tl.full(rows.shape, float("-inf"), tl.float32)
+    total = tl.zeros(rows.shape, tl.float32)
+    labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
+    a_column = inside & (labels >= 0) & (labels < n_columns)
+    target = tl.load(mu_ptr + (rows * stride + labels), mask=a_column, other=float("nan")).to(tl.float32)
+    for start in range(0, n_columns, COLS):
+        cols = start + tl.arange(0, COLS)[None, :]
+        mask = inside & (cols < n_columns)
+        mu = tl.load(mu_ptr + (rows * stride + cols), mask=mask, other=float("-inf")).to(tl.float32)
+        peak, total, _, _ = online_softmax(mu, mask, peak, total)
+    settled = settle(peak, total)
+    kept = labels != ignore_index
+    tl.debug_barrier()  # another warp's target may lie where this one writes
+    for start in range(0, n_columns, COLS):
+        cols = start + tl.arange(0, COLS)[None, :]
+        mask = inside & (cols < n_columns)
+        mu = tl.load(mu_ptr + (rows * stride + cols), mask=mask, other=float("-inf")).to(tl.float32)
+        grad = softmax(mu, mask, settled) - tl.where(cols == labels, 1.0, 0.0)
+        tl.store(mu_ptr + (rows * stride + cols), tl.where(kept, scale * grad, 0.0), mask=mask)
+    return tl.where(kept, (settled[0] - target) - tl.log(settled[1]), 0.0)
+
+
+@triton.jit
 def _clamped_gradient(
     mu_ptr,  # [R, C], overwritten by dE/dmu
     labels_ptr,  # [R] integers
@@ -531,28 +567,8 @@ def _clamped_gradient(
     A program takes ROWS whole rows. Floor, bytes per element: read mu, write dE/dmu; mu is read twice.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    inside = rows < n_rows
-    peak = tl.full([ROWS, 1], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS, 1], tl.float32)
-    labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
-    a_column = inside & (labels >= 0) & (labels < n_columns)
-    target = tl.load(mu_ptr + (rows * n_columns + labels), mask=a_column, other=float("nan")).to(tl.float32)
-    for start in range(0, n_columns, COLS):
-        cols = start + tl.arange(0, COLS)[None, :]
-        mask = inside & (cols < n_columns)
-        mu = tl.load(mu_ptr + (rows * n_columns + cols), mask=mask, other=float("-inf")).to(tl.float32)
-        peak, total, _, _ = online_softmax(mu, mask, peak, total)
-    settled = settle(peak, total)
-    kept = labels != ignore_index
-    energy = tl.where(kept, (settled[0] - target) - tl.log(settled[1]), 0.0)
-    tl.store(energy_ptr + rows, energy, mask=inside)
-    tl.debug_barrier()  # another warp's target may lie where this one writes
-    for start in range(0, n_columns, COLS):
-        cols = start + tl.arange(0, COLS)[None, :]
-        mask = inside & (cols < n_columns)
-        mu = tl.load(mu_ptr + (rows * n_columns + cols), mask=mask, other=float("-inf")).to(tl.float32)
-        grad = softmax(mu, mask, settled) - tl.where(cols == labels, 1.0, 0.0)
-        tl.store(mu_ptr + (rows * n_columns + cols), tl.where(kept, grad, 0.0), mask=mask)
+    energy = clamp_rows(mu_ptr, labels_ptr, rows, n_rows, n_columns, n_columns, ignore_index, 1.0, COLS)
+    tl.store(energy_ptr + rows, energy, mask=rows < n_rows)
 
 
 def check_labels(mu: Tensor, labels: Tensor) -> None:

@@ -78,7 +78,7 @@ def _place(n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
-def _multiply(
+def multiply(
     acc,  # [ROWS, COLS] float32
     a_ptr,  # at the tile's first row
     b_ptr,  # at the tile's first column
@@ -155,7 +155,7 @@ def _forward(
     acc = state if ERROR else -state
     if BIAS:
         acc += tl.load(bias_ptr + left + cols.to(tl.int64), mask=cols < wide, other=0.0).to(tl.float32)[None, :]
-    acc = _multiply(
+    acc = multiply(
         acc, x_ptr + top * k, weight_ptr + left * k, high, wide, k, k, 1, 1, k, ROWS, COLS, DEPTH, EVEN
     )  # fmt: skip
     if not ERROR:
@@ -211,7 +211,7 @@ def _backward(
                 new += keep[:, None] * e
             tl.store(state_ptr + top * n + at + tile, new, mask=mask)
     acc = tl.zeros([ROWS, COLS], tl.float32)
-    acc = _multiply(
+    acc = multiply(
         acc, grad_ptr + top * n, weight_ptr + left, high, wide, n, n, 1, k, 1, ROWS, COLS, DEPTH, EVEN
     )  # fmt: skip
     offsets = (rows[:, None] * k + cols[None, :]).to(tl.int64)
@@ -258,7 +258,7 @@ def _weight_gradient(
         place = (split * blocks + col).to(tl.int64) * n + top
         tl.store(grad_bias_ptr + place + rows.to(tl.int64), total, mask=rows < high)
     acc = tl.zeros([ROWS, COLS], tl.float32)
-    acc = _multiply(
+    acc = multiply(
         acc, grad_ptr + start * n + top, x_ptr + start * k + left, high, wide, depth, 1, n, k, 1,
         ROWS, COLS, DEPTH, EVEN,
     )  # fmt: skip
@@ -288,7 +288,7 @@ def linear_forward(
     if out.numel() == 0:
         return out, torch.zeros_like(precision)
     with on_device(x):
-        tiles = plan(rows, n, k, x.element_size(), _arch(x))
+        tiles = plan(rows, n, k, x.element_size(), arch(x))
         blocks = triton.cdiv(n, tiles.cols)
         energy = torch.empty(rows, blocks, device=x.device)
         _forward[(triton.cdiv(rows, tiles.rows) * blocks,)](
@@ -335,7 +335,7 @@ def linear_backward(
     if grad.numel() == 0:
         return state, grad_x.zero_()
     with on_device(grad):
-        tiles = plan(rows, k, n, grad.element_size(), _arch(grad))
+        tiles = plan(rows, k, n, grad.element_size(), arch(grad))
         _backward[(triton.cdiv(rows, tiles.rows) * triton.cdiv(k, tiles.cols),)](
             grad.contiguous(),
             weight.contiguous(),
@@ -368,7 +368,7 @@ def linear_weight_gradient(grad: Tensor, x: Tensor, *, bias: bool = True) -> tup
     if rows == 0 or n == 0 or k == 0:
         return grad.new_zeros(n, k), grad.sum(0) if bias else None
     with on_device(grad):
-        tiles = plan(n, k, rows, grad.element_size(), _arch(grad), split=True)
+        tiles = plan(n, k, rows, grad.element_size(), arch(grad), split=True)
         blocks, splits = triton.cdiv(k, tiles.cols), tiles.splits
         part = triton.cdiv(rows, splits * tiles.depth) * tiles.depth
         wide = grad.dtype if splits == 1 else torch.float32
@@ -407,7 +407,7 @@ def _cut(tiles: Tiles, rows: int, cols: int, depth: int, n: int, k: int) -> dict
     }
 
 
-def _arch(x: Tensor) -> int | str:
+def arch(x: Tensor) -> int | str:
     """The current GPU as Triton names it; in the interpreter any."""
     return 90 if x.device.type == "cpu" else driver.active.get_current_target().arch
 

@@ -79,7 +79,8 @@ class CompiledSteps:
             _, inference = owner.loss_and_inference(x, y)  # raises what there is to raise, with values to look at
         graph, example = trace(loss, owner.model, inputs)
         step = torch._inductor.compile(graph, example, options=self.options)  # type: ignore[arg-type]
-        family = None if y is None else output_family(owner.output, inference.output, y)
+        own = None if inference.output is None else inference.output.family
+        family = None if y is None else output_family(owner.output, own, y)
         return step, partial(check_values, family=family, classes=inference.out.shape[-1])
 
 

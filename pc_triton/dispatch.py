@@ -1,6 +1,6 @@
 """The rules that decide who computes: GPU tensors go to the Triton kernels, CPU tensors to plain torch.
 
-Where a linear layer and its node could be one kernel, a table of measured times decides.
+Where a linear layer and its node could be one kernel, or a whole training step, a table of measured times decides.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ tracing: ContextVar[bool] = ContextVar("pc_triton_tracing", default=False)
 """Whether a training step is being traced by ``compiled.py``: values cannot be looked at then."""
 _forced: str | None = None  # not a ContextVar: autograd runs a GPU's backward passes in a thread of its own
 _fusing: bool | None = None
+_chaining: bool | None = None
 _triton: Any = None
 ENDINGS = ("_forward", "_step", "_backward", "_gradient", "_gradient_")
 
 TUNED = Path(__file__).with_name("tuned.json")
-"""By device and dtype, rows [rows, N, K, ratio]: how many times as long as the fused kernels a training step's products
-of that shape and their node took apart (cuBLAS, then the node's kernel); written by bench/tune_linear.py."""
+"""Measured times by device, by dtype: in "linear" rows [rows, N, K, ratio], how many times as long as the fused kernels
+a training step's products of that shape and their node took apart (cuBLAS, then the node's kernel); in "chain" rows
+[samples, width, layers, ratio], how many times as long as one launch the same training step took by its layers."""
 
 
 def triton_kernels() -> Any:
@@ -90,15 +92,48 @@ def fuses(x: Tensor, weight: Tensor) -> bool:
 
 @lru_cache(maxsize=4096)
 def fused(device_name: str, rows: int, n: int, k: int, dtype: torch.dtype) -> bool:
-    """Whether product and node in one kernel was faster on that device at the nearest shape measured (in logarithms).
+    """Whether product and node in one kernel was faster on that device at the nearest shape measured.
 
     Never where nothing was measured, nor for rows of other than a multiple of 16 bytes, whose loads are slow.
     """
-    measured = json.loads(TUNED.read_text()).get(device_name, {}).get(str(dtype).removeprefix("torch."), [])
-    if not measured or not rows or any(not size or size * dtype.itemsize % 16 for size in (n, k)):
+    if not rows or any(not size or size * dtype.itemsize % 16 for size in (n, k)):
         return False
-    *_, ratio = min(measured, key=lambda m: sum(math.log(a / b) ** 2 for a, b in zip(m, (rows, n, k))))
-    return ratio > 1
+    return _nearest(measured("linear", device_name, dtype), rows, n, k) > 1
+
+
+def chains(x: Tensor, width: int, layers: int) -> bool:
+    """Whether a training step of that many linear layers on x ``[S, K]``, of that mean width, is one launch."""
+    choice = _chaining
+    if choice is not None:
+        return choice
+    if not x.is_cuda or backend(x) is reference:
+        return False
+    return chained(torch.cuda.get_device_name(x.device), len(x), width, layers, x.dtype)
+
+
+@lru_cache(maxsize=4096)
+def chained(device_name: str, samples: int, width: int, layers: int, dtype: torch.dtype) -> bool:
+    """Whether a training step in one launch was faster on that device at the nearest size measured.
+
+    Never where nothing was measured, nor for more samples, width or layers than in any measurement.
+    """
+    rows = measured("chain", device_name, dtype)
+    sizes = (samples, width, layers)
+    if not rows or not samples or any(size > max(column) for size, column in zip(sizes, zip(*rows))):
+        return False
+    return _nearest(rows, *sizes) > 1
+
+
+def measured(what: str, device_name: str, dtype: torch.dtype) -> list[list[float]]:
+    """The table's rows of that device and dtype, in "linear" or in "chain"."""
+    return json.loads(TUNED.read_text()).get(what, {}).get(device_name, {}).get(str(dtype).removeprefix("torch."), [])
+
+
+def _nearest(rows: list[list[float]], *sizes: int) -> float:
+    """The ratio at the nearest sizes measured (in logarithms); 0 where there are none."""
+    if not rows:
+        return 0.0
+    return min(rows, key=lambda row: sum(math.log(a / b) ** 2 for a, b in zip(row, sizes)))[-1]
 
 
 @contextlib.contextmanager
@@ -110,6 +145,17 @@ def use_fused(choice: bool) -> Iterator[None]:
         yield
     finally:
         _fusing = before
+
+
+@contextlib.contextmanager
+def use_chain(choice: bool) -> Iterator[None]:
+    """Within this context every training step that can be one launch is, or none is: for tests."""
+    global _chaining
+    before, _chaining = _chaining, choice
+    try:
+        yield
+    finally:
+        _chaining = before
 
 
 def _has_triton() -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .chain import chain_loss
 from .distributions import Distribution, Gaussian
 from .inference import Inference, hold_statistics
 from .report import Report, report
@@ -167,7 +168,9 @@ class FreeEnergy(nn.Module):
         if self.order == "incremental":
             raise ValueError("order='incremental': use `for loss in free_energy.incremental(x, y)`")
         with torch.enable_grad():  # inference is made of gradients, in an evaluation loop too
-            loss = self._compiled(x, y) if self._compiled is not None else self.loss_and_inference(x, y)[0]
+            loss = self._compiled(x, y) if self._compiled is not None else chain_loss(self, x, y)
+            if loss is None:
+                loss = self.loss_and_inference(x, y)[0]
         return loss if torch.is_grad_enabled() else loss.detach()
 
     def loss_and_inference(self, x: Any, y: Tensor | None) -> tuple[Tensor, Inference]:

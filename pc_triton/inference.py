@@ -39,7 +39,7 @@ class Inference:
         self.order = owner.order
         if target is not None and not isinstance(target, Tensor):
             raise TypeError(f"y is a {type(target).__name__}: give a tensor, or None for a free output")
-        self.args, self.kwargs, first = _batch(inputs)
+        self.args, self.kwargs, first = check_batch(inputs)
         self.samples = first.shape[0]
         self.weights = [p for p in owner.model.parameters() if p.requires_grad and p.is_leaf]
         check_finite("y", target)
@@ -277,7 +277,8 @@ class Inference:
                 mu = mu.reshape(self.output_shape)
         if self.target is None:
             return wide(mu.detach()).new_zeros(self.samples)
-        family = output_family(self.owner.output, self.output, self.target)
+        own = None if self.output is None else self.output.family
+        family = output_family(self.owner.output, own, self.target)
         self.count_items(family, mu)
         return wide(family.clamped(mu, self.target))
 
@@ -439,17 +440,17 @@ def _ones(energy: Tensor) -> Tensor:
     return torch.full(energy.shape, 1.0, dtype=energy.dtype, device=energy.device)
 
 
-def output_family(given: Distribution | None, node: ValueNode | None, target: Tensor) -> Distribution:
+def output_family(given: Distribution | None, own: Distribution | None, target: Tensor) -> Distribution:
     """The family of the clamped output: the one given; Categorical for labels; the output node's own; Gaussian(1)."""
-    own = Gaussian(1.0) if node is None else node.family
     if given is not None:
         return given
+    own = Gaussian(1.0) if own is None else own
     return own if target.is_floating_point() or isinstance(own, Categorical) else Categorical()
 
 
 def check_values(inputs: Any, target: Tensor | None, family: Distribution | None, classes: int) -> None:
     """Raise ValueError for what a batch may not hold: no samples, NaN, infinity, labels that are no class."""
-    _batch(inputs)
+    check_batch(inputs)
     check_finite("y", target)
     if target is not None and family is not None:
         family.check_values(target, classes)
@@ -470,7 +471,7 @@ def check_finite(name: str, t: Tensor | None, *, infinite: bool = False) -> None
         raise ValueError(f"{name} holds {held}: clean the data before inference")
 
 
-def _batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     """The model's arguments, keyword arguments and first tensor. Checks that it is a batch of finite numbers."""
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ def cuobjdump(kernel, option: str) -> str:
 def resources(kernel) -> list[int]:
     """Registers, spilled bytes and shared bytes of a compiled kernel, whose offsets must have 64 bits.
 
-    On sm_90 its products of half precision must be wgmma's, with no wait that Triton did not ask for.
+    On sm_90 its products of half precision, of 64 rows or more, must be wgmma's, with no wait that Triton did not ask
+    for.
     """
     narrow = re.findall(r"tt\.addptr .*tensor<[0-9x]*i32>", kernel.asm["ttir"])
     assert not narrow, f"{kernel.name}: 32-bit offsets overflow past 2^31 elements: {narrow}"
@@ -72,11 +74,11 @@ def resources(kernel) -> list[int]:
         }
         return [number["vgpr_count"], number["private_segment_fixed_size"], kernel.metadata.shared]
     usage = cuobjdump(kernel, "-res-usage")
-    halves = re.findall(r"tt\.dot .*tensor<[0-9x]*b?f16>", kernel.asm["ttir"])
-    if halves and kernel.metadata.target.arch == 90:
+    halves = re.findall(r"tt\.dot .*: tensor<(\d+)x[0-9]+xb?f16>", kernel.asm["ttir"])
+    if halves and min(map(int, halves)) >= 64 and kernel.metadata.target.arch == 90:
         sass, waits = cuobjdump(kernel, "-sass"), len(re.findall(r"wgmma\.wait_group", kernel.asm["ptx"]))
         old = triton.__version__.startswith("3.6.")  # whose ptxas serialises those of a split or masked linear layer
-        assert "HGMMA" in sass, f"{kernel.name}: no wgmma for {halves}"
+        assert "HGMMA" in sass, f"{kernel.name}: no wgmma"
         assert old or len(re.findall(r"WARPGROUP\.DEPBAR", sass)) <= waits, (
             f"{kernel.name}: ptxas serialises its wgmma's"
         )
@@ -97,7 +99,7 @@ HEAVIEST = ("forward error", "step error", "step state moved")
 
 def launches():
     """Every kernel at every branch, and the heaviest branches at each shape of tile, as (name, call)."""
-    from pc_triton.kernels import attention, bernoulli, categorical, gaussian, gaussian_logvar, linear
+    from pc_triton.kernels import attention, bernoulli, categorical, chain, gaussian, gaussian_logvar, linear
 
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -136,6 +138,27 @@ def launches():
         for name in only or calls:
             yield f"linear {rows}x{n}x{k}{kind} {name}", calls[name]
 
+    def network(samples: int, *widths: int, labels=True, dtype=torch.bfloat16):
+        last, kind = widths[-1], str(dtype).removeprefix("torch.")
+        call = partial(
+            chain.chain_gradient,
+            tensor(samples, widths[0], dtype=dtype),
+            tensor(samples, dtype=torch.int64) if labels else tensor(samples, last, dtype=dtype),
+            tensor(dtype=torch.float32),
+            [tensor(n, k, dtype=dtype) for k, n in pairwise(widths)],
+            [tensor(n, dtype=dtype) for n in widths[1:]],
+            ("gelu", *["tanh"] * (len(widths) - 3)),
+            steps=4,
+            step=0.25,
+            guards=True,
+            precision=None,
+            displacement=0.003,
+            trust=0.3,
+            ignore_index=-100,
+        )
+        name = f"chain {samples}: {'-'.join(map(str, widths))} {kind}"
+        yield f"{name} {'labels' if labels else 'values'}", call
+
     yield from node(gaussian, 512, 16384)
     yield from node(bernoulli, 512, 16384)
     yield from node(gaussian_logvar, 512, 2048, samples=64)
@@ -166,6 +189,9 @@ def launches():
         yield from layer(n, k)
     yield from layer(4096, 4096, dtype=torch.float32)
     yield from layer(64, 64, only=("forward error", "backward", "weight gradient"))
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from network(128, 64, 128, 128, 10, dtype=dtype)  # tiles of 16 samples
+        yield from network(16384, 256, 256, 256, labels=False, dtype=dtype)  # of 64
 
 
 def measure(targets) -> dict[str, dict[str, list[int]]]:

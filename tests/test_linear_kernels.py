@@ -349,7 +349,7 @@ def test_plan_splits_few_tiles_of_great_depth():
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     """A table of two shapes, of which only the greater gains by fusion."""
-    table = {"NVIDIA H100": {"bfloat16": [[16384, 4096, 4096, 1.2], [1024, 256, 256, 0.7]]}}
+    table = {"linear": {"NVIDIA H100": {"bfloat16": [[16384, 4096, 4096, 1.2], [1024, 256, 256, 0.7]]}}}
     monkeypatch.setattr(dispatch, "TUNED", tmp_path / "tuned.json")
     dispatch.TUNED.write_text(json.dumps(table))
     dispatch.fused.cache_clear()
@@ -376,8 +376,10 @@ def test_rule(device_name, rows, n, k, dtype, answer):
 
 
 def test_table_is_well_formed():
-    for by_dtype in json.loads(dispatch.TUNED.read_text()).values():
-        for dtype, rows in by_dtype.items():
+    table = json.loads(dispatch.TUNED.read_text())
+    assert set(table) <= {"linear", "chain"}
+    for by_device in table.values():
+        for dtype, rows in (item for by_dtype in by_device.values() for item in by_dtype.items()):
             assert isinstance(getattr(torch, dtype), torch.dtype)
             assert all(len(row) == 4 and min(row) > 0 for row in rows)
 
@@ -428,7 +430,7 @@ def test_tuner_writes_the_table(tuner, monkeypatch, tmp_path, capsys):
     for name in ("NVIDIA H100", "NVIDIA A100"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert tuner.main(["--out", str(table)]) == 0
-    known = json.loads(table.read_text())
+    known = json.loads(table.read_text())["linear"]
     assert known.keys() == {"NVIDIA H100", "NVIDIA A100"}
     assert known["NVIDIA A100"] == {"bfloat16": [[16384, 4096, 4096, 1.2], [1024, 256, 256, 0.5]]}
     assert "| 16384 | 4096 | 4096 | 2000.000 | 1.200 | 1.000 |" in capsys.readouterr().out

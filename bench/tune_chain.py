@@ -1,0 +1,92 @@
+"""Measure where a chain's training step in one launch beats its layers, for the rule of dispatch.
+
+    python bench/tune_chain.py [--dtype float32] [--out pc_triton/tuned.json]
+
+For each size it times `FreeEnergy` at its defaults, with the backward pass, on layers of one width with tanh and 16
+classes: in one launch, by the layers, and by the layers in a CUDA graph (``compile()``), once all gave the same
+results. It prints the times, and puts the ratio of the faster of the layers' to the launch's into the table, in place
+of this device's and dtype's rows. Exit status 1: a result differs, and nothing is written; 2: no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = [  # samples, width, layers
+    (samples, width, layers)
+    for samples in (32, 128, 512, 2048, 8192)
+    for width in (64, 128, 256, 512)
+    for layers in (2, 3, 5, 9)
+]
+Step = Callable[[], list[torch.Tensor]]
+
+
+def steps(samples: int, width: int, layers: int, dtype: torch.dtype, device: str = "cuda") -> dict[str, Step]:
+    """A training step each way: its loss and gradients."""
+    import pc_triton as pc
+    from pc_triton import dispatch
+
+    torch.manual_seed(0)
+    hidden = [module for _ in range(layers - 1) for module in (pc.Linear(width, width), nn.Tanh())]
+    model = nn.Sequential(*hidden, nn.Linear(width, 16)).to(device, dtype)
+    x, y = torch.randn(samples, width, dtype=dtype, device=device), torch.randint(16, (samples,), device=device)
+    graph = pc.FreeEnergy(model)
+    graph.compile()
+
+    def step(free_energy: pc.FreeEnergy, one: bool) -> list[torch.Tensor]:
+        with dispatch.use_chain(one), torch.enable_grad():
+            loss = free_energy(x, y)
+            return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    return {
+        "launch": lambda: step(pc.FreeEnergy(model), True),
+        "layers": lambda: step(pc.FreeEnergy(model), False),
+        "graph": lambda: step(graph, False),
+    }
+
+
+def differs(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
+    """Whether two ways differ beyond the rounding of both; the guard's parabola is a difference of two F."""
+    few = 1e-3 if wanted[0].dtype == wanted[-1].dtype else 8 * torch.finfo(wanted[-1].dtype).eps
+    return any(not (a.float() - b.float()).abs().max() <= few * b.float().abs().max() for a, b in zip(found, wanted))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure where one launch a training step wins, and keep it.")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="float32")
+    parser.add_argument("--out", type=Path, default=ROOT / "pc_triton" / "tuned.json")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no GPU: torch.cuda.is_available() is False; run this where there is one", file=sys.stderr)
+        return 2
+    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+    from bench_kernels import seconds
+    from tune_linear import write
+
+    rows: list[list[float]] = []
+    print("| samples | width | layers | launch ms | layers / launch | graph / launch |\n|---|---|---|---|---|---|")
+    for size in SIZES:
+        ways = steps(*size, getattr(torch, options.dtype))
+        results = {name: way() for name, way in ways.items()}
+        if any(differs(results[name], results["layers"]) for name in ("launch", "graph")):
+            print(f"{size}: one launch or the graph differs from the layers: nothing is written", file=sys.stderr)
+            return 1
+        time = {name: seconds(way, "cuda") for name, way in ways.items()}
+        ratios = [time[name] / time["launch"] for name in ("layers", "graph")]
+        cells = (*size, f"{1e3 * time['launch']:.3f}", *(f"{ratio:.3f}" for ratio in ratios))
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        rows.append([*size, round(min(ratios), 3)])
+    write(options.out, "chain", torch.cuda.get_device_name(), options.dtype, rows)
+    print(f"in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

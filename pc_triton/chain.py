@@ -1,0 +1,139 @@
+"""A training step of a chain of linear layers in one launch of ``kernels/chain.py``, and the products for the weights.
+
+It serves a call of `FreeEnergy` on an ``nn.Sequential`` of ``pc.Linear`` layers with Gaussian nodes, elementwise
+activations between them and a last linear layer, where a table of measured times says that it is faster.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .dispatch import chains
+from .distributions import Categorical, Gaussian
+from .inference import TRUST, check_batch, check_finite, output_family
+from .nn import Linear
+
+if TYPE_CHECKING:
+    from .free_energy import FreeEnergy
+
+ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Chain(NamedTuple):
+    """The layers of a model that is a chain, and the activation on each of them but the last."""
+
+    layers: list[nn.Linear]
+    activations: list[str]
+
+
+def as_chain(model: nn.Module) -> Chain | None:
+    """The chain that a model is; None where it holds anything else, or a hook, which one launch would pass over."""
+    if type(model) is not nn.Sequential or any(getattr(torch_module, f"_global{hooks}") for hooks in HOOKS):
+        return None
+    for module in model.modules():
+        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
+            return None
+    layers: list[nn.Linear] = []
+    activations: list[str] = []
+    for module in model:
+        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, Linear):
+            if layers and type(layers[-1]) is nn.Linear:
+                return None  # a hidden layer without a node
+            activations += ["identity"] * (len(layers) - len(activations))
+            layers.append(module)
+        elif type(module) in ACTIVATIONS and len(activations) < len(layers) and not getattr(module, "inplace", False):
+            tanh = getattr(module, "approximate", "none") == "tanh"
+            activations.append(ACTIVATIONS[type(module)] + "_tanh" * tanh)
+        else:
+            return None
+    if len(layers) < 2 or len(activations) == len(layers):
+        return None
+    hidden = [layer.node for layer in layers[:-1] if isinstance(layer, Linear)]
+    if len(hidden) < len(layers) - 1 or not all(type(node) is Gaussian and node.given is None for node in hidden):
+        return None
+    return Chain(layers, activations)
+
+
+def chain_loss(owner: FreeEnergy, x: Any, y: Tensor | None) -> Tensor | None:
+    """The free energy per item of a call of ``owner``; None where its modules have to be called for it.
+
+    Raises what a call does, before anything changes.
+    """
+    chain = as_chain(owner.model) if owner.order == "error" and owner.state_optimizer is None else None
+    if chain is None or type(x) is not Tensor or type(y) is not Tensor or not _fits(chain, x, y):
+        return None
+    last = chain.layers[-1]
+    own = last.node if isinstance(last, Linear) else None
+    family = output_family(owner.output, own, y)
+    labels = type(family) is Categorical and not y.is_floating_point()
+    if not labels and not (type(family) is Gaussian and family.given in (None, 1.0)):
+        return None
+    products = sum(layer.weight.numel() for layer in chain.layers)
+    if not chains(x, round((products / len(chain.layers)) ** 0.5), len(chain.layers)):
+        return None
+    check_batch(x)
+    check_finite("y", y)
+    items = family.check_target(y, x.new_empty(len(x), last.out_features)).clamp_min(1)
+    from .kernels.chain import chain_gradient  # needs triton
+
+    weights, biases = [layer.weight for layer in chain.layers], [layer.bias for layer in chain.layers]
+    with torch.no_grad():
+        energy, inputs, grads = chain_gradient(
+            x,
+            y if labels else y.to(x.dtype),
+            1.0 / items.float(),
+            weights,
+            biases,
+            chain.activations,
+            steps=owner.steps,
+            step=owner.step,
+            guards=owner.adaptive,
+            precision=None if owner.precision == "auto" else owner.precision,
+            displacement=owner.displacement,
+            trust=TRUST,
+            ignore_index=family.ignore_index if isinstance(family, Categorical) else 0,
+        )
+    return _Learned.apply(energy.sum() / items, inputs, grads, *weights, *biases)
+
+
+def _fits(chain: Chain, x: Tensor, y: Tensor) -> bool:
+    """Whether the kernel takes this batch and these weights: else the layers do, or say what is wrong."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.dim() != 2 or x.requires_grad:
+        return False
+    if x.device != y.device or torch.is_autocast_enabled(x.device.type):
+        return False
+    below = x.shape[1]
+    for layer in chain.layers:
+        for p in (layer.weight, layer.bias):
+            if p is not None and (type(p) is not nn.Parameter or p.dtype != x.dtype or p.device != x.device):
+                return False
+        if layer.weight.shape[1] != below or not layer.weight.is_contiguous() or layer.weight.data_ptr() % 16:
+            return False
+        below = len(layer.weight)
+    return True
+
+
+class _Learned(torch.autograd.Function):
+    """The loss, whose backward multiplies each layer's input with its dF/dmu: the gradients of weights and biases."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, inputs: list[Tensor], grads: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs, *grads)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        layers = len(ctx.saved_tensors) // 2
+        inputs, grads = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
+        if grad.is_cuda or grad.item() != 1:  # to look at it would wait for the GPU
+            grads = torch._foreach_mul(grads, grad)
+        needed = ctx.needs_input_grad[3:]
+        weights = [g.t() @ f if need else None for g, f, need in zip(grads, inputs, needed)]
+        biases = [g.sum(0) if need else None for g, need in zip(grads, needed[layers:])]
+        return None, None, None, *weights, *biases

@@ -1,0 +1,355 @@
+"""A chain's training step in one launch: the layers' own in float64 is its oracle; and where it must not be taken."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+import random
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import ON_GPU, spots
+from torch import nn
+
+import pc_triton as pc
+from pc_triton import dispatch
+from pc_triton.chain import as_chain
+from pc_triton.kernels import chain
+
+ACTIVATIONS = {
+    "identity": None,
+    "relu": nn.ReLU(),
+    "tanh": nn.Tanh(),
+    "sigmoid": nn.Sigmoid(),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU("tanh"),
+}
+
+
+@pytest.fixture(params=spots(torch.float32, torch.float16, torch.bfloat16))
+def spot(request) -> tuple[str, torch.dtype]:
+    return request.param
+
+
+def network(widths, activations=("tanh",), bias=True, output_node=False) -> nn.Sequential:
+    """Layers of these widths; the activations in turns."""
+    layers: list[nn.Module] = []
+    for number, (k, n) in enumerate(pairwise(widths)):
+        last = number == len(widths) - 2
+        layers.append((nn.Linear if last and not output_node else pc.Linear)(k, n, bias=bias))
+        f = copy.deepcopy(ACTIVATIONS[activations[number % len(activations)]])
+        layers += [] if last or f is None else [f]
+    return nn.Sequential(*layers)
+
+
+def compare(model, x, y, spot=("cpu", torch.float32), **options) -> None:
+    """Loss and gradients in one launch, scaled by the user, against those of the layers in float64.
+
+    Twice as far from them as those of the layers in the same dtype, and some units in the last place. (The guard's
+    parabola is made of the difference of two nearly equal F, by the layers too.)
+    """
+    device, dtype = spot
+    ours, oracle = model.to(device, dtype), copy.deepcopy(model).to(device, dtype).double()
+    x, y = x.to(device, dtype), y.to(device) if not y.is_floating_point() else y.to(device, dtype)
+    found = []
+    for net, one, cast in ((ours, True, dtype), (ours, False, dtype), (oracle, False, torch.float64)):
+        net.zero_grad()
+        with dispatch.use_chain(one):
+            loss = pc.FreeEnergy(net, **options)(x.to(cast), y.to(cast) if y.is_floating_point() else y)
+            assert (type(loss.grad_fn).__name__ == "_LearnedBackward") == one
+            (3.0 * loss).backward()
+        found.append([loss.detach().double(), *(p.grad.double() for p in net.parameters() if p.requires_grad)])
+        assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
+    few = 96 * torch.finfo(dtype).eps
+    for a, b, truth in zip(*found):
+        scale = float(truth.abs().max()) + 1e-6
+        assert (a - truth).abs().max() <= 2 * (b - truth).abs().max() + few * scale
+
+
+def batch(samples, k, classes, labels=True) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(samples, k)
+    return x, torch.randint(classes, (samples,)) if labels else torch.randn(samples, classes)
+
+
+@pytest.mark.parametrize("precision", ["auto", 0.7])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("step", [None, 0.3], ids=["guarded", "fixed"])
+def test_every_number_of_steps(steps, precision, step):
+    torch.manual_seed(steps)
+    x, y = batch(19, 6, 4)
+    y[3] = -100
+    compare(network((6, 9, 12, 4)), x, y, steps=steps, precision=precision, step=step)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation(name):
+    torch.manual_seed(0)
+    x, y = batch(5, 7, 3, labels=False)
+    compare(network((7, 18, 5, 3), (name,)), 3 * x, y)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_shape(seed):
+    """Widths beyond a tile and beside its edges, any depth, two activations, labels or values, with bias or not."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    widths = [draw.choice((1, 3, 16, 33, 64, 70, 130)) for _ in range(draw.randint(3, 6))]
+    labels = draw.random() < 0.5
+    model = network(widths, draw.sample(sorted(ACTIVATIONS), 2), draw.random() < 0.7, draw.random() < 0.5)
+    x, y = batch(draw.choice((1, 16, 35)), widths[0], widths[-1], labels)
+    compare(model, x, y, steps=draw.choice((2, 3, 4)))
+
+
+def test_every_dtype(spot):
+    torch.manual_seed(0)
+    for labels in (True, False):
+        x, y = batch(40, 24, 10, labels)
+        compare(network((24, 48, 32, 10), ("gelu", "tanh")), x, y, spot)
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_what_raised_f_is_taken_back(steps):
+    """A low precision and a steep loss: the first moves overshoot in some samples."""
+    torch.manual_seed(0)
+    model = network((6, 20, 20, 5))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)
+    x, y = batch(33, 6, 5)
+    inference = pc.FreeEnergy(model, steps=steps, precision=0.05).loss_and_inference(x, y)[1]
+    assert any((b > a).any() for a, b in pairwise(inference.energies))
+    compare(model, x, y, steps=steps, precision=0.05)
+
+
+def test_a_frozen_layer_and_all_labels_ignored():
+    torch.manual_seed(0)
+    model = network((6, 9, 12, 4))
+    model[2].weight.requires_grad_(False)
+    x, y = batch(5, 6, 4)
+    compare(model, x, y)
+    compare(model, x, torch.full_like(y, -100))
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_launches(labels, monkeypatch):
+    """One launch, whatever the depth and the number of steps; the products are torch's, one a weight."""
+    from triton.runtime.interpreter import GridExecutor
+
+    if torch.cuda.is_available():
+        pytest.skip("counted in the interpreter")
+    names: list[str] = []
+    run = GridExecutor.__call__
+    counted = lambda self, *a, **k: names.append(self.fn.__name__) or run(self, *a, **k)  # noqa: E731
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    torch.manual_seed(0)
+    x, y = batch(5, 6, 4, labels)
+    model = network((6, 9, 12, 4))
+    with dispatch.use_chain(True), torch.profiler.profile() as profile:
+        pc.FreeEnergy(model, steps=4)(x, y).backward()
+    assert names == ["_chain"]
+    assert sum(event.name == "aten::mm" for event in profile.events()) == 3
+
+
+def test_backward_twice_and_without_gradients():
+    x, y = batch(5, 6, 4)
+    model = network((6, 9, 12, 4))
+    with dispatch.use_chain(True):
+        loss = pc.FreeEnergy(model)(x, y)
+        with torch.no_grad():
+            assert not pc.FreeEnergy(model)(x, y).requires_grad
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x, y: (x * float("nan"), y),
+        lambda x, y: (x, y + 4),
+        lambda x, y: (x[:0], y[:0]),
+        lambda x, y: (x, y[:-1]),
+        lambda x, y: (x, y.int()),
+        lambda x, y: (x, torch.full((len(y), 4), float("inf"))),
+        lambda x, y: (x, torch.zeros(len(y), 3)),
+        lambda x, y: (x[:, :-1], y),
+    ],
+    ids=["nan", "label", "empty", "few labels", "int32", "infinite values", "narrow values", "narrow input"],
+)
+def test_the_same_errors(spoil):
+    x, y = spoil(*batch(5, 6, 4))
+    said = []
+    for one in (False, True):
+        with dispatch.use_chain(one), pytest.raises((ValueError, RuntimeError)) as error:
+            pc.FreeEnergy(network((6, 9, 4)))(x, y)
+        said.append((error.type, str(error.value)))
+    assert said[0] == said[1]
+
+
+def changed(change) -> nn.Sequential:
+    model = network((6, 9, 9, 4))
+    change(model)
+    return model
+
+
+OTHERS = {
+    "a hook": changed(lambda m: m[1].register_forward_hook(lambda *_: None)),
+    "a node's hook": changed(lambda m: m[0].node.register_forward_pre_hook(lambda *_: None)),
+    "a forward of its own": changed(lambda m: setattr(m[1], "forward", torch.sin)),
+    "another module": nn.Sequential(pc.Linear(6, 9), nn.LayerNorm(9), nn.Linear(9, 4)),
+    "a plain hidden layer": nn.Sequential(nn.Linear(6, 9), nn.Tanh(), pc.Linear(9, 9), nn.Linear(9, 4)),
+    "two activations": nn.Sequential(pc.Linear(6, 9), nn.Tanh(), nn.Tanh(), nn.Linear(9, 4)),
+    "an activation first": nn.Sequential(nn.Tanh(), pc.Linear(6, 9), nn.Linear(9, 4)),
+    "an activation last": nn.Sequential(pc.Linear(6, 9), nn.Linear(9, 4), nn.Tanh()),
+    "a variance": nn.Sequential(pc.Linear(6, 9, node=pc.Gaussian(2.0)), nn.Linear(9, 4)),
+    "another family": nn.Sequential(pc.Linear(6, 9, node=pc.Bernoulli()), nn.Linear(9, 4)),
+    "in place": nn.Sequential(pc.Linear(6, 9), nn.ReLU(inplace=True), nn.Linear(9, 4)),
+    "one layer": nn.Sequential(pc.Linear(6, 4)),
+    "no Sequential": nn.ModuleList([pc.Linear(6, 9), nn.Linear(9, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_are_no_chain(name):
+    assert as_chain(OTHERS[name]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "x"),
+    [
+        ({"order": "sweep"}, torch.randn(5, 6)),
+        ({"state_optimizer": lambda states: torch.optim.SGD(states, lr=0.5)}, torch.randn(5, 6)),
+        ({"output": pc.Gaussian(2.0)}, torch.randn(5, 6)),
+        ({}, torch.randn(5, 6, requires_grad=True)),
+        ({}, (torch.randn(5, 6),)),
+    ],
+    ids=["order", "optimizer", "variance", "input gradient", "tuple"],
+)
+def test_other_calls_go_to_the_layers(options, x, monkeypatch):
+    monkeypatch.setattr(chain, "chain_gradient", lambda *_, **__: pytest.fail("one launch"))
+    with dispatch.use_chain(True):
+        pc.FreeEnergy(network((6, 9, 4)), **options)(x, torch.randn(5, 4)).backward()
+
+
+def test_autocast_goes_to_the_layers(monkeypatch):
+    monkeypatch.setattr(chain, "chain_gradient", lambda *_, **__: pytest.fail("one launch"))
+    with dispatch.use_chain(True), torch.autocast("cpu"):
+        pc.FreeEnergy(network((6, 9, 4)))(*batch(5, 6, 4))
+
+
+def test_rule(monkeypatch, tmp_path):
+    """The nearest size measured decides; nothing measured, or more than in any measurement, and it is the layers."""
+    monkeypatch.setattr(dispatch, "TUNED", tmp_path / "tuned.json")
+    rows = [[64, 128, 3, 3.0], [4096, 512, 3, 0.7], [64, 128, 8, 2.0]]
+    dispatch.TUNED.write_text(json.dumps({"chain": {"NVIDIA H100": {"float32": rows}}}))
+    dispatch.chained.cache_clear()
+    try:
+        assert dispatch.chained("NVIDIA H100", 100, 100, 4, torch.float32)
+        assert not dispatch.chained("NVIDIA H100", 2048, 512, 4, torch.float32)
+        assert not dispatch.chained("NVIDIA H100", 64, 128, 9, torch.float32)
+        assert not dispatch.chained("NVIDIA H100", 64, 128, 3, torch.bfloat16)
+        assert not dispatch.chained("NVIDIA A100", 64, 128, 3, torch.float32)
+    finally:
+        dispatch.chained.cache_clear()
+    assert not dispatch.chains(torch.zeros(4, 8), 8, 3)  # on a CPU
+
+
+@pytest.fixture
+def tuner(monkeypatch):
+    """The module of ``bench/tune_chain.py``."""
+    bench = Path(__file__).parents[1] / "bench"
+    monkeypatch.syspath_prepend(str(bench))
+    spec = importlib.util.spec_from_file_location("tune_chain", bench / "tune_chain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tuner(tuner, monkeypatch, tmp_path, capsys):
+    """It refuses without a GPU; writes the ratio to the faster of the layers' two; and nothing if a result differs."""
+    import bench_kernels
+
+    table = tmp_path / "tuned.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tuner.main(["--out", str(table)]) == 2
+    assert capsys.readouterr().err.startswith("no GPU: ")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(tuner, "SIZES", [(32, 64, 2)])
+    ways = {name: partial(torch.ones, 2, 1) for name in ("launch", "layers", "graph")}
+    times = dict(zip(map(id, ways.values()), (6.0, 9.0, 3.0)))
+    monkeypatch.setattr(tuner, "steps", lambda *_: ways)
+    monkeypatch.setattr(bench_kernels, "seconds", lambda way, _: times[id(way)])
+    assert tuner.main(["--out", str(table)]) == 0
+    assert json.loads(table.read_text()) == {"chain": {"NVIDIA H100": {"float32": [[32, 64, 2, 0.5]]}}}
+    before = table.read_text()
+    ways["graph"] = partial(torch.full, (2, 1), float("nan"))
+    assert tuner.main(["--out", str(table)]) == 1
+    assert table.read_text() == before
+
+
+def test_tuner_times_the_same_step_each_way(tuner):
+    ways = tuner.steps(17, 16, 3, torch.float32, "cpu")
+    assert not tuner.differs(ways["launch"](), ways["layers"]())
+
+
+def arguments(**changes):
+    given = {
+        "x": torch.zeros(3, 4),
+        "target": torch.zeros(3, dtype=torch.int64),
+        "weight_of_item": torch.ones(()),
+        "weights": [torch.zeros(5, 4), torch.zeros(2, 5)],
+        "biases": [None, torch.zeros(2)],
+        "activations": ["tanh"],
+    }
+    rest = {"steps": 2, "step": 0.25, "guards": True, "precision": None, "displacement": 0.003, "trust": 0.3}
+    return {**given, **rest, "ignore_index": -100, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weights": [torch.zeros(5, 4)]}, "at least two layers"),
+        ({"activations": ["sine"]}, "activation 'sine'"),
+        ({"x": torch.zeros(4)}, "x has 1 dimensions"),
+        ({"weights": [torch.zeros(5, 4), torch.zeros(2, 6)]}, "weight has shape"),
+        ({"weights": [torch.zeros(4, 5).t(), torch.zeros(2, 5)]}, "contiguous"),
+        ({"biases": [torch.zeros(4), None]}, "bias has shape"),
+        ({"target": torch.zeros(3, 3)}, "target has shape"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, "labels have shape"),
+        ({"weight_of_item": torch.ones(2)}, "weight_of_item has shape"),
+    ],
+)
+def test_wrong_arguments(changes, words):
+    with pytest.raises(ValueError, match=words):
+        chain.chain_gradient(**arguments(**changes))
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=ON_GPU)])
+def test_no_launch_waits_for_the_gpu(dtype):
+    """Nor does a CUDA graph of it give other bits."""
+    model = network((64, 128, 128, 10)).to("cuda", dtype)
+    x, y = (t.cuda() for t in batch(300, 64, 10))
+    free_energy = pc.FreeEnergy(model)
+
+    def step():
+        model.zero_grad()
+        loss = free_energy(x, y)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters())]
+
+    with dispatch.use_chain(True):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            once = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(map(torch.equal, once, step()))
+    assert math.isfinite(once[0])

@@ -333,7 +333,7 @@ def test_wrong_arguments(changes, words):
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=ON_GPU)])
 def test_no_launch_waits_for_the_gpu(dtype):
-    """Nor does a CUDA graph of it give other bits."""
+    """And every step gives the same bits."""
     model = network((64, 128, 128, 10)).to("cuda", dtype)
     x, y = (t.cuda() for t in batch(300, 64, 10))
     free_energy = pc.FreeEnergy(model)

@@ -46,6 +46,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "FabricPC, error T=1": ("fabricpc", {"steps": 1, "error_order": True}),
     "PC, error T=2": ("pc", {"steps": 2}),
     "PC, error T=3 (default)": ("pc", {"steps": 3}),
+    "PC, error T=3, one launch": ("launch", {"steps": 3, "eager": True}),  # kernels/chain.py, on a GPU
 }
 
 
@@ -65,7 +66,13 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def torch_method(
-    batches: Any, device: str, compile: bool = False, pc: bool = False, eager: bool = False, **options: Any
+    batches: Any,
+    device: str,
+    compile: bool = False,
+    pc: bool = False,
+    eager: bool = False,
+    launch: bool = False,
+    **options: Any,
 ) -> Any:
     """The network in torch: backpropagation, or predictive coding by `FreeEnergy` with these options."""
     import torch
@@ -73,6 +80,7 @@ def torch_method(
     from torch import nn
 
     import pc_triton
+    from pc_triton.dispatch import use_chain
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -94,7 +102,8 @@ def torch_method(
 
     def step(number: int) -> None:
         optimizer.zero_grad()
-        loss(*data[number % len(data)]).backward()
+        with use_chain(launch):
+            loss(*data[number % len(data)]).backward()
         optimizer.step()
 
     def accuracy(x: np.ndarray, y: np.ndarray) -> float:
@@ -112,8 +121,8 @@ def worker(name: str, device: str) -> None:
     batches = [(x[i : i + 128], y[i : i + 128]) for i in range(0, len(x) - 127, 128)]
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints goes to stderr
-    if kind in ("torch", "pc"):
-        step, wait, accuracy = torch_method(batches, device, pc=kind == "pc", **options)
+    if kind in ("torch", "pc", "launch"):
+        step, wait, accuracy = torch_method(batches, device, pc=kind != "torch", launch=kind == "launch", **options)
     else:
         import rivals
 
@@ -214,6 +223,8 @@ def main() -> None:
         worker(given.worker, given.device)
         return
     pythons = {"torch": sys.executable, "pc": sys.executable}
+    if given.device == "cuda":
+        pythons["launch"] = sys.executable
     pythons |= {kind: python for kind in ("pcx", "fabricpc") if (python := getattr(given, kind))}
     rows = measure(pythons, given.device, max(given.turns, 2), given.steps, lambda line: print(line, file=sys.stderr))
     if given.out:

@@ -97,7 +97,7 @@ def measure_small(deadline: float) -> list[dict]:
     if time.monotonic() > deadline:
         print("out of time before the small network")
         return []
-    kinds = ["torch", "pc", *(rival for rival in ("pcx", "fabricpc") if importlib.util.find_spec(rival))]
+    kinds = ["torch", "pc", "launch", *(rival for rival in ("pcx", "fabricpc") if importlib.util.find_spec(rival))]
     rows = digits.measure(dict.fromkeys(kinds, sys.executable), "cuda", turns=20, steps=20, say=print)
     print(digits.table(rows), flush=True)
     return rows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .dispatch import chains
+from .dispatch import chains, may_chain
 from .distributions import Categorical, Gaussian
 from .inference import TRUST, check_batch, check_finite, output_family
 from .nn import Linear
@@ -64,8 +64,10 @@ def chain_loss(owner: FreeEnergy, x: Any, y: Tensor | None) -> Tensor | None:
 
     Raises what a call does, before anything changes.
     """
-    chain = as_chain(owner.model) if owner.order == "error" and owner.state_optimizer is None else None
-    if chain is None or type(x) is not Tensor or type(y) is not Tensor or not _fits(chain, x, y):
+    if owner.order != "error" or owner.state_optimizer is not None or type(x) is not Tensor or type(y) is not Tensor:
+        return None
+    chain = as_chain(owner.model) if may_chain(x) else None
+    if chain is None or not _fits(chain, x, y):
         return None
     last = chain.layers[-1]
     own = last.node if isinstance(last, Linear) else None

@@ -103,12 +103,14 @@ def fused(device_name: str, rows: int, n: int, k: int, dtype: torch.dtype) -> bo
 
 def chains(x: Tensor, width: int, layers: int) -> bool:
     """Whether a training step of that many linear layers on x ``[S, K]``, of that mean width, is one launch."""
-    choice = _chaining
-    if choice is not None:
-        return choice
-    if not x.is_cuda or backend(x) is reference:
-        return False
-    return chained(torch.cuda.get_device_name(x.device), len(x), width, layers, x.dtype)
+    if _chaining is not None:
+        return _chaining
+    return may_chain(x) and chained(torch.cuda.get_device_name(x.device), len(x), width, layers, x.dtype)
+
+
+def may_chain(x: Tensor) -> bool:
+    """Whether x lies where a training step can be one launch."""
+    return _chaining if _chaining is not None else x.is_cuda and backend(x) is not reference
 
 
 @lru_cache(maxsize=4096)

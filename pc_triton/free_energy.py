@@ -168,9 +168,9 @@ class FreeEnergy(nn.Module):
         if self.order == "incremental":
             raise ValueError("order='incremental': use `for loss in free_energy.incremental(x, y)`")
         with torch.enable_grad():  # inference is made of gradients, in an evaluation loop too
-            loss = self._compiled(x, y) if self._compiled is not None else chain_loss(self, x, y)
+            loss = chain_loss(self, x, y)
             if loss is None:
-                loss = self.loss_and_inference(x, y)[0]
+                loss = self._compiled(x, y) if self._compiled is not None else self.loss_and_inference(x, y)[0]
         return loss if torch.is_grad_enabled() else loss.detach()
 
     def loss_and_inference(self, x: Any, y: Tensor | None) -> tuple[Tensor, Inference]:

@@ -60,16 +60,20 @@ class Report:
         return (self.free_energies[0] - self.free_energies[-1]) / reachable if reachable > 0 else 1.0
 
     @property
+    def explained(self) -> float:
+        """The fraction of F that inference explained away before learning."""
+        first = self.free_energies[0]
+        return (first - self.free_energies[-1]) / abs(first) if first else 0.0
+
+    @property
     def regime(self) -> str:
         """One line: settled fraction, what inference explained away of F, residual, cosines."""
         if len(self.free_energies) == 1:
             return "backpropagation: the states are at their predictions"
-        first = self.free_energies[0]
-        explained = (first - self.free_energies[-1]) / abs(first) if first else 0.0
         return (
             f"settled {self.settled:.1%} of the reachable fall in {len(self.free_energies) - 1} moves (it explains "
-            f"{explained:.2%} of F), residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} (worst "
-            f"parameter {self.worst_cosine:.3f})"
+            f"{self.explained:.2%} of F), residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} "
+            f"(worst parameter {self.worst_cosine:.3f})"
         )
 
     def __str__(self) -> str:

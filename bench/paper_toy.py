@@ -36,7 +36,7 @@ DEFAULT: Settings = {}  # FreeEnergy's: error order, T = 3, precisions by the di
 SETTLED: Settings = {"order": "error", "steps": 16, "precision": 1.0}  # the paper's precision, settled
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
-STEPS, BATCH = 500, 128
+STEPS, BATCH = 300, 128
 
 
 def variants(data: str, steps: int) -> list[Settings]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import reference
 from .dispatch import backend, tracing
 from .reference import (
     Step,
@@ -296,7 +297,7 @@ class GaussianLogVar(Distribution):
         m, s = mu.chunk(2, -1)
         return 0.5 * (s + (target - m) ** 2 * (-s).exp())
 
-    # The fused pass gives the sample alone; with a prior the passes are those by autograd.
+    # The kernels emit the sample alone: a node with a prior, which is small, is computed by plain torch on a GPU too.
 
     def node_forward(self, mu, state, pi, unit, *, form, noise):
         if self.prior:
@@ -304,9 +305,8 @@ class GaussianLogVar(Distribution):
         return backend(mu).gaussian_logvar_forward(mu, state, pi, noise, form=form)
 
     def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, noise):
-        if self.prior:
-            return super().node_step(mu, state, grad, pi, unit, keep, move, form=form, moved=moved, noise=noise)
-        return backend(mu).gaussian_logvar_step(mu, state, grad, pi, keep, move, noise, form=form, moved=moved)
+        passes = reference if self.prior else backend(mu)
+        return passes.gaussian_logvar_step(mu, state, grad, pi, keep, move, noise, form=form, moved=moved)
 
     def fall(self, mu, grad, samples, unit, *, noise):
         if self.prior:

@@ -342,7 +342,7 @@ class Inference:
         it. A sample whose F rose goes back to that parabola's minimum; the others go on with that step, at most
         Newton's. Any other move: a sample whose F rose goes halfway back and halves its step.
         """
-        before, now = self.accepted, self.energies[-1]
+        before, now = self.accepted, self.energies[-1].nan_to_num(nan=math.inf, posinf=math.inf)
         rose = now > before if self.moves else torch.zeros_like(now, dtype=torch.bool)
         self.accepted = torch.minimum(before, now) if self.moves else now
         if self.form == "error" and self.moves == 1:
@@ -369,7 +369,7 @@ class Inference:
 
     def take_back(self, energy: Tensor) -> bool:
         """Go back to the accepted states in the samples whose F ``[S]`` is above that; whether there are any."""
-        rose = energy > self.accepted
+        rose = ~(energy <= self.accepted)  # or is no number
         if self.moves == 0 or not rose.any():
             return False
         for node in self.nodes:

@@ -501,3 +501,29 @@ def test_an_added_energy_learns_as_in_backpropagation():
 def test_an_added_energy_without_samples(shape):
     with pytest.raises(ValueError, match="add_energy got shape"):
         pc.FreeEnergy(Penalised(1.0, shape))(*batch())
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_a_log_variance_thrown_too_far_comes_back(prior):
+    """With a decoder so steep that the first move raises F, at a precision that does not mind it."""
+    model, x = autoencoder_batch()
+    model.latent, model.decoder[1] = pc.GaussianLogVar(prior=prior), nn.Identity()
+    with torch.no_grad():
+        model.decoder[0].weight *= 10
+    loss, inference = pc.FreeEnergy(model, pc.Bernoulli(), precision=1.0, steps=6).loss_and_inference(x, x)
+    first, second, *_, last = inference.energies
+    assert (second > 1.5 * first).any()
+    assert (last < first).all()
+    assert all(g.isfinite().all() for g in gradients(model, loss))
+
+
+@pytest.mark.parametrize("family", [*BUILT_IN, pc.GaussianLogVar(prior=True)], ids=repr)
+def test_no_keep_and_no_move_lead_back_to_the_prediction(family):
+    """From any distance: it is how the guard takes back a first move in error form."""
+    torch.manual_seed(0)
+    mu, d = torch.randn(2, 3, 8, dtype=torch.float64)
+    d *= torch.tensor([1.0, 30.0, 300.0]).unsqueeze(1)
+    frozen, zero, one = family.frozen(mu), torch.zeros(3), torch.ones(3)
+    grad = torch.randn(3, family.emission(mu, **frozen).shape[-1], dtype=torch.float64)
+    unit = one if family.measured else None
+    assert not family.node_step(mu, d, grad, one, unit, zero, zero, form="error", **frozen)[0].any()

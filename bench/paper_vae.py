@@ -33,7 +33,7 @@ METHODS: dict[str, Settings] = {
     "pc": {},  # FreeEnergy's defaults: error order, T = 3, precisions by the displacement
     "pc, precision 1": {"steps": 8, "precision": 1.0},  # the paper's precision, for longer
 }
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (0, 1, 2)
 STEPS, BATCH = 1000, 128
 SHOWN = 8

@@ -186,8 +186,8 @@ def plot(results: Sequence[Sequence[Record]], originals: Tensor, png: Path) -> N
         for records in results:
             settings = records[0]["settings"]
             if kind in records[0]:
-                rows.append((f"{settings['output']}: {settings['method']}", kind, decode(records[0][kind])))
-    figure = Figure(figsize=(7, 0.75 * len(rows)), layout="constrained")
+                rows.append((f"{settings['output']}\n{settings['method']}", kind, decode(records[0][kind])))
+    figure = Figure(figsize=(7, 0.7 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (method, kind, shown) in zip(grid, rows):
         axes.imshow(np.hstack(list(shown)), cmap="gray_r", vmin=0, vmax=255)

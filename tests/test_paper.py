@@ -66,6 +66,21 @@ def test_quick_run_and_resume(experiment, tmp_path, monkeypatch):
     assert "**Tuning**" in first
 
 
+@pytest.mark.parametrize("data", ["mnist", "fashion"])
+@pytest.mark.parametrize("experiment", [paper_toy, paper_vae], ids=lambda module: module.__name__)
+def test_tables_of_the_documentation_are_the_files(experiment, data, monkeypatch):
+    """A table in docs/experiments.md is what the results file gives, and every run behind it is there."""
+    monkeypatch.setattr(experiment, "images", lambda _: images.Images(*torch.zeros(4, 1)))
+    monkeypatch.setattr(experiment, "plot", lambda *_: None)
+    monkeypatch.setattr(experiment, "run", lambda *_, **__: pytest.fail("a run is missing"))
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
+    out = ROOT / "bench" / "results" / f"paper_{experiment.__name__.removeprefix('paper_')}_{data}.json"
+    tables = experiment.reproduce(Path(data), False, out, 1).split("\n\n")
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert not [table for table in tables if table not in text]
+    assert not [r for r in json.loads(out.read_text())["runs"] if r["commit"].endswith("-dirty")]
+
+
 def test_images_from_idx_files(tmp_path):
     """Pixels and labels of gzipped idx files; a part held out for tuning; a file that is missing has a clear error."""
     with pytest.raises(InputError, match="no such file"):

@@ -14,6 +14,8 @@ import importlib
 import tempfile
 from pathlib import Path
 
+from pc_triton.text import InputError
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -28,7 +30,10 @@ def main() -> None:
     name = f"paper_{options.experiment}_{options.data.name if options.data else 'default'}.json"
     folder = Path(tempfile.gettempdir()) / "quick" if options.quick else Path(__file__).parent / "results"
     experiment = importlib.import_module(f"paper_{options.experiment}")
-    print(experiment.reproduce(options.data, options.quick, options.out or folder / name, options.jobs))
+    try:
+        print(experiment.reproduce(options.data, options.quick, options.out or folder / name, options.jobs))
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

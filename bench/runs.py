@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pc_triton import Report
+
 Settings = dict[str, Any]
 """What defines a run: numbers and strings, as they stand in the file; never a path of this machine."""
 Record = dict[str, Any]
@@ -110,3 +112,25 @@ def spread(records: Sequence[Record], digits: int = 2) -> str:
     if max(values) == DIVERGED:
         return "diverged"
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def standing(report: Report) -> Record:
+    """Where inference stands, for a record."""
+    return {name: getattr(report, name) for name in ("settled", "explained", "residual", "cosine", "worst_cosine")}
+
+
+def regime(records: Sequence[Record]) -> str:
+    """Where the trained models' inference stands, means over the seeds."""
+    names = ("settled", "explained", "residual", "cosine", "worst_cosine")
+    if not all(name in record for record in records for name in names):
+        return "no inference" if score(records[0]) < DIVERGED else ""
+    settled, explained, residual, cosine, worst = (mean(record[name] for record in records) for name in names)
+    return (
+        f"settled {settled:.1%} (explains {explained:.2%} of F), residual {residual:.2g}, "
+        f"cosine to bp {cosine:.4f} (worst parameter {worst:.3f})"
+    )
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))

@@ -1,8 +1,8 @@
 """Gaussian value node with its own variance: rows [mean | log variance], emission m + e^(s/2) xi.
 
 E = pi/2 sum [s^ - s + (e^s + (m - m^)^2) e^-s^ - 1]: Pinchetti et al. 2022 (arXiv 2211.03481), eq. 5 for two Gaussians.
-The step is the natural gradient's (Amari 1998), with the inverse Fisher information (e^s^, 2) of (m, s) at the
-prediction.
+The step is the natural gradient's (Amari 1998), with V = (e^s^, 2 ds / (e^ds - 1)): at the prediction the inverse
+Fisher information of (m, s), and elsewhere what makes the energy's part of the move linear in ds, too.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _step(
 ):
     """The natural step of both halves and dF/dmu, with h = g xi e^(s/2), c = move / pi and k = keep:
 
-    dm <- k dm - c e^s^ g,  ds <- ds - (1 - k) (e^ds - 1) - c h;
+    dm <- k dm - c e^s^ g,  ds <- k ds - c h ds / (e^ds - 1);
     dF/dmu = -pi (dm e^-s^, (e^ds - 1 + dm^2 e^-s^) / 2), or in error form (g, (h - pi dm^2 e^-s^) / 2).
 
     A program takes COLS of the C pairs (m, s) of ROWS rows.
@@ -128,7 +128,8 @@ def _step(
     shown_m, shown_s = dm, ds
     if MOVE:
         new_m = keep * dm - push * tl.exp(s_hat) * g
-        new_s = ds - (1.0 - keep) * expm1(ds) - push * h
+        slope = tl.where(ds == 0.0, 1.0, ds / tl.where(ds == 0.0, 1.0, expm1(ds)))
+        new_s = keep * ds - push * h * slope
         tl.store(state_ptr + mean, new_m if ERROR else m_hat + new_m, mask=mask)
         tl.store(state_ptr + log_variance, new_s if ERROR else s_hat + new_s, mask=mask)
         if MOVED:

@@ -8,7 +8,16 @@ loss.backward()                         # learning
 """
 
 from .dispatch import use_backend
-from .distributions import Bernoulli, Categorical, Distribution, Gaussian, GaussianLogVar, Laplace, StudentT
+from .distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Gaussian,
+    GaussianLogVar,
+    Laplace,
+    StudentT,
+    add_energy,
+)
 from .free_energy import FreeEnergy, Settled
 from .head import Head
 from .nn import Attention, Linear, MultiheadAttention, convert
@@ -32,6 +41,7 @@ __all__ = [
     "Report",
     "Settled",
     "StudentT",
+    "add_energy",
     "convert",
     "use_backend",
 ]

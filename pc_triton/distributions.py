@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import reference
 from .dispatch import backend, tracing
 from .reference import (
     Step,
@@ -49,6 +50,21 @@ def visited(node: Distribution | None) -> bool:
     Such layers break the graph, and what lies between them is compiled. Outside inference the model is one graph.
     """
     return len(running) > 0 and node is not None and node.error is None  # torch 2.11 traces no bool(list)
+
+
+def add_energy(energy: Tensor) -> None:
+    """Add a term of your own to the free energy, from within a model's forward: a prior, a penalty, a constraint.
+
+        h = self.hidden(x)               # a pc layer
+        pc.add_energy(0.01 * h.abs())    # inference and learning lower this too
+
+    energy: ``[S, ...]`` in nats, S samples along the first axis (or a whole number of rows each), a differentiable
+    function of what value nodes emit. Counted in each sample's F as it is, whatever the nodes' precision. Outside
+    `FreeEnergy` it does nothing.
+    """
+    inference = current.get()
+    if inference is not None:
+        inference.add_energy(energy)
 
 
 class Distribution(nn.Module):
@@ -260,7 +276,24 @@ class GaussianLogVar(Distribution):
     It emits a sample m + exp(s / 2) xi ``[..., C]`` with xi frozen for the batch (in evaluation the mean), as in a
     variational autoencoder (Pinchetti et al. 2022, section 4.2). As an output node its energy is the negative log
     likelihood without the constant log(2 pi) / 2. Raises ValueError for an odd number of columns.
+
+    prior: True puts a standard normal prior on the node: F has KL[D(u) || N(0, 1)] too, that of a variational
+    autoencoder, at the state u. What inference knows as the node's emission is then ``[sample | mean | log variance]``.
     """
+
+    def __init__(self, prior: bool = False) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, mu: Tensor, **frozen: Any) -> Tensor:
+        """The sample ``[B, ..., C]``; its prior's energy goes to `add_energy`."""
+        emitted = super().forward(mu, **frozen)
+        if not self.prior:
+            return emitted
+        columns = mu.shape[-1] // 2
+        sample, u = emitted.split([columns, 2 * columns], -1)
+        add_energy(self.energy(wide(u), torch.zeros_like(wide(u))))
+        return sample
 
     def frozen(self, mu: Tensor) -> dict[str, Any]:
         """xi ``[..., C]``, standard normal."""
@@ -273,9 +306,10 @@ class GaussianLogVar(Distribution):
         return gaussian_logvar_energy(u, mu)
 
     def emission(self, u: Tensor, noise: Tensor | None = None) -> Tensor:
-        """m + exp(s / 2) noise ``[..., C]``; without noise the mean."""
+        """m + exp(s / 2) noise ``[..., C]``, without noise the mean; followed by u where the node has a prior."""
         m, s = u.chunk(2, -1)
-        return m if noise is None else m + (0.5 * s).exp() * noise
+        sample = m if noise is None else m + (0.5 * s).exp() * noise
+        return torch.cat([sample, u], -1) if self.prior else sample
 
     def variance(self, mu: Tensor) -> Tensor:
         """(e^s, 2), the inverse Fisher information of mean and log variance."""
@@ -291,13 +325,20 @@ class GaussianLogVar(Distribution):
         m, s = mu.chunk(2, -1)
         return 0.5 * (s + (target - m) ** 2 * (-s).exp())
 
+    # The kernels emit the sample alone: a node with a prior, which is small, is computed by plain torch on a GPU too.
+
     def node_forward(self, mu, state, pi, unit, *, form, noise):
+        if self.prior:
+            return super().node_forward(mu, state, pi, unit, form=form, noise=noise)
         return backend(mu).gaussian_logvar_forward(mu, state, pi, noise, form=form)
 
     def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, noise):
-        return backend(mu).gaussian_logvar_step(mu, state, grad, pi, keep, move, noise, form=form, moved=moved)
+        passes = reference if self.prior else backend(mu)
+        return passes.gaussian_logvar_step(mu, state, grad, pi, keep, move, noise, form=form, moved=moved)
 
     def fall(self, mu, grad, samples, unit, *, noise):
+        if self.prior:
+            return super().fall(mu, grad, samples, unit, noise=noise)
         _, s = wide(mu).chunk(2, -1)
         g = wide(grad)
         return sum_samples(s.exp() * g * g * (1 + 0.5 * wide(noise) ** 2), samples)

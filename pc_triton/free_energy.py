@@ -38,7 +38,8 @@ class Settled(NamedTuple):
 class FreeEnergy(nn.Module):
     """The free energy F of a model of value nodes; its ``backward()`` leaves the learning gradients in ``.grad``.
 
-    F = sum over nodes of pi KL[D(u) || D(mu)] + the energy of the clamped output (Pinchetti et al. 2022, eq. 5, 6).
+    F = sum over nodes of pi KL[D(u) || D(mu)] + the energy of the clamped output (Pinchetti et al. 2022, eq. 5, 6), and
+    what the model adds by `add_energy`.
     Inference lowers F in the states u, with the weights fixed; learning is one gradient of F in the weights.
 
         free_energy = pc.FreeEnergy(model)
@@ -157,7 +158,7 @@ class FreeEnergy(nn.Module):
 
         x: the model's input ``[S, ...]`` with S samples, or a tuple or dict of its arguments. y: what the output is
         clamped to: labels int64 (the shape of the output without its last axis) or values of the output's shape.
-        None leaves the output free, and then nothing moves.
+        None leaves the output free, and then nothing moves (but by an energy that the model adds).
 
         The value is that of the learning pass: the energy at the states at which the weight gradients are taken.
 

@@ -54,6 +54,7 @@ class Inference:
         self.output_shape: torch.Size | None = None  # that of what the model returns, where it is another
         self.out: Tensor = torch.empty(0)  # what the model returned in the last pass
         self.head: tuple[Tensor, Tensor] | None = None  # what a Head returned, and its energy [R]
+        self.added: list[Tensor] = []  # the energies [S] that the model added in this pass
         self.shows_output = False  # whether a Head has to give its logits
         self.learns = False  # whether weight gradients are taken of this pass
         self.items = torch.ones(())
@@ -91,6 +92,15 @@ class Inference:
             node.emission, node.energy = Visit.apply(mu, self._anchor, node, self)
         node.version = node.emission._version
         return node.emission
+
+    def add_energy(self, energy: Tensor) -> None:
+        """Count in F an energy of the model's own, ``[S * r, ...]``, in this pass."""
+        if energy.dim() == 0 or energy.shape[0] % self.samples:
+            raise ValueError(
+                f"add_energy got shape {tuple(energy.shape)} in a batch of {self.samples}: an energy needs its samples "
+                "along the first axis, a whole number of rows each"
+            )
+        self.added.append(sum_samples(wide(energy), self.samples))
 
     def labelled_output(self) -> tuple[Categorical, Tensor] | None:
         """The output's family and its labels, where a `Head` can clamp it to them; None where it must give logits."""
@@ -181,7 +191,7 @@ class Inference:
 
         learns: whether weight gradients will be taken of it.
         """
-        self.mode, self.visits, self.learns, self.head = mode, 0, learns, None
+        self.mode, self.visits, self.learns, self.head, self.added = mode, 0, learns, None, []
         self.random.restore()  # dropout and noise are the same in every pass
         token = current.set(self)
         running.append(self)
@@ -198,7 +208,7 @@ class Inference:
                     with self._leaves():
                         self.out = self.owner.run(*args, **self.kwargs)
                 self._check_pass()
-                energy = self._output_energy()
+                energy = sum(self.added, self._output_energy())
                 for node in self.nodes:
                     if node.energy is not None:
                         energy = energy + node.energy
@@ -232,7 +242,7 @@ class Inference:
 
     def _release(self) -> None:
         """Keep values only: a value node's graph holds this object, and Python cannot collect such a cycle."""
-        self.out, self.head = self.out.detach(), None
+        self.out, self.head, self.added = self.out.detach(), None, []
         for node in self.nodes:
             node.mu, node.emission = node.mu.detach(), node.emission.detach()
             node.energy = None if node.energy is None else node.energy.detach()
@@ -378,7 +388,7 @@ class Inference:
         it. A sample whose F rose goes back to that parabola's minimum; the others go on with that step, at most
         Newton's. Any other move: a sample whose F rose goes halfway back and halves its step.
         """
-        before, now = self.accepted, self.energies[-1]
+        before, now = self.accepted, self.energies[-1].nan_to_num(nan=math.inf, posinf=math.inf)
         rose = now > before if self.moves else torch.zeros_like(now, dtype=torch.bool)
         self.accepted = torch.minimum(before, now) if self.moves else now
         if self.form == "error" and self.moves == 1:
@@ -405,7 +415,7 @@ class Inference:
 
     def take_back(self, energy: Tensor) -> bool:
         """Go back to the accepted states in the samples whose F ``[S]`` is above that; whether there are any."""
-        rose = energy > self.accepted
+        rose = ~(energy <= self.accepted)  # or is no number
         if self.moves == 0 or not rose.any():
             return False
         for node in self.nodes:

@@ -166,17 +166,25 @@ def gaussian_logvar_step(
 ) -> Step:
     """dE/du = pi ((m - m^) e^-s^, (e^(s-s^) - 1) / 2), dE/dmu = -pi (dm e^-s^, (e^ds - 1 + dm^2 e^-s^) / 2).
 
-    What the children send returns to u as (g, g e^(s/2) xi / 2). V = (e^s^, 2) is the inverse Fisher information of
-    (m, s) at the prediction.
+    What the children send returns to u as (g, g e^(s/2) xi / 2). V = (e^s^, 2 ds / (e^ds - 1)): at the prediction the
+    inverse Fisher information of (m, s), and elsewhere what makes the energy's part of the move linear in ds, too.
+
+    grad may have ``[..., 3 C]``: for a node with a prior, whose emission is the sample followed by u.
     """
     mu_, g, xi = wide(mu), _sent(grad, mu), wide(noise)
+    g_u = None
+    if g.shape[-1:] == (3 * xi.shape[-1],):
+        g, g_u = g.split([xi.shape[-1], mu.shape[-1]], -1)
     d = torch.zeros_like(mu_) if state is None else (state if form == "error" else state - mu_)
     (dm, ds), (_, s_hat) = d.chunk(2, -1), mu_.chunk(2, -1)
     variance, g_s = s_hat.exp(), g * xi * (0.5 * (s_hat + ds)).exp()  # g_s is 2 dm(u)/ds g
+    if g_u is not None:
+        g, g_s = g + g_u.chunk(2, -1)[0], g_s + 2 * g_u.chunk(2, -1)[1]
     new = d
     if keep is not None and move is not None:
         k, c = per_sample(keep, mu_), per_sample(move / precision, mu_)
-        new = torch.cat([k * dm - c * variance * g, ds - (1 - k) * torch.expm1(ds) - c * g_s], -1)
+        slope = torch.where(ds == 0, 1.0, ds / torch.expm1(ds))
+        new = torch.cat([k * dm - c * variance * g, k * ds - c * slope * g_s], -1)
     pi = per_sample(precision, mu_)
     if form == "error":
         grad_mu = torch.cat([g, 0.5 * (g_s - pi * dm * dm / variance)], -1)

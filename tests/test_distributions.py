@@ -108,8 +108,8 @@ def test_half_precision_model(make):
 def test_fused_steps_are_the_generic_ones(family, samples, rows, columns, form, moved, learn):
     """Each fused pass against `Distribution`'s, which differentiates energy and emission.
 
-    The move of the generic pass scales by the curvature at the prediction: the fused Bernoulli and Categorical by the
-    one at the state, so their moves are compared where the two meet, at u = mu.
+    The move of the generic pass scales by the curvature at the prediction: the fused Bernoulli, Categorical and
+    GaussianLogVar by what makes it linear in u - mu, so their moves are compared where the two meet, at u = mu.
     """
     g = torch.Generator().manual_seed(samples + 10 * rows + 100 * columns)
     wide = 2 * columns if isinstance(family, pc.GaussianLogVar) else columns
@@ -133,12 +133,12 @@ def test_fused_steps_are_the_generic_ones(family, samples, rows, columns, form, 
         close(a, b)
     options = {"form": form, "moved": moved, **frozen}
     (new, new_), (down, down_) = both("node_step", mu, state, grad, pi, unit, keep, move, **options)
-    curved = isinstance(family, (pc.Bernoulli, pc.Categorical))
+    curved = isinstance(family, (pc.Bernoulli, pc.Categorical, pc.GaussianLogVar))
     if not curved:
         close(new, new_)
     if not (curved and moved and not learn):
         close(down, down_)
-    if not curved:
+    if not isinstance(family, (pc.Bernoulli, pc.Categorical)):
         close(
             family.fall(mu, grad, samples, unit, **frozen),
             pc.Distribution.fall(family, mu, grad, samples, unit, **frozen),
@@ -356,3 +356,174 @@ def test_labels_of_another_dtype(dtype):
 def test_probability_out_of_range(output, value):
     with pytest.raises(ValueError, match="outside"):
         output.check_target(torch.full((2, 4), value), torch.zeros(2, 4))
+
+
+# A prior on a node, and energies of the model's own.
+
+
+class Autoencoder(nn.Module):
+    """A small variational autoencoder; the prior in the node, or by hand as a `pc.add_energy`."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.encoder = nn.Sequential(pc.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6))
+        self.latent = pc.GaussianLogVar(prior=True)
+        self.decoder = nn.Sequential(pc.Linear(3, 8), nn.Tanh(), nn.Linear(8, 5))
+
+    def forward(self, x):
+        return self.decoder(self.latent(self.encoder(x)))
+
+
+def autoencoder_batch():
+    model, x = Autoencoder().double(), torch.rand(6, 5, dtype=torch.float64)
+    torch.manual_seed(2)
+    return model, x
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def test_one_step_of_a_node_with_a_prior_is_the_gradient_of_the_elbo():
+    """And outside inference the node emits the same sample."""
+    model, x = autoencoder_batch()
+    ours = pc.FreeEnergy(model, pc.Bernoulli(), steps=1)(x, x)
+    torch.manual_seed(2)
+    m, s = model.encoder(x).chunk(2, -1)
+    z = m + (0.5 * s).exp() * torch.randn_like(m)
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(m, (0.5 * s).exp()), torch.distributions.Normal(0, 1)
+    )
+    theirs = (F.binary_cross_entropy_with_logits(model.decoder(z), x, reduction="none").sum(1) + kl.sum(1)).mean()
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(gradients(model, ours), gradients(model, theirs)):
+        torch.testing.assert_close(a, b)
+    torch.manual_seed(2)
+    torch.testing.assert_close(model(x), model.decoder(z))
+    assert torch.equal(model.latent.eval()(torch.cat([m, s], -1)), m)
+
+
+@pytest.mark.parametrize("order", ["error", "sweep", "simultaneous"])
+def test_every_order_settles_a_node_with_a_prior_where_free_energy_is_lowest(order):
+    """F and the latent state of a long run, against L-BFGS on F written out; and the report says settled."""
+    model, x = autoencoder_batch()
+    settled = pc.FreeEnergy(model, pc.Bernoulli(), order=order, precision=2.0, steps=300).infer(x, x)
+    torch.manual_seed(2)
+    noise = torch.randn(6, 3, dtype=torch.float64)
+    first, last = model.encoder[0], model.decoder[0]
+    with torch.no_grad():
+        h = F.linear(x, first.weight, first.bias)
+        q = model.encoder(x)
+        d = F.linear(q[:, :3] + (0.5 * q[:, 3:]).exp() * noise, last.weight, last.bias)
+    states = [t.clone().requires_grad_() for t in (h, q, d)]
+
+    def free_energy():
+        u, latent, v = states
+        mu = model.encoder[2](u.tanh())
+        m, s = latent.chunk(2, -1)
+        below = F.linear(m + (0.5 * s).exp() * noise, last.weight, last.bias)
+        gaussians = ((u - h) ** 2 + (v - below) ** 2).sum(1) / 2
+        own, prior = (pc.GaussianLogVar().energy(latent, other).sum(1) for other in (mu, torch.zeros_like(mu)))
+        out = F.binary_cross_entropy_with_logits(model.decoder[2](v.tanh()), x, reduction="none").sum(1)
+        return 2 * (gaussians + own) + prior + out
+
+    optimizer = torch.optim.LBFGS(states, max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        total = free_energy().sum()
+        total.backward()
+        return total
+
+    optimizer.step(closure)
+    torch.testing.assert_close(settled.free_energy, free_energy().detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(settled.states["latent"][:, 3:], states[1].detach(), rtol=1e-3, atol=1e-3)
+    report = pc.FreeEnergy(model, pc.Bernoulli(), order=order, steps=30).report(x, x)
+    assert report.settled > 0.9
+
+
+def test_a_node_with_a_prior_compiles():
+    """The same loss and gradients as eager, with the noise held through inference."""
+    model, x = Autoencoder(), torch.rand(6, 5)
+    results = []
+    for compiled in (False, True):
+        free_energy = pc.FreeEnergy(model, pc.Bernoulli())
+        if compiled:
+            free_energy.compile(fallback_random=True)  # torch's own generator, so that both draw the same
+        torch.manual_seed(3)
+        loss = free_energy(x, x)
+        results.append((loss, *gradients(model, loss)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Penalised(nn.Module):
+    """A network whose first layer pays for what it emits."""
+
+    def __init__(self, weight, shape=lambda h: h):
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.out, self.weight, self.shape = pc.Linear(5, 8), nn.Linear(8, 4), weight, shape
+
+    def forward(self, x):
+        h = self.hidden(x)
+        pc.add_energy(self.shape(self.weight * h**2))
+        return self.out(h.tanh())
+
+
+@pytest.mark.parametrize("order", ["error", "sweep", "simultaneous"])
+def test_an_added_energy_is_lowered_by_inference(order):
+    """It counts in F, and moves the states; an energy of weight 0 changes nothing."""
+    x, y = batch()
+    free, penalised = (pc.FreeEnergy(Penalised(w), order=order, precision=1.0, steps=100).infer(x, y) for w in (0, 2.0))
+    plain = pc.FreeEnergy(nn.Sequential(Penalised(0).hidden, nn.Tanh(), Penalised(0).out), order=order, precision=1.0)
+    plain.steps = 100
+    torch.testing.assert_close(plain.infer(x, y).free_energy, free.free_energy)
+    assert (penalised.states["hidden"].norm(dim=1) < free.states["hidden"].norm(dim=1)).all()
+    h, mu = penalised.states["hidden"], Penalised(0).hidden(x).detach()
+    energy = ((h - mu) ** 2 / 2 + 2 * h**2).sum(1) + F.cross_entropy(penalised.output, y, reduction="none")
+    torch.testing.assert_close(penalised.free_energy, energy)
+
+
+def test_an_added_energy_learns_as_in_backpropagation():
+    """One step's gradients; and outside `FreeEnergy` the term is nowhere."""
+    model, (x, y) = Penalised(0.3), batch()
+    loss = pc.FreeEnergy(model, steps=1)(x, y)
+    h = model.hidden(x)
+    truth = F.cross_entropy(model(x), y) + 0.3 * (h**2).sum() / 6
+    torch.testing.assert_close(loss, truth)
+    for a, b in zip(gradients(model, loss), gradients(model, truth)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [lambda e: e.sum(), lambda e: e[:4]])
+def test_an_added_energy_without_samples(shape):
+    with pytest.raises(ValueError, match="add_energy got shape"):
+        pc.FreeEnergy(Penalised(1.0, shape))(*batch())
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_a_log_variance_thrown_too_far_comes_back(prior):
+    """With a decoder so steep that the first move raises F, at a precision that does not mind it."""
+    model, x = autoencoder_batch()
+    model.latent, model.decoder[1] = pc.GaussianLogVar(prior=prior), nn.Identity()
+    with torch.no_grad():
+        model.decoder[0].weight *= 10
+    loss, inference = pc.FreeEnergy(model, pc.Bernoulli(), precision=1.0, steps=6).loss_and_inference(x, x)
+    first, second, *_, last = inference.energies
+    assert (second > 1.5 * first).any()
+    assert (last < first).all()
+    assert all(g.isfinite().all() for g in gradients(model, loss))
+
+
+@pytest.mark.parametrize("family", [*BUILT_IN, pc.GaussianLogVar(prior=True)], ids=repr)
+def test_no_keep_and_no_move_lead_back_to_the_prediction(family):
+    """From any distance: it is how the guard takes back a first move in error form."""
+    torch.manual_seed(0)
+    mu, d = torch.randn(2, 3, 8, dtype=torch.float64)
+    d *= torch.tensor([1.0, 30.0, 300.0]).unsqueeze(1)
+    frozen, zero, one = family.frozen(mu), torch.zeros(3), torch.ones(3)
+    grad = torch.randn(3, family.emission(mu, **frozen).shape[-1], dtype=torch.float64)
+    unit = one if family.measured else None
+    assert not family.node_step(mu, d, grad, one, unit, zero, zero, form="error", **frozen)[0].any()

@@ -1,0 +1,108 @@
+"""The experiments of bench/paper.py in their smoke runs: tables, figure, and no run made twice."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from pc_triton.text import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+images, paper_toy, paper_vae, runs = (
+    pytest.importorskip(name) for name in ("images", "paper_toy", "paper_vae", "runs")
+)  # the scripts want scikit-learn, matplotlib and tqdm
+
+
+class Here:
+    """A pool of no processes: the runs are made here, which needs no second import of torch."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+    def submit(self, function, settings):
+        future: Future = Future()
+        future.set_result(function(settings))
+        return future
+
+
+@pytest.mark.parametrize("experiment", [paper_toy, paper_vae], ids=lambda module: module.__name__)
+def test_quick_run_and_resume(experiment, tmp_path, monkeypatch):
+    """The tables hold every method; the second call makes no run and gives the same tables."""
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes of a pool
+    out = tmp_path / "out.json"
+    with torch.random.fork_rng():
+        first = experiment.reproduce(None, True, out, 1)
+        records = json.loads(out.read_text())["runs"]
+        monkeypatch.setattr(experiment, "run", lambda *_, **__: pytest.fail("a run was made again"))
+        assert experiment.reproduce(None, True, out, 1) == first
+    torch.set_num_threads(threads)
+    assert json.loads(out.read_text())["runs"] == records
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    for record in records:
+        assert record["score"] < runs.DIVERGED
+        assert record["commit"]
+        settings = record["settings"]
+        learns_by_pc = "bp" not in (settings.get("method"), settings.get("learning"))
+        t1 = settings.get("inference", {}).get("steps") == 1
+        assert ("settled" in record) == (learns_by_pc and not settings["tuning"]) or t1
+    assert "| bp" in first
+    assert "| pc" in first
+    assert "**Tuning**" in first
+
+
+@pytest.mark.parametrize("data", ["mnist", "fashion"])
+@pytest.mark.parametrize("experiment", [paper_toy, paper_vae], ids=lambda module: module.__name__)
+def test_tables_of_the_documentation_are_the_files(experiment, data, monkeypatch):
+    """A table in docs/experiments.md is what the results file gives, and every run behind it is there."""
+    monkeypatch.setattr(experiment, "images", lambda _: images.Images(*torch.zeros(4, 1)))
+    monkeypatch.setattr(experiment, "plot", lambda *_: None)
+    monkeypatch.setattr(experiment, "run", lambda *_, **__: pytest.fail("a run is missing"))
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
+    out = ROOT / "bench" / "results" / f"paper_{experiment.__name__.removeprefix('paper_')}_{data}.json"
+    tables = experiment.reproduce(Path(data), False, out, 1).split("\n\n")
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert not [table for table in tables if table not in text]
+    assert not [r for r in json.loads(out.read_text())["runs"] if r["commit"].endswith("-dirty")]
+
+
+def test_images_from_idx_files(tmp_path):
+    """Pixels and labels of gzipped idx files; a part held out for tuning; a file that is missing has a clear error."""
+    with pytest.raises(InputError, match="no such file"):
+        images.images(tmp_path)
+    for part, count in (("train", 6), ("t10k", 2)):
+        pixels = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, 2, 2)) + bytes(range(4 * count))
+        labels = bytes([0, 0, 8, 1]) + count.to_bytes(4, "big") + bytes(range(count))
+        for kind, raw in (("images-idx3", pixels), ("labels-idx1", labels)):
+            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(raw))
+    found = images.images(tmp_path)
+    assert found.x.shape == (6, 4)
+    torch.testing.assert_close(found.x[1], torch.arange(4, 8) / 255)
+    assert found.y.tolist() == [0, 1, 2, 3, 4, 5]
+    tuning = images.images(tmp_path, tuning=True)
+    assert tuning.y.tolist() == [0, 1, 2, 3, 4]
+    assert tuning.test_y.tolist() == [5]
+
+
+def test_divergence_is_recorded():
+    """A run whose loss is no number says so, and counts as the worst."""
+    settings = {"task": "softmax output", "energies": "generalised", "learning": "bp", "training_steps": 30}
+    record = partial(paper_toy.run, data=None)(settings | {"lr": float("inf"), "seed": 0, "tuning": False})
+    assert "diverged" in record
+    assert runs.score(record) == runs.DIVERGED
+    assert runs.spread([record]) == "diverged"

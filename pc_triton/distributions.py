@@ -62,7 +62,13 @@ def add_energy(energy: Tensor) -> None:
     function of what value nodes emit. Counted in each sample's F as it is, whatever the nodes' precision. Outside
     `FreeEnergy` it does nothing.
     """
-    inference = current.get()
+    if running:
+        _add_energy(energy)
+
+
+@torch.compiler.disable
+def _add_energy(energy: Tensor) -> None:
+    inference = inference_here()
     if inference is not None:
         inference.add_energy(energy)
 

@@ -27,7 +27,7 @@ from pc_triton.train import train
 DEFAULT: Settings = {"width": 128, "heads": 4, "blocks": 2, "context": 64, "vocabulary": 1024, "batch": 16}
 PAPER: Settings = {"width": 128, "heads": 1, "blocks": 1, "context": 32, "vocabulary": 8001, "batch": 32}
 TINY: Settings = {"width": 16, "heads": 2, "blocks": 1, "context": 16, "vocabulary": 300, "batch": 4}
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 STEPS = 500
 PUBLISHED = {"bp": 162.64, "pc": 175.90, "gaussian-pc": 590.08}

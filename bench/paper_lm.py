@@ -18,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from runs import DIVERGED, TUNING_SEED, Record, Settings, load, score, spread, tuned
+from runs import DIVERGED, TUNING_SEED, Record, Settings, load, markdown, regime, score, spread, standing, tuned
 
 from pc_triton.text import InputError, read_text, split
 from pc_triton.train import Settings as TrainSettings
@@ -75,8 +75,7 @@ def run(settings: Settings, data: Path | None) -> Record:
             return {"diverged": str(error)}
     record = {"score": result["held_out_perplexity"], "unigram_perplexity": result["unigram_perplexity"]}
     if result["report"] is not None:
-        for name in ("settled", "residual", "cosine", "worst_cosine", "explained"):
-            record[name] = getattr(result["report"], name)
+        record |= standing(result["report"])
         record["node_energies"] = {node.name: node.energy for node in result["report"].nodes}
     return record | {"evaluations": result["evaluations"], "losses_every_10th": result["losses"][::10]}
 
@@ -109,7 +108,7 @@ def table(results: Sequence[Sequence[Record]]) -> str:
     """Markdown: each method's perplexities, their ratio to backpropagation's, and the regime, means over the seeds."""
     seeds = [f"seed {record['settings']['seed']}" for record in results[0]]
     heads = ["method", "products", "lr", *seeds, "mean ± std", "ratio to bp", "regime"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     first = mean(map(score, results[0]))
     all_settings = [records[0]["settings"] for records in results]
     for name, settings, records in zip(names(all_settings), all_settings, results):
@@ -117,33 +116,19 @@ def table(results: Sequence[Sequence[Record]]) -> str:
         cells = [name, f"{products(settings) / products(all_settings[0]):.2f}", f"{settings['lr']:g}"]
         cells += [f"{v:.2f}" if v < DIVERGED else "diverged" for v in values]
         cells += [spread(records), f"{mean(values) / first:.3f}", regime(records)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(heads, rows)
 
 
 def tuning_table(runs: Sequence[Record]) -> str:
     """Markdown: each method's perplexity in tuning at every learning rate that was tried."""
     tried = [record for record in runs if record["settings"]["seed"] == TUNING_SEED]
     rates = sorted({record["settings"]["lr"] for record in tried})
-    lines = ["| in tuning | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
-    found: dict[str, dict[float, float]] = {}
+    found: dict[str, dict[float, str]] = {}
     for name, record in zip(names([record["settings"] for record in tried]), tried):
-        found.setdefault(name, {})[record["settings"]["lr"]] = score(record)
-    for name, values in found.items():
-        lines.append(f"| {name} | " + " | ".join(f"{values[rate]:.2f}" for rate in rates) + " |")
-    return "\n".join(lines)
-
-
-def regime(records: Sequence[Record]) -> str:
-    """Where the trained models' inference stands, means over the seeds."""
-    if "settled" not in records[0]:
-        return "no inference"
-    names = ("settled", "explained", "residual", "cosine", "worst_cosine")
-    settled, explained, residual, cosine, worst = (mean(r[key] for r in records) for key in names)
-    return (
-        f"settled {settled:.1%} (explains {explained:.2%} of F), residual {residual:.2g}, "
-        f"cosine to bp {cosine:.4f} (worst parameter {worst:.3f})"
-    )
+        found.setdefault(name, {})[record["settings"]["lr"]] = spread([record])
+    rows = [[name, *(values.get(rate, "") for rate in rates)] for name, values in found.items()]
+    return markdown(["in tuning", *(f"lr {rate:g}" for rate in rates)], rows)
 
 
 def plot(results: Sequence[Sequence[Record]], png: Path) -> None:

@@ -106,3 +106,43 @@ def test_divergence_is_recorded():
     assert "diverged" in record
     assert runs.score(record) == runs.DIVERGED
     assert runs.spread([record]) == "diverged"
+
+
+@pytest.mark.parametrize("name", ["paper_depth", "paper_displacement"])
+def test_language_models(name, tmp_path, monkeypatch):
+    """As `test_quick_run_and_resume`, on a short text."""
+    paper_lm, experiment = pytest.importorskip("paper_lm"), pytest.importorskip(name)
+    text = " ".join(f"{a}{b} of {b}{a}" for a in ("fox", "dog", "owl") for b in map(str, range(100))) * 3
+    monkeypatch.setattr(paper_lm, "texts", lambda data, tuning: (text, text[:3000]))
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(sys.modules["pc_triton.report"], "LONG_RUN", 3)
+    out = tmp_path / "out.json"
+    with torch.random.fork_rng():
+        first = experiment.reproduce(None, True, out, 1)
+        monkeypatch.setattr(experiment, "run", lambda *_, **__: pytest.fail("a run was made again"))
+        assert experiment.reproduce(None, True, out, 1) == first
+    records = json.loads(out.read_text())["runs"]
+    assert all(1 < record["score"] < runs.DIVERGED for record in records)
+    assert "| bp" in first
+    assert "| pc" in first
+    assert "settled" in first
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_texts_of_a_folder(tmp_path):
+    """WikiText's three parts, or LM1B's shards, whose validation text is a part of the training text."""
+    paper_lm = pytest.importorskip("paper_lm")
+    with pytest.raises(InputError, match=r"it needs train\.txt"):
+        paper_lm.texts(tmp_path, tuning=False)
+    for shard in ("heldout-1.txt", "heldout-2.txt", "news.en.heldout-0"):
+        (tmp_path / shard).write_text(f"a sentence of {shard}\n" * 50)
+    training, test = paper_lm.texts(tmp_path, tuning=False)
+    assert "heldout-1" in training
+    assert "heldout-2" in training
+    assert "news.en" in test
+    part, valid = paper_lm.texts(tmp_path, tuning=True)
+    assert sorted(part + valid) == sorted(training)
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert paper_lm.texts(tmp_path, tuning=False) == ("train", "test")
+    assert paper_lm.texts(tmp_path, tuning=True) == ("train", "valid")

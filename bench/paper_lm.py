@@ -86,9 +86,20 @@ def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     variants = [common | {"method": method} for method in ("bp", "pc", "gaussian-pc")]
     variants.insert(1, variants[0] | {"steps": common["steps"] * products(variants[1]) // products(variants[0])})
     rates, seeds = (RATES[:2], SEEDS[:1]) if quick else (RATES, SEEDS)
-    results = tuned(out, variants, rates, seeds, partial(run, data=data), jobs)
+    tuned(out, variants, rates, seeds, partial(run, data=data), jobs)
+    results = finished(load(out)["runs"])
     plot(results, out.with_suffix(".png"))
     return table(results) + "\n\n" + tuning_table(load(out)["runs"])
+
+
+def finished(runs: Sequence[Record]) -> list[list[Record]]:
+    """The runs that count, by method: those of backpropagation first."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in sorted(runs, key=lambda record: record["settings"]["seed"]):
+        s = record["settings"]
+        if not s["tuning"]:
+            groups.setdefault((s["method"] != "bp", s["method"] != "pc", s["steps"], s["lr"]), []).append(record)
+    return [groups[key] for key in sorted(groups)]
 
 
 def products(settings: Settings) -> int:

@@ -238,9 +238,11 @@ def chain(device: str, samples: int, width: int, layers: int) -> Case:
         model = nn.Sequential(*hidden, nn.Linear(width, 16)).to(device, dtype)
         x, y = torch.randn(samples, width, dtype=dtype, device=device), torch.randint(16, (samples,), device=device)
 
+        free_energy = pc.FreeEnergy(model, steps=t)
+
         def step(one: bool) -> torch.Tensor:
             with use_chain(one and device == "cuda"):
-                return pc.FreeEnergy(model, steps=t)(x, y)
+                return free_energy(x, y)
 
         return {"pc_triton": partial(step, True), "layers": partial(step, False)}
 

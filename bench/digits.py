@@ -58,6 +58,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
+        print("scikit-learn is not installed: ten clusters in place of the digits", file=sys.stderr)
         random = np.random.default_rng(0)
         y = random.integers(0, 10, 1797)
         return (random.random((10, 64))[y] + 0.3 * random.standard_normal((1797, 64))).astype(np.float32), y

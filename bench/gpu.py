@@ -98,7 +98,11 @@ def measure_small(deadline: float) -> list[dict]:
         print("out of time before the small network")
         return []
     kinds = ["torch", "pc", "launch", *(rival for rival in ("pcx", "fabricpc") if importlib.util.find_spec(rival))]
-    rows = digits.measure(dict.fromkeys(kinds, sys.executable), "cuda", turns=20, steps=20, say=print)
+    try:
+        rows = digits.measure(dict.fromkeys(kinds, sys.executable), "cuda", turns=20, steps=20, say=print)
+    except RuntimeError as error:  # a rival's process that ended
+        print(f"the small network: {error}")
+        return []
     print(digits.table(rows), flush=True)
     return rows
 

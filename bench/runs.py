@@ -120,11 +120,12 @@ def standing(report: Report) -> Record:
 
 
 def regime(records: Sequence[Record]) -> str:
-    """Where the trained models' inference stands, means over the seeds."""
+    """Where the trained models' inference stands, means over the seeds that did not diverge."""
     names = ("settled", "explained", "residual", "cosine", "worst_cosine")
-    if not all(name in record for record in records for name in names):
-        return "no inference" if score(records[0]) < DIVERGED else ""
-    settled, explained, residual, cosine, worst = (mean(record[name] for record in records) for name in names)
+    infers = [record for record in records if "settled" in record]
+    if not infers:
+        return "no inference" if min(map(score, records)) < DIVERGED else ""
+    settled, explained, residual, cosine, worst = (mean(record[name] for record in infers) for name in names)
     return (
         f"settled {settled:.1%} (explains {explained:.2%} of F), residual {residual:.2g}, "
         f"cosine to bp {cosine:.4f} (worst parameter {worst:.3f})"

@@ -133,6 +133,7 @@ def methods(size: Size, device: str, steps: list[int], state: bool) -> dict[str,
 def measure(size: Size, device: str, steps: list[int], state: bool, turns: int) -> list[dict[str, Any]]:
     """A row for each method; one that fails (for want of memory, say) has its reason."""
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    torch._dynamo.reset()  # models of other sizes count against the limit of recompilations
     ready: dict[str, Callable[[], None]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, (products, build) in methods(size, device, steps, state).items():

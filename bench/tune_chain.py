@@ -37,7 +37,7 @@ def steps(samples: int, width: int, layers: int, dtype: torch.dtype, device: str
     hidden = [module for _ in range(layers - 1) for module in (pc.Linear(width, width), nn.Tanh())]
     model = nn.Sequential(*hidden, nn.Linear(width, 16)).to(device, dtype)
     x, y = torch.randn(samples, width, dtype=dtype, device=device), torch.randint(16, (samples,), device=device)
-    graph = pc.FreeEnergy(model)
+    free_energy, graph = pc.FreeEnergy(model), pc.FreeEnergy(model)
     graph.compile()
 
     def step(free_energy: pc.FreeEnergy, one: bool) -> list[torch.Tensor]:
@@ -46,8 +46,8 @@ def steps(samples: int, width: int, layers: int, dtype: torch.dtype, device: str
             return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
     return {
-        "launch": lambda: step(pc.FreeEnergy(model), True),
-        "layers": lambda: step(pc.FreeEnergy(model), False),
+        "launch": lambda: step(free_energy, True),
+        "layers": lambda: step(free_energy, False),
         "graph": lambda: step(graph, False),
     }
 

@@ -351,7 +351,11 @@ def chain_gradient(
     Raises ValueError for a number, shape, strides or device that does not fit, TypeError for a dtype that does not.
     """
     labels = _check_chain(x, target, weight_of_item, weights, biases, activations)
-    x = x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    x = (
+        x.contiguous()
+        if x.data_ptr() % (16 * x.element_size()) == 0
+        else x.clone(memory_format=torch.contiguous_format)
+    )
     samples, widths, last = len(x), (x.shape[1], *(len(w) for w in weights)), len(weights) - 1
     columns = list(accumulate(widths[1:], initial=0))
     stride, remembers = 16 * triton.cdiv(columns[-1], 16), guards and steps > 3

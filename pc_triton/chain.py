@@ -105,9 +105,16 @@ def chain_loss(owner: FreeEnergy, x: Any, y: Tensor | None) -> Tensor | None:
 
 def _fits(chain: Chain, x: Tensor, y: Tensor) -> bool:
     """Whether the kernel takes this batch and these weights: else the layers do, or say what is wrong."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.dim() != 2 or x.requires_grad:
+    if (
+        x.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+        or x.dim() != 2
+        or x.requires_grad
+        or y.requires_grad
+    ):
         return False
     if x.device != y.device or torch.is_autocast_enabled(x.device.type):
+        return False
+    if not any(p.requires_grad for layer in chain.layers for p in layer.parameters()):
         return False
     below = x.shape[1]
     for layer in chain.layers:

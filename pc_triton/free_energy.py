@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -50,7 +51,8 @@ class FreeEnergy(nn.Module):
     Arguments:
         model: any module with value nodes: `Linear`, `Attention`, a family such as `Categorical` after any
             module, or what `convert` makes. Where torch.compile has it or its blocks already, a pass of an inference
-            step in error order is one graph with its Gaussian nodes; any other node breaks the graph.
+            step in error order is one graph with its Gaussian nodes, after a first pass that is eager; any other node
+            breaks the graph. A compiled model infers in one thread at a time.
         output: family of the output, clamped to y. By default Categorical for integer y; else the family of the node
             whose emission the model returns; else Gaussian of variance 1. Such a last node is the output and not free.
         steps: T >= 1, the inference steps, each a forward and a backward pass of the model. The default 3 settles the
@@ -139,12 +141,17 @@ class FreeEnergy(nn.Module):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model, as inference calls it."""
-        return (self.model if self._traced_model is None else self._traced_model)(*args, **kwargs)
+        if self._traced_model is None:
+            return self.model(*args, **kwargs)
+        return self._traced_model(self.model, *args, **kwargs)
 
     def compile_model(self, backend: Any = "inductor") -> None:
         """Give the model to torch.compile in inference alone, unless its user has done so already."""
         if not self.traced:
-            self.traced, self._traced_model = True, torch.compile(lambda *a, **k: self.model(*a, **k), backend=backend)
+            own = FunctionType(
+                _call.__code__.replace(), globals()
+            )  # torch.compile counts recompilations by code object
+            self.traced, self._traced_model = True, torch.compile(own, backend=backend)
 
     def name_of(self, module: Distribution) -> str:
         """The name of a value node in the model: its module's, without the ``.node`` of a layer."""
@@ -279,6 +286,10 @@ class FreeEnergy(nn.Module):
     def _per_item(inference: Inference, energy: Tensor) -> Tensor:
         items = inference.items if inference.target is not None else inference.samples
         return energy.sum() / (items.clamp_min(1) if isinstance(items, Tensor) else items)
+
+
+def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model(*args, **kwargs)
 
 
 def _is_number(x: Any) -> bool:

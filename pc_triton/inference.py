@@ -186,6 +186,7 @@ class Inference:
 
     # Passes.
 
+    @torch.compiler.disable
     def forward(self, mode: str, *, learns: bool = False) -> Tensor:
         """One forward pass of the model under the states: F per sample ``[S]``, with its graph.
 
@@ -196,17 +197,14 @@ class Inference:
         token = current.set(self)
         running.append(self)
         try:
-            held = [] if mode == "first" else self.owner.norms
-            with torch.enable_grad(), hold_statistics(held), hold_weights([] if learns else self.weights):
+            norms = [] if mode == "first" else self.owner.norms
+            weights = self.weights if self.owner.traced and not learns else []
+            with torch.enable_grad(), hold_statistics(norms), hold_weights(weights):
                 args = self.args
                 if not self.clamp_input:
                     args = (self.owner.input_node(args[0]), *args[1:])
-                if mode == "first" and not learns and self.owner.traced:  # its nodes break graphs that others do not
-                    with torch.compiler.set_stance("force_eager"):
-                        self.out = self.owner.run(*args, **self.kwargs)
-                else:
-                    with self._leaves():
-                        self.out = self.owner.run(*args, **self.kwargs)
+                with self._leaves(), self._compilation():
+                    self.out = self.owner.run(*args, **self.kwargs)
                 self._check_pass()
                 energy = sum(self.added, self._output_energy())
                 for node in self.nodes:
@@ -238,7 +236,22 @@ class Inference:
             yield
         finally:
             for node in self.leaves:
-                del node.family.error
+                vars(node.family).pop("error", None)
+
+    @contextlib.contextmanager
+    def _compilation(self) -> Iterator[None]:
+        """Within it torch.compile has the model in every pass but the first, whose nodes break graphs whole later on.
+
+        Random numbers are drawn as in that pass.
+        """
+        if not self.owner.traced:
+            yield
+        elif self.mode == "first":
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            with torch._inductor.config.patch(fallback_random=True):
+                yield
 
     def _release(self) -> None:
         """Keep values only: a value node's graph holds this object, and Python cannot collect such a cycle."""

@@ -31,12 +31,8 @@ from .text import InputError, read_text, split, train_tokenizer
 
 METHODS = ("pc", "bp", "gaussian-pc")
 ORDERS = ("error", "sweep", "simultaneous", "incremental")
-MAY_CHANGE = (
-    "data",
-    "held_out",
-    "steps",
-    "eval_every",
-)  # when a run is resumed; the text itself is compared by its digest
+MAY_CHANGE = ("data", "held_out", "steps", "eval_every")
+"""Settings that may change when a run is resumed; the text itself is compared by its digest."""
 BACKPROPAGATION = "backpropagation: no inference"
 
 

@@ -237,6 +237,15 @@ def test_other_calls_go_to_the_layers(options, x, monkeypatch):
         pc.FreeEnergy(network((6, 9, 4)), **options)(x, torch.randn(5, 4)).backward()
 
 
+def test_a_gradient_in_the_target_and_a_frozen_model_go_to_the_layers(monkeypatch):
+    monkeypatch.setattr(chain, "chain_gradient", lambda *_, **__: pytest.fail("one launch"))
+    model, y = network((6, 9, 4)), torch.randn(5, 4, requires_grad=True)
+    with dispatch.use_chain(True):
+        pc.FreeEnergy(model)(torch.randn(5, 6), y).backward()
+        assert y.grad.norm() > 0
+        pc.FreeEnergy(model.requires_grad_(False))(torch.randn(5, 6), y.detach())
+
+
 def test_autocast_goes_to_the_layers(monkeypatch):
     monkeypatch.setattr(chain, "chain_gradient", lambda *_, **__: pytest.fail("one launch"))
     with dispatch.use_chain(True), torch.autocast("cpu"):

@@ -481,8 +481,8 @@ def plan(dtype: torch.dtype, dim: int, kernel: str) -> dict[str, int]:
     else:
         rows, cols, warps, stages = 64, 32 if wide else 64, 8, 2
     options = {"ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": stages, **FUSED}
-    if kernel == "forward" and wide and not torch.version.hip:
-        options["maxnreg"] = 248  # unasked, ptxas takes all 255 on sm_80; in 248 it spills nothing
+    if not torch.version.hip and (kernel == "queries" if not wide else kernel == "forward"):
+        options["maxnreg"] = 248  # unasked, ptxas takes all 255 on sm_80; in 248 it spills nothing worth the name
     return options
 
 

@@ -66,7 +66,6 @@ def add_energy(energy: Tensor) -> None:
         _add_energy(energy)
 
 
-@torch.compiler.disable
 def _add_energy(energy: Tensor) -> None:
     inference = inference_here()
     if inference is not None:
@@ -97,7 +96,6 @@ class Distribution(nn.Module):
             return mu + self.error
         return self._visit(mu, frozen) if visited(self) else self._at_prediction(mu, frozen)
 
-    @torch.compiler.disable
     def _visit(self, mu: Tensor, frozen: dict[str, Any]) -> Tensor:
         inference = inference_here()
         return self._at_prediction(mu, frozen) if inference is None else inference.visit(self, mu, frozen)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .chain import chain_loss
 from .distributions import Distribution, Gaussian
-from .inference import Inference, hold_statistics
+from .inference import Inference, hold_statistics, leave_graphs
 from .report import Report, report
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ class FreeEnergy(nn.Module):
         }
         if not self._names:
             raise ValueError("the model has no value node: use pc.Linear or pc.Gaussian() in it, or pc.convert(model)")
+        leave_graphs()
         self.traced = any("_orig_mod" in name or module._compiled_call_impl for name, module in model.named_modules())
         self.norms = [m for m in model.modules() if isinstance(m, _NormBase)]
         self.model, self.output, self.input_node = model, output, Gaussian()

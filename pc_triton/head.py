@@ -30,7 +30,6 @@ class Head(nn.Linear):
         """Logits ``[B, ..., C]`` of input ``[B, ..., in_features]``; in inference their shape alone, without memory."""
         return self._visit(input) if len(running) > 0 else super().forward(input)
 
-    @torch.compiler.disable
     def _visit(self, input: Tensor) -> Tensor:
         inference = inference_here()
         output = None if inference is None else inference.labelled_output()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ class Inference:
 
     def __init__(self, owner: FreeEnergy, inputs: Any, target: Tensor | None, *, clamp_input: bool = True) -> None:
         self.owner, self.target, self.clamp_input = owner, target, clamp_input
+        leave_graphs()
         self.order = owner.order
         if target is not None and not isinstance(target, Tensor):
             raise TypeError(f"y is a {type(target).__name__}: give a tensor, or None for a free output")
@@ -186,7 +188,6 @@ class Inference:
 
     # Passes.
 
-    @torch.compiler.disable
     def forward(self, mode: str, *, learns: bool = False) -> Tensor:
         """One forward pass of the model under the states: F per sample ``[S]``, with its graph.
 
@@ -524,6 +525,27 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+_leaves_graphs = False
+
+
+def leave_graphs() -> None:
+    """Have torch.compile, where it is in use, leave its graphs for a pass of inference, and where a layer visits one.
+
+    Not by decorators, which import torch's compiler: `import pc_triton` is to be quick.
+    """
+    global _leaves_graphs
+    if _leaves_graphs or "torch._dynamo" not in sys.modules:
+        return
+    _leaves_graphs = True
+    from . import distributions
+    from .head import Head
+    from .nn import Attention, Linear, MultiheadAttention
+
+    layers = [(layer, "_visit") for layer in (Distribution, Linear, Attention, MultiheadAttention, Head)]
+    for owner, name in ((Inference, "forward"), (distributions, "_add_energy"), *layers):
+        setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
 
 
 @contextlib.contextmanager

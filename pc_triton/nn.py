@@ -40,7 +40,6 @@ class Linear(nn.Linear):
         """The node's emission ``[B, ..., out_features]``, in the dtype of the product."""
         return self._visit(input) if visited(self.node) else self.node(super().forward(input))
 
-    @torch.compiler.disable
     def _visit(self, input: Tensor) -> Tensor:
         inference = inference_here()
         if inference is not None and type(self.node) is Gaussian:
@@ -123,7 +122,7 @@ class Attention(nn.Module):
         out, _ = _attend(self.node, q, k, v, self.causal, key_padding_mask, None, dropout)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
-    _visit = torch.compiler.disable(_plain)
+    _visit = _plain
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads}, kv_heads={self.kv_heads}, causal={self.causal}"
@@ -152,7 +151,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         run = self._visit if visited(self.node) else super().forward
         return run(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
 
-    @torch.compiler.disable
     def _visit(
         self,
         query: Tensor,

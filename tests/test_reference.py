@@ -40,7 +40,8 @@ def emission(family: str, u, noise):
 def curvature(family: str, u, mu, v):
     """The inverse of the matrix V of the natural gradient, times v."""
     if family == "gaussian_logvar":
-        return v * torch.cat([(-mu.chunk(2, -1)[1]).exp(), torch.full_like(mu.chunk(2, -1)[1], 0.5)], -1)
+        (_, s), (_, s_hat) = u.chunk(2, -1), mu.chunk(2, -1)
+        return v * torch.cat([(-s_hat).exp(), torch.expm1(s - s_hat) / (2 * (s - s_hat))], -1)
     p = emission(family, u, ())
     if family == "bernoulli":
         return p * (1 - p) * v

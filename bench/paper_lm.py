@@ -18,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from runs import DIVERGED, TUNING_SEED, Record, Settings, load, markdown, regime, score, spread, standing, tuned
+from runs import TUNING_SEED, Record, Settings, load, markdown, regime, score, spread, standing, tuned
 
 from pc_triton.text import InputError, read_text, split
 from pc_triton.train import Settings as TrainSettings
@@ -30,8 +30,6 @@ TINY: Settings = {"width": 16, "heads": 2, "blocks": 1, "context": 16, "vocabula
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 STEPS = 500
-PUBLISHED = {"bp": 162.64, "pc": 175.90, "gaussian-pc": 590.08}
-"""Test perplexity on LM1B, the whole of which the paper trains on (Pinchetti et al. 2022, table 3)."""
 
 
 def base(data: Path | None, quick: bool) -> Settings:
@@ -117,16 +115,16 @@ def names(all_settings: Sequence[Settings]) -> list[str]:
 
 def table(results: Sequence[Sequence[Record]]) -> str:
     """Markdown: each method's perplexities, their ratio to backpropagation's, and the regime, means over the seeds."""
-    seeds = [f"seed {record['settings']['seed']}" for record in results[0]]
-    heads = ["method", "products", "lr", *seeds, "mean ± std", "ratio to bp", "regime"]
+    seeds = sorted({record["settings"]["seed"] for records in results for record in records})
+    heads = ["method", "products", "lr", *(f"seed {seed}" for seed in seeds), "mean ± std", "ratio to bp", "regime"]
     rows = []
     first = mean(map(score, results[0]))
     all_settings = [records[0]["settings"] for records in results]
     for name, settings, records in zip(names(all_settings), all_settings, results):
-        values = list(map(score, records))
+        by_seed = {record["settings"]["seed"]: [record] for record in records}
         cells = [name, f"{products(settings) / products(all_settings[0]):.2f}", f"{settings['lr']:g}"]
-        cells += [f"{v:.2f}" if v < DIVERGED else "diverged" for v in values]
-        cells += [spread(records), f"{mean(values) / first:.3f}", regime(records)]
+        cells += [spread(by_seed[seed]) if seed in by_seed else "" for seed in seeds]
+        cells += [spread(records), f"{mean(map(score, records)) / first:.3f}", regime(records)]
         rows.append(cells)
     return markdown(heads, rows)
 
@@ -158,7 +156,7 @@ def plot(results: Sequence[Sequence[Record]], png: Path) -> None:
     if unigram is not None:
         axes.axhline(unigram, color="gray", linestyle="--", label=f"unigram model, {unigram:.0f}")
     axes.set(xlabel="training step", ylabel="held-out perplexity per token", yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.legend()

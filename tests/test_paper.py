@@ -146,3 +146,12 @@ def test_texts_of_a_folder(tmp_path):
         (tmp_path / f"{name}.txt").write_text(name)
     assert paper_lm.texts(tmp_path, tuning=False) == ("train", "test")
     assert paper_lm.texts(tmp_path, tuning=True) == ("train", "valid")
+
+
+def test_language_models_of_the_documentation_are_the_files():
+    paper_lm = pytest.importorskip("paper_lm")
+    records = runs.load(ROOT / "bench" / "results" / "paper_lm_lm1b.json")["runs"]
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert paper_lm.table(paper_lm.finished(records)) in text
+    assert paper_lm.tuning_table(records) in text
+    assert not [record for record in records if record["commit"].endswith("-dirty")]

@@ -16,8 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from paper_lm import plot
 from runs import DIVERGED, complete, load
 
 from pc_triton.text import InputError
@@ -110,28 +109,6 @@ def regime(records: list[dict[str, Any]]) -> str:
     return f"settled {settled:.1%}, residual {residual:.2g}, cosine to bp {cosine:.4f} (worst parameter {worst:.3f})"
 
 
-def plot(final: dict[str, Any], png: Path) -> None:
-    """Held-out perplexity over the training steps: each method's mean over the seeds, and their range as a band."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    finished = {m: [r for r in records if "evaluations" in r] for m, records in final.items()}
-    for method, records in finished.items():
-        if records:
-            steps = [row["step"] for row in records[0]["evaluations"]]
-            values = list(zip(*([row["perplexity"] for row in r["evaluations"]] for r in records)))
-            (line,) = axes.plot(steps, [statistics.mean(v) for v in values], marker=".", label=method)
-            band = [min(v) for v in values], [max(v) for v in values]
-            axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2)
-    unigram = finished["bp"][0]["unigram_perplexity"]
-    axes.axhline(unigram, color="gray", linestyle="--", label=f"unigram model, {unigram:.0f}")
-    axes.set(xlabel="training step", ylabel="held-out perplexity per token", yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-    axes.legend()
-    figure.savefig(png, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model and few runs, to try the script")
@@ -146,7 +123,7 @@ def main() -> None:
     out = arguments.out or out
     final = compare(base, rates, seeds, out, arguments.jobs)
     print(table(final), tuning_table(load(out)["runs"], rates), sep="\n\n")
-    plot(final, out.with_suffix(".png"))
+    plot(list(final.values()), out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -85,9 +85,10 @@ def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     variants.insert(1, variants[0] | {"steps": common["steps"] * products(variants[1]) // products(variants[0])})
     rates, seeds = (RATES[:2], SEEDS[:1]) if quick else (RATES, SEEDS)
     tuned(out, variants, rates, seeds, partial(run, data=data), jobs)
-    results = finished(load(out)["runs"])
+    runs = load(out)["runs"]
+    results = finished(runs)
     plot(results, out.with_suffix(".png"))
-    return table(results) + "\n\n" + tuning_table(load(out)["runs"])
+    return table(results) + "\n\n" + tuning_table(runs)
 
 
 def finished(runs: Sequence[Record]) -> list[list[Record]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from images import images
 from matplotlib.figure import Figure
-from runs import DIVERGED, TUNING_SEED, Record, Settings, load, markdown, regime, score, spread, standing, tuned
+from runs import DIVERGED, Record, Settings, load, markdown, regime, score, spread, standing, tuned, tuning_table
 from torch import Tensor, nn
 
 import pc_triton as pc
@@ -186,7 +186,8 @@ def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     parts = [f"**{task}**: {TASKS[task]}\n\n{table([r for r in methods if of(task, r)])}" for task in tasks]
     if sweep:
         parts.append(f"**Orders and T**, hidden softmaxes\n\n{table(sweep)}")
-    return "\n\n".join([*parts, "**Tuning**\n\n" + tuning_table(load(out)["runs"])])
+    tuning = tuning_table(load(out)["runs"], ("task", "method"), lambda s: (s["task"], title(s)), 3)
+    return "\n\n".join([*parts, f"**Tuning**\n\n{tuning}"])
 
 
 def of(task: str, records: Sequence[Record]) -> bool:
@@ -210,24 +211,9 @@ def table(results: Sequence[Sequence[Record]]) -> str:
     rows = []
     for records in results:
         settings = records[0]["settings"]
-        values = [f"{score(r):.3f}" if score(r) < DIVERGED else "diverged" for r in records]
-        rows.append([title(settings), f"{settings['lr']:g}", *values, spread(records, 3), regime(records)])
+        seeds = [spread([record], 3) for record in records]
+        rows.append([title(settings), f"{settings['lr']:g}", *seeds, spread(records, 3), regime(records)])
     return markdown(heads, rows)
-
-
-def tuning_table(runs: Sequence[Record]) -> str:
-    """Markdown: the score in tuning at every learning rate that was tried."""
-    tried = [record for record in runs if record["settings"]["seed"] == TUNING_SEED]
-    rates = sorted({record["settings"]["lr"] for record in tried})
-    rows: dict[tuple[str, str], dict[float, float]] = {}
-    for record in tried:
-        settings = record["settings"]
-        rows.setdefault((settings["task"], title(settings)), {})[settings["lr"]] = score(record)
-    cells = [
-        [task, method, *(f"{found[lr]:.3f}" if found.get(lr, DIVERGED) < DIVERGED else "" for lr in rates)]
-        for (task, method), found in rows.items()
-    ]
-    return markdown(["task", "method", *(f"lr {rate:g}" for rate in rates)], cells)
 
 
 def plot(methods: Sequence[Sequence[Record]], sweep: Sequence[Sequence[Record]], png: Path) -> None:

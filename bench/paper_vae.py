@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from images import images
 from matplotlib.figure import Figure
-from runs import DIVERGED, TUNING_SEED, Record, Settings, load, markdown, regime, score, spread, standing, tuned
+from runs import Record, Settings, load, markdown, regime, score, spread, standing, tuned, tuning_table
 from torch import Tensor, nn
 
 import pc_triton as pc
@@ -144,7 +144,8 @@ def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
         chosen = [records for records in results if records[0]["settings"]["output"] == output]
         if chosen:
             parts.append(f"**{output} output**\n\n{table(chosen)}")
-    return "\n\n".join([*parts, "**Tuning** (negative ELBO)\n\n" + tuning_table(load(out)["runs"])])
+    tuning = tuning_table(load(out)["runs"], ("output", "method"), lambda s: (s["output"], s["method"]), 2)
+    return "\n\n".join([*parts, f"**Tuning** (negative ELBO)\n\n{tuning}"])
 
 
 def table(results: Sequence[Sequence[Record]]) -> str:
@@ -155,28 +156,13 @@ def table(results: Sequence[Sequence[Record]]) -> str:
     for records in results:
         settings = records[0]["settings"]
         row = [settings["method"], f"{settings['lr']:g}"]
-        row += [f"{score(r):.2f}" if score(r) < DIVERGED else "diverged" for r in records]
+        row += [spread([record]) for record in records]
         row += [spread(records), f"{mean(map(score, records)) / first:.4f}"]
         for name in ("reconstruction", "kl", "squared_error"):
             values: list[Any] = [record[name] for record in records if name in record]
             row.append(f"{mean(values):.2f}" if values else "")
         rows.append([*row, regime(records)])
     return markdown(heads, rows)
-
-
-def tuning_table(runs: Sequence[Record]) -> str:
-    """Markdown: the score in tuning at every learning rate that was tried."""
-    tried = [record for record in runs if record["settings"]["seed"] == TUNING_SEED]
-    rates = sorted({record["settings"]["lr"] for record in tried})
-    rows: dict[tuple[str, str], dict[float, float]] = {}
-    for record in tried:
-        settings = record["settings"]
-        rows.setdefault((settings["output"], settings["method"]), {})[settings["lr"]] = score(record)
-    cells = [
-        [*key, *(f"{found[lr]:.2f}" if found.get(lr, DIVERGED) < DIVERGED else "" for lr in rates)]
-        for key, found in rows.items()
-    ]
-    return markdown(["output", "method", *(f"lr {rate:g}" for rate in rates)], cells)
 
 
 def plot(results: Sequence[Sequence[Record]], originals: Tensor, png: Path) -> None:

@@ -135,3 +135,22 @@ def regime(records: Sequence[Record]) -> str:
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def tuning_table(
+    runs: Sequence[Record], heads: Sequence[str], method: Callable[[Settings], tuple[str, ...]], digits: int
+) -> str:
+    """Markdown: the score in tuning at every learning rate that was tried, a row a method; empty where it diverged.
+
+    method: the cells under heads by which a run's settings are known.
+    """
+    tried = [record for record in runs if record["settings"]["seed"] == TUNING_SEED]
+    rates = sorted({record["settings"]["lr"] for record in tried})
+    found: dict[tuple[str, ...], dict[float, float]] = {}
+    for record in tried:
+        found.setdefault(method(record["settings"]), {})[record["settings"]["lr"]] = score(record)
+    rows = [
+        [*cells, *(f"{by_rate[lr]:.{digits}f}" if by_rate.get(lr, DIVERGED) < DIVERGED else "" for lr in rates)]
+        for cells, by_rate in found.items()
+    ]
+    return markdown([*heads, *(f"lr {rate:g}" for rate in rates)], rows)

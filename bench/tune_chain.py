@@ -10,15 +10,13 @@ of this device's and dtype's rows. Exit status 1: a result differs, and nothing 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
+from tune_linear import begin, write
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = [  # samples, width, layers
     (samples, width, layers)
     for samples in (32, 128, 512, 2048, 8192)
@@ -59,16 +57,10 @@ def differs(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure where one launch a training step wins, and keep it.")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="float32")
-    parser.add_argument("--out", type=Path, default=ROOT / "pc_triton" / "tuned.json")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("no GPU: torch.cuda.is_available() is False; run this where there is one", file=sys.stderr)
+    options = begin("Measure where one launch a training step wins, and keep it.", "float32", arguments)
+    if options is None:
         return 2
-    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
     from bench_kernels import seconds
-    from tune_linear import write
 
     rows: list[list[float]] = []
     print("| samples | width | layers | launch ms | layers / launch | graph / launch |\n|---|---|---|---|---|---|")

@@ -106,15 +106,23 @@ def write(table: Path, what: str, device: str, dtype: str, rows: list[list[float
     table.write_text(text + "\n", encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure where the fused linear layer wins, and keep it in the table.")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+def begin(description: str, dtype: str, arguments: list[str] | None) -> argparse.Namespace | None:
+    """The options of a tuner, dtype its default; None where there is no GPU, which it says on stderr."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=dtype)
     parser.add_argument("--out", type=Path, default=ROOT / "pc_triton" / "tuned.json")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False; run this where there is one", file=sys.stderr)
-        return 2
+        return None
     sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = begin("Measure where the fused linear layer wins, and keep it in the table.", "bfloat16", arguments)
+    if options is None:
+        return 2
     found: list[list[float]] = []
     print("| rows | N | K | fused ms | apart / fused | fused / cuBLAS's products |\n|---|---|---|---|---|---|")
     with torch.no_grad():

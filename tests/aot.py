@@ -190,8 +190,8 @@ def launches():
     yield from layer(4096, 4096, dtype=torch.float32)
     yield from layer(64, 64, only=("forward error", "backward", "weight gradient"))
     for dtype in (torch.float32, torch.bfloat16):
-        yield from network(128, 64, 128, 128, 10, dtype=dtype)  # tiles of 16 samples
-        yield from network(16384, 256, 256, 256, labels=False, dtype=dtype)  # of 64
+        yield from network(128, 64, 128, 128, 10, dtype=dtype)
+        yield from network(16384, 256, 256, 256, labels=False, dtype=dtype)
 
 
 def measure(targets) -> dict[str, dict[str, list[int]]]:

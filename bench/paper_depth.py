@@ -1,7 +1,8 @@
-"""Deep language models by settled predictive coding: that of ``paper_lm.py`` with 2, 6 and 12 blocks of four heads.
+"""Deep language models by settled predictive coding: 2, 6 and 12 blocks of the paper's width, with four heads.
 
 Nobody has published a competitive perplexity of a settled PC transformer of more than one block. BP and PC, each at the
-best of the same learning rates; ``--data`` as in ``paper_lm.py``.
+best of the same learning rates, with a warm-up that both can use (see ``paper_early.py``); ``--data`` as in
+``paper_lm.py``.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from paper_lm import RATES, base, plot, run, table, tuning_table
-from runs import load, tuned
+from paper_lm import LONG_WARMUP, TINY, plot, run, table, tuning_table
+from runs import Settings, load, tuned
 
 BLOCKS = (2, 6, 12)
+PAPER_WIDTH: Settings = {"width": 128, "heads": 4, "context": 64, "vocabulary": 2048, "batch": 16}
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0,)
+STEPS = 300
 
 
 def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     """Make the runs that ``out`` lacks; Markdown of each depth and of the tuning, and a PNG of the curves."""
-    common = base(data, quick) | ({} if quick else {"heads": 4})
+    common = TINY | {"steps": 20} if quick else PAPER_WIDTH | {"steps": STEPS, "warmup": LONG_WARMUP}
     depths = (1, 2) if quick else BLOCKS
     tables, every = [], []
     for blocks in depths:

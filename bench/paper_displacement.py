@@ -47,8 +47,8 @@ def run(settings: Settings, data: Path | None) -> Record:
 
 def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     """Make the runs that ``out`` lacks; Markdown of the runs, and a PNG of perplexity and settling over training."""
-    common = (TINY | {"steps": 20} if quick else FOUR_BLOCKS | {"steps": STEPS}) | {"lr": 2e-3, "seed": 0, "warmup": LONG_WARMUP}
-    common["tuning"] = False
+    common = TINY | {"steps": 20} if quick else FOUR_BLOCKS | {"steps": STEPS}
+    common |= {"lr": 2e-3, "seed": 0, "warmup": LONG_WARMUP, "tuning": False}
     pc = common | {"method": "pc"}
     variants = [common | {"method": "bp"}]
     variants += [pc | {"displacement": delta} for delta in DISPLACEMENTS]

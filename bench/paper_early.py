@@ -109,7 +109,8 @@ def table(records: list[Record]) -> str:
     for variant in VARIANTS:
         of_it = [record for record in records if variant.items() <= record["settings"].items()]
         by_seed = {record["settings"]["seed"]: [record] for record in of_it}
-        rows.append([name(variant), f"{variant['warmup']:.0%}", *(spread(by_seed[seed]) for seed in seeds), spread(of_it)])
+        each = [spread(by_seed[seed]) for seed in seeds]
+        rows.append([name(variant), f"{variant['warmup']:.0%}", *each, spread(of_it)])
     return markdown(["trained by", "warm-up", *(f"seed {seed}" for seed in seeds), "mean ± std"], rows)
 
 
@@ -141,6 +142,6 @@ def plot(records: list[Record], traced: Record, png: Path) -> None:
     for parameter in rows[0]["cosines"]:
         right.plot(steps, [row["cosines"][parameter] for row in rows], color="C0", alpha=0.3)
     right.plot(steps, [row["cosine"] for row in rows], color="black", label="all parameters together")
-    right.set(xlabel="training step, from 1", ylabel="cosine of PC's gradient to BP's, a line a parameter", xscale="log")
+    right.set(xlabel="training step, from 1", ylabel="cosine of PC's gradient to BP's by parameter", xscale="log")
     right.legend()
     figure.savefig(png, dpi=120)

@@ -66,7 +66,7 @@ def run(settings: Settings, data: Path | None) -> Record:
         for path, text in zip(paths, texts(data, settings["tuning"])):
             path.write_text(text, encoding="utf-8")
         every = settings["steps"] if settings["tuning"] else -(-settings["steps"] // 4)
-        options |= {"data": str(paths[0]), "held_out": str(paths[1]), "eval_every": every}
+        options = {"eval_every": every} | options | {"data": str(paths[0]), "held_out": str(paths[1])}
         try:
             result = train(TrainSettings(**options), Path(folder) / "run", device="cpu", quiet=True)
         except InputError as error:

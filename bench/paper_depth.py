@@ -23,7 +23,7 @@ STEPS = 300
 
 
 def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
-    """Make the runs that ``out`` lacks; Markdown of each depth and of the tuning, and a PNG of perplexity over depth."""
+    """Make the runs that ``out`` lacks; Markdown of each depth and of the tuning, and a PNG of them."""
     common = (
         TINY | {"steps": 20} if quick else PAPER_WIDTH | {"steps": STEPS, "eval_every": STEPS, "warmup": LONG_WARMUP}
     )

@@ -108,12 +108,13 @@ def test_divergence_is_recorded():
     assert runs.spread([record]) == "diverged"
 
 
-@pytest.mark.parametrize("name", ["paper_depth", "paper_displacement"])
+@pytest.mark.parametrize("name", ["paper_early", "paper_depth", "paper_displacement"])
 def test_language_models(name, tmp_path, monkeypatch):
     """As `test_quick_run_and_resume`, on a short text."""
     paper_lm, experiment = pytest.importorskip("paper_lm"), pytest.importorskip(name)
     text = " ".join(f"{a}{b} of {b}{a}" for a in ("fox", "dog", "owl") for b in map(str, range(100))) * 3
-    monkeypatch.setattr(paper_lm, "texts", lambda data, tuning: (text, text[:3000]))
+    for module in (paper_lm, experiment):
+        monkeypatch.setattr(module, "texts", lambda data, tuning: (text, text[:3000]), raising=False)
     monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(sys.modules["pc_triton.report"], "LONG_RUN", 3)
     out = tmp_path / "out.json"
@@ -155,3 +156,18 @@ def test_language_models_of_the_documentation_are_the_files():
     assert paper_lm.table(paper_lm.finished(records)) in text
     assert paper_lm.tuning_table(records) in text
     assert not [record for record in records if record["commit"].endswith("-dirty")]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("paper_early", None), ("paper_depth", "wikitext-2"), ("paper_displacement", None)]
+)
+def test_what_deep_pc_does_in_the_documentation_is_the_files(name, data, monkeypatch):
+    experiment = pytest.importorskip(name)
+    monkeypatch.setattr(experiment, "plot", lambda *_: None)
+    monkeypatch.setattr(experiment, "run", lambda *_, **__: pytest.fail("a run is missing"))
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
+    out = ROOT / "bench" / "results" / f"{name}_{data or 'default'}.json"
+    tables = experiment.reproduce(data and Path(data), False, out, 1).split("\n\n")
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert not [table for table in tables if table not in text]
+    assert not [r for r in json.loads(out.read_text())["runs"] if r["commit"].endswith("-dirty")]

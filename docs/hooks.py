@@ -1,4 +1,4 @@
-"""mkdocs hook: a page's links to files outside docs/, such as ``../bench/results/digits.json``, hold on the site too."""
+"""mkdocs hook: a page's links to files outside docs/, as in ``../bench/results``, hold on the site too."""
 
 from __future__ import annotations
 

@@ -48,12 +48,13 @@ def test_import_touches_no_driver():
 
 
 def test_distributions(tmp_path):
-    """The source distribution holds what the wheel is made of, and no tests; the wheel every module and kernel, once."""
+    """The source distribution is what the wheel is made of, without tests; the wheel every module and kernel, once."""
     modules = {f"pc_triton/{p.name}" for p in (ROOT / "pc_triton").glob("*.py")}
     kernels = {f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     python("import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])", tmp_path)
     (sdist,) = tmp_path.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {name for name in names if name.endswith(".py")} == {"setup.py", *modules, *kernels}
     assert names >= {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", *DATA}
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist]

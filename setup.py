@@ -6,6 +6,7 @@ from setuptools import setup
 
 TRAIN = ["tokenizers>=0.20", "safetensors>=0.4", "tqdm>=4.60", "matplotlib>=3.7"]
 GPU = ["triton>=3.6; platform_system == 'Linux'"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6"]
 
 setup(
@@ -15,6 +16,15 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
+    project_urls={"Paper": "https://arxiv.org/abs/2211.03481"},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=["pc_triton", "pc_triton.kernels"],
     package_dir={"pc_triton.kernels": "kernels"},
@@ -23,6 +33,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "gpu": GPU,
+        "docs": DOCS,
         "pcx": ["scikit-learn>=1.4", "pcx==0.6.3"],  # the rivals of bench/digits.py need different versions of JAX
         "fabricpc": ["scikit-learn>=1.4", "fabricpc==0.6.0"],
         "dev": [*TRAIN, *GPU, *TEST, "scikit-learn>=1.4", "setuptools>=68", "wheel", "ruff>=0.9", "mypy>=1.13"],

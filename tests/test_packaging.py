@@ -1,13 +1,15 @@
-"""The package as it is installed: a wheel with the kernels in it, and no need of triton or a GPU."""
+"""The package as it is distributed: the kernels are in it, and there is no need of triton or a GPU."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = {"pc_triton/py.typed", "pc_triton/tuned.json"}
 
 WITHOUT_TRITON = """
 import sys
@@ -32,8 +34,8 @@ assert "triton" not in sys.modules and "pc_triton.compiled" not in sys.modules
 """
 
 
-def python(code: str) -> None:
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def python(code: str, *arguments: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
@@ -45,13 +47,19 @@ def test_import_touches_no_driver():
     python(IMPORT)
 
 
-def test_wheel(tmp_path):
-    """It holds every module of the package and every kernel, once."""
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+def test_distributions(tmp_path):
+    """The source distribution is what the wheel is made of, without tests; the wheel every module and kernel, once."""
+    modules = {f"pc_triton/{p.name}" for p in (ROOT / "pc_triton").glob("*.py")}
+    kernels = {f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    python("import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])", tmp_path)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name for name in names if name.endswith(".py")} == {"setup.py", *modules, *kernels}
+    assert names >= {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", *DATA}
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
-    wanted = {f"pc_triton/{p.name}" for p in (ROOT / "pc_triton").glob("*.py")}
-    wanted |= {f"pc_triton/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
-    assert held == wanted
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == {*modules, *DATA, *(f"pc_triton/{kernel}" for kernel in kernels)}

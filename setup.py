@@ -25,7 +25,17 @@ setup(
         "gpu": GPU,
         "pcx": ["scikit-learn>=1.4", "pcx==0.6.3"],  # the rivals of bench/digits.py need different versions of JAX
         "fabricpc": ["scikit-learn>=1.4", "fabricpc==0.6.0"],
-        "dev": [*TRAIN, *GPU, *TEST, "scikit-learn>=1.4", "setuptools>=68", "wheel", "ruff>=0.9", "mypy>=1.13"],
+        "dev": [
+            *TRAIN,
+            *GPU,
+            *TEST,
+            "scikit-learn>=1.4",
+            "tensorboard>=2.20",
+            "setuptools>=68",
+            "wheel",
+            "ruff>=0.9",
+            "mypy>=1.13",
+        ],
     },
     entry_points={"console_scripts": ["pc-triton = pc_triton.cli:main"]},
 )

@@ -6,7 +6,7 @@ from setuptools import setup
 
 TRAIN = ["tokenizers>=0.20", "safetensors>=0.4", "tqdm>=4.60", "matplotlib>=3.7"]
 GPU = ["triton>=3.6; platform_system == 'Linux'"]
-TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6"]
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6", "tensorboard>=2.20"]
 
 setup(
     name="pc_triton",
@@ -25,17 +25,7 @@ setup(
         "gpu": GPU,
         "pcx": ["scikit-learn>=1.4", "pcx==0.6.3"],  # the rivals of bench/digits.py need different versions of JAX
         "fabricpc": ["scikit-learn>=1.4", "fabricpc==0.6.0"],
-        "dev": [
-            *TRAIN,
-            *GPU,
-            *TEST,
-            "scikit-learn>=1.4",
-            "tensorboard>=2.20",
-            "setuptools>=68",
-            "wheel",
-            "ruff>=0.9",
-            "mypy>=1.13",
-        ],
+        "dev": [*TRAIN, *GPU, *TEST, "scikit-learn>=1.4", "setuptools>=68", "wheel", "ruff>=0.9", "mypy>=1.13"],
     },
     entry_points={"console_scripts": ["pc-triton = pc_triton.cli:main"]},
 )

@@ -7,7 +7,7 @@ from setuptools import setup
 TRAIN = ["tokenizers>=0.20", "safetensors>=0.4", "tqdm>=4.60", "matplotlib>=3.7"]
 GPU = ["triton>=3.6; platform_system == 'Linux'"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1"]
-TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6"]
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6", "tensorboard>=2.20"]
 
 setup(
     name="pc_triton",

@@ -81,7 +81,7 @@ def write(path: Path, content: bytes) -> None:
     except OSError as error:
         kept = "; the earlier one is kept" if path.exists() else ""
         raise InputError(
-            f"cannot write {path}: {error.strerror or error}: free space or choose another --out{kept}"
+            f"cannot write {path}: {error.strerror or error}: free space or choose another path{kept}"
         ) from None
     finally:
         with contextlib.suppress(OSError):

@@ -95,6 +95,7 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
     again = train.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    train.add_argument("--tensorboard", action="store_true", help="write event files for TensorBoard to --out too")
     train.add_argument("--quiet", action="store_true", help="print the result only")
 
     evaluate = command("eval", _eval, "measure a trained model: perplexity, and the regime of its inference")
@@ -103,6 +104,7 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
         metavar="FILE",
         help="UTF-8 text file to measure on, whole; by default the held-out part of the run's text",
     )
+    evaluate.add_argument("--html", metavar="FILE", help="write a page too: every node, the regime, the run's curves")
 
     generate = command("generate", _generate, "continue a prompt by a trained model")
     generate.add_argument("--prompt", metavar="TEXT", required=True, help="text to continue")
@@ -140,6 +142,7 @@ def _train(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         device=arguments.device,
         quiet=arguments.quiet,
+        tensorboard=arguments.tensorboard,
     )
     print(result["report"] or result["regime"])
     print(f"curves {result['curves']}, checkpoint {result['checkpoint']}")
@@ -152,15 +155,23 @@ def _eval(arguments: argparse.Namespace) -> None:
     from .train import BACKPROPAGATION, encode, load, own_text, perplexity, regime, unigram_perplexity
 
     model, free_energy, tokenizer, counts, settings = load(arguments.checkpoint, arguments.device)
+    _, record = checkpoint.load(arguments.checkpoint)
     if arguments.data is None:
-        _, record = checkpoint.load(arguments.checkpoint)
         _, text = own_text(arguments.checkpoint, record, settings)
     else:
         text = read_text(arguments.data)
     tokens = encode(tokenizer, text)
-    measured = perplexity(model, tokens)
-    print(regime(free_energy, tokens, settings.context, settings.batch) if free_energy else BACKPROPAGATION)
-    _print_perplexities(settings.method, measured, unigram_perplexity(counts, tokens, settings.context))
+    measured, unigram = perplexity(model, tokens), unigram_perplexity(counts, tokens, settings.context)
+    report = regime(free_energy, tokens, settings.context, settings.batch) if free_energy else None
+    if arguments.html is not None:
+        from .page import page
+
+        facts = {"held-out perplexity": f"{measured:.2f}", "unigram model": f"{unigram:.2f}", "step": record["step"]}
+        facts |= {name.replace("_", " "): fact for name, fact in record["settings"].items() if fact is not None}
+        whole = page(str(arguments.checkpoint), report, record["evaluations"], record["losses"], facts)
+        checkpoint.write(Path(arguments.html), whole.encode("utf-8", "backslashreplace"))
+    print(report or BACKPROPAGATION)
+    _print_perplexities(settings.method, measured, unigram)
 
 
 def _print_perplexities(method: str, model: float, unigram: float) -> None:

@@ -159,7 +159,8 @@ class FreeEnergy(nn.Module):
         return self._names.get(module, "").removesuffix(".node") or "node"
 
     def extra_repr(self) -> str:
-        return f"steps={self.steps}, order={self.order!r}, precision={self.precision!r}, step={self.step}"
+        displacement = f", displacement={self.displacement}" if self.precision == "auto" else ""
+        return f"steps={self.steps}, order={self.order!r}, precision={self.precision!r}{displacement}, step={self.step}"
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
         """Infer, and return the free energy per item: a scalar, in nats per label or, for other outputs, per sample.
@@ -251,11 +252,7 @@ class FreeEnergy(nn.Module):
             energy = inference.probe()
             if inference.guarded and inference.take_back(energy):  # the last move too must not have raised F
                 energy = inference.probe()
-        states: dict[str, Tensor] = {}
-        for node in inference.nodes:
-            if node is not inference.output:
-                visits = sum(name.split("#")[0] == node.name for name in states)
-                states[node.name + (f"#{visits + 1}" if visits else "")] = node.emission.detach()
+        states = {name: node.emission.detach() for name, node in inference.named_nodes().items()}
         return Settled(x if clamp_input else states["input"], inference.out.detach(), energy, states)
 
     @torch.enable_grad()

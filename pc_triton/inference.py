@@ -148,6 +148,16 @@ class Inference:
         self.visits += 1
         return node.emission
 
+    def named_nodes(self) -> dict[str, ValueNode]:
+        """The nodes but the output, by name: a module visited again has ``#2`` added."""
+        named: dict[str, ValueNode] = {}
+        visits: Counter[str] = Counter()
+        for node in self.nodes:
+            if node is not self.output:
+                visits[node.name] += 1
+                named[node.name + (f"#{visits[node.name]}" if visits[node.name] > 1 else "")] = node
+        return named
+
     def _next_node(self, family: Distribution) -> ValueNode:
         if self.visits == len(self.visited) or self.visited[self.visits].family is not family:
             raise RuntimeError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 LONG_RUN = 60
 """Further inference steps, with the guard, that the reachable fall of F is measured by."""
+PER_NODE = ("energy", "residual", "precision")
+"""What `Report.scalars` gives for every node."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,53 @@ class Report:
             f"(worst parameter {self.worst_cosine:.3f})"
         )
 
+    def scalars(self) -> dict[str, float]:
+        """Every number by its name, for what logs them: ``wandb.log``, Lightning's ``log_dict``, TensorBoard.
+
+        ``free_energy``, of where learning happens, ``settled``, ``explained``, ``residual``, ``cosine`` and
+        ``worst_cosine``; then ``energy/NODE``, ``residual/NODE`` and ``precision/NODE`` for every node.
+        """
+        whole = {name: getattr(self, name) for name in ("settled", "explained", "residual", "cosine", "worst_cosine")}
+        each = {f"{name}/{node.name}": getattr(node, name) for name in PER_NODE for node in self.nodes}
+        return {"free_energy": self.free_energies[-1]} | whole | each
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f"{table(self)}<p>{self._falls}<br>{self.regime}</p>"
+
+    @property
+    def _falls(self) -> str:
+        free_energies = ", ".join(f"{f:.6g}" for f in self.free_energies)
+        return f"F per item: {free_energies}; long run {self.long_run:.6g}"
+
     def __str__(self) -> str:
-        width = max(4, *(len(node.name) for node in self.nodes))
+        width = max(len(name) for name in ("node", *(node.name for node in self.nodes)))
         lines = [f"{'node':<{width}}  {'family':<14}  {'precision':>9}  {'energy':>9}  {'residual':>8}"]
         for node in self.nodes:
             numbers = f"{node.precision:>9.3g}  {node.energy:>9.3g}  {node.residual:>8.2g}"
             lines.append(f"{node.name:<{width}}  {node.family:<14}  {numbers}")
-        free_energies = ", ".join(f"{f:.6g}" for f in self.free_energies)
-        return "\n".join([*lines, f"F per item: {free_energies}; long run {self.long_run:.6g}", self.regime])
+        return "\n".join([*lines, self._falls, self.regime])
+
+
+def table(report: Report) -> str:
+    """The nodes as an HTML table, with bars of the energies, the largest of them full, and of the residuals, 1 full."""
+    most = max((node.energy for node in report.nodes if math.isfinite(node.energy)), default=0.0)
+    left = 'style="text-align:left"'
+    rows = "".join(
+        f"<tr><td>{number}</td><td {left}>{escape(node.name).replace('.', '.<wbr>')}</td>"
+        f"<td {left}>{escape(node.family)}</td>"
+        f"<td>{node.precision:.3g}</td>{_bar(node.energy, most)}{_bar(node.residual, 1.0)}</tr>"
+        for number, node in enumerate(report.nodes, 1)
+    )
+    head = f"<th></th><th {left}>node</th><th {left}>family</th><th>precision</th><th>energy</th><th>residual</th>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _bar(value: float, full: float) -> str:
+    """A cell with a number before a bar, which is as wide as the cell where the value is ``full``."""
+    part = min(max(value / full, 0.0), 1.0) if full > 0 and math.isfinite(value) else 0.0
+    bar = f"linear-gradient(90deg,rgba(74,144,217,.45) {part:.1%},transparent 0) center/100% 75% no-repeat"
+    return f'<td style="min-width:4.5em;background:{bar}">{value:.3g}</td>'
 
 
 def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
@@ -101,11 +144,12 @@ def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
         random.restore()
         start = Inference(settler, x, y)
         start.calibrate(start.forward("first"))
-        free, at_prediction = [], []
-        for node, begun in zip(inference.nodes, start.nodes):
-            if node.residual is not None and begun.state is not None:
-                free.append(node)
-                at_prediction.append(sum_samples(begun.state**2, start.samples).sqrt() / owner.step)
+        begun = start.named_nodes()
+        free, at_prediction = {}, {}
+        for name, node in inference.named_nodes().items():
+            if node.residual is not None and (state := begun[name].state) is not None:
+                free[name] = node
+                at_prediction[name] = sum_samples(state**2, start.samples).sqrt() / owner.step
         long_run = torch.minimum(start.long_run(LONG_RUN), last)
 
         random.restore()
@@ -120,13 +164,13 @@ def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
     items = float(inference.items) or 1.0
     nodes = tuple(
         NodeReport(
-            node.name,
+            name,
             type(node.family).__name__,
             float(node.pi.mean()),
             float(node.energy.detach().sum() if node.energy is not None else 0.0) / items,
-            _ratio([node.residual], [norm]),
+            _ratio([node.residual], [at_prediction[name]]),
         )
-        for node, norm in zip(free, at_prediction)
+        for name, node in free.items()
     )
     rounding = 1e-5 * max((float(b.norm()) for b in backpropagation), default=0.0)
     cosines = [_cosine([g], [b]) for g, b in zip(learning, backpropagation) if b.norm() > rounding]
@@ -134,7 +178,7 @@ def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
         nodes,
         tuple(float(e.sum()) / items for e in inference.energies[-owner.moves - 1 :]),
         float(long_run.sum()) / items,
-        _ratio([node.residual for node in free], at_prediction),
+        _ratio([node.residual for node in free.values()], list(at_prediction.values())),
         _cosine(learning, backpropagation),
         min(cosines, default=1.0),
     )

@@ -194,14 +194,16 @@ def train(
     overwrite: bool = False,
     device: str = "auto",
     quiet: bool = False,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Train a transformer on text; leaves ``checkpoint.safetensors`` and ``curves.png`` in the folder ``out``.
 
     resume: go on from the checkpoint in ``out``: on a CPU bit for bit as if the run had not stopped. overwrite: replace
-    the run that ``out`` holds. quiet: print nothing.
+    the run that ``out`` holds. quiet: print nothing. tensorboard: write the losses and evaluations to event files in
+    ``out`` too, up to each checkpoint.
 
     Returns ``held_out_perplexity`` and ``unigram_perplexity`` (per token), ``losses`` (one a step, see `losses`),
-    ``evaluations`` (a dict with step, perplexity and, for PC, settled and cosine for each), ``report`` (a `Report`, or
+    ``evaluations`` (a dict with step, perplexity and, for PC, `Report.scalars` for each), ``report`` (a `Report`, or
     None for backpropagation), ``regime`` (its line), ``parameters`` (their number), ``settings``, ``checkpoint`` and
     ``curves`` (paths).
 
@@ -212,6 +214,11 @@ def train(
     path = folder / checkpoint.NAME
     if path.exists() and not (resume or overwrite):
         raise InputError(f"{folder} already holds a run: add --resume or --overwrite, or choose another --out")
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError:
+            raise InputError("tensorboard is not installed: pip install tensorboard") from None
     if resume:
         tensors, record = checkpoint.load(path)
         _check_same(path, settings, record)
@@ -240,6 +247,12 @@ def train(
     loss_curve: list[float] = record.get("losses", [])
     evaluations: list[dict[str, Any]] = record.get("evaluations", [])
     _make_folder(folder)
+    events = SummaryWriter(folder, purge_step=done + 1) if tensorboard else None
+
+    def log(numbers: dict[str, float], step: int) -> None:
+        if events is not None:
+            for name, number in numbers.items():
+                events.add_scalar(name, number, step)
 
     def save() -> None:
         checkpoint.save(
@@ -254,15 +267,17 @@ def train(
                 "text": _digest(train_text, held_out_text),
             },
         )
+        if events is not None:
+            events.flush()
 
     def evaluate() -> None:
-        row: dict[str, Any] = {"step": done, "perplexity": perplexity(model, held_out)}
+        row = {"perplexity": perplexity(model, held_out)}
         if not math.isfinite(row["perplexity"]):
             raise _diverged(done, "held-out perplexity", row["perplexity"], settings, path)
         if free_energy is not None:
-            report = regime(free_energy, held_out, settings.context, 4)
-            row |= {"settled": report.settled, "cosine": report.cosine}
-        evaluations.append(row)
+            row |= regime(free_energy, held_out, settings.context, 4).scalars()
+        evaluations.append({"step": done, **row})
+        log(row, done)
 
     def say(line: str) -> None:
         if not quiet:
@@ -298,6 +313,7 @@ def train(
                     if not math.isfinite(size):
                         raise _diverged(k, "gradient's norm", size, settings, path)
                     loss_curve.append(value)
+                    log({"loss": value}, k)
                 fresh.clear()
                 bar.set_postfix_str(_status(loss_curve, evaluations))
             if due:
@@ -313,6 +329,8 @@ def train(
     if not evaluations or evaluations[-1]["step"] < done:  # resumed where it was stopped, with no step to go
         evaluate()
         save()
+    if events is not None:
+        events.close()
     curves = folder / "curves.png"
     checkpoint.write(curves, plot(settings, loss_curve, evaluations, unigram))
     final = regime(free_energy, held_out, settings.context, settings.batch) if free_energy is not None else None

@@ -44,6 +44,7 @@ class Inference:
         self.args, self.kwargs, first = check_batch(inputs)
         self.samples = first.shape[0]
         self.weights = [p for p in owner.model.parameters() if p.requires_grad and p.is_leaf]
+        _check_devices(owner.model, first.device)
         check_finite("y", target)
         self.form = "error" if self.order == "error" else "state"
         self.mode = "first"  # then "infer", "incremental", "probe" or "learn"
@@ -510,6 +511,15 @@ def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     return args, kwargs, tensors[0]
 
 
+def _check_devices(model: nn.Module, device: torch.device) -> None:
+    """Raise ValueError if a parameter is not on this device (but where FSDP2 keeps its shards elsewhere)."""
+    for name, p in model.named_parameters():
+        if p.device != device and type(p) is nn.Parameter:
+            raise ValueError(
+                f"x is on {device}, the model's parameter {name!r} on {p.device}: move model and batch to one device"
+            )
+
+
 class RandomState:
     """The state of the generators that a model on a device draws from, as they are when this is made."""
 
@@ -558,6 +568,27 @@ def hold_weights(weights: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def hold_gathered(module: nn.Module) -> Iterator[None]:
+    """Within it a backward pass leaves parameters that FSDP2 shards gathered: they do not change until learning.
+
+    After it the next backward pass, learning's, shards them again.
+    """
+    sharded = [m for m in module.modules() if is_sharded(m)] if "torch.distributed.fsdp" in sys.modules else []
+    for m in sharded:
+        m.set_reshard_after_backward(False, recurse=False)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for m in sharded:
+            m.set_reshard_after_backward(True, recurse=False)  # type: ignore[operator]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2's fully_shard was given this module."""
+    return hasattr(module, "set_reshard_after_backward")
 
 
 @contextlib.contextmanager

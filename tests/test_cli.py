@@ -16,7 +16,7 @@ pytest.importorskip("tokenizers", reason="the command line's extras: pip install
 
 from safetensors.torch import load_file, save_file
 
-from pc_triton import checkpoint, report
+from pc_triton import checkpoint, evaluate, report
 from pc_triton import train as training
 from pc_triton.cli import EXTRAS, main
 from pc_triton.text import InputError
@@ -224,7 +224,7 @@ def test_the_unigram_model():
     q = (counts + 1) / 7
     tokens = torch.tensor([2, 0, 1, 0, 2])
     expected = torch.exp(-q[tokens[1:]].log().mean())
-    assert training.unigram_perplexity(counts, tokens, 2) == pytest.approx(float(expected))
+    assert evaluate.unigram_perplexity(counts, tokens, 2) == pytest.approx(float(expected))
 
 
 # What does not.
@@ -440,7 +440,7 @@ def test_a_loss_that_is_not_finite(tmp_path, data, capsys, monkeypatch):
 
     monkeypatch.setattr(training, "losses", losses)
     line = failure(capsys, train_arguments(data, tmp_path))
-    assert "loss at step 14 is not finite (nan): train with a --lr below 0.002; the earlier checkpoint is kept" in line
+    assert "at step 14 the loss is not finite (nan): train with a --lr below 0.002; the earlier checkpoint is" in line
     assert checkpoint.load(tmp_path)[1]["step"] == 10
 
 
@@ -448,7 +448,7 @@ def test_a_loss_that_is_not_finite(tmp_path, data, capsys, monkeypatch):
 def test_extras_that_are_not_installed(capsys, monkeypatch, extra):
     for module in [name for name in sys.modules if name.partition(".")[0] == extra]:
         monkeypatch.delitem(sys.modules, module)
-    for module in ("train", "checkpoint"):
+    for module in ("train", "evaluate", "checkpoint"):
         monkeypatch.delitem(sys.modules, f"pc_triton.{module}")
         monkeypatch.delattr(f"pc_triton.{module}")
     monkeypatch.setitem(sys.modules, extra, None)
@@ -485,7 +485,7 @@ def test_ctrl_c_outside_of_training(run, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "generate", interrupted)
+    monkeypatch.setattr(evaluate, "generate", interrupted)
     assert main(["generate", "--checkpoint", str(run), "--prompt", "a"]) == 130
     assert capsys.readouterr().err == "pc-triton: stopped\n"
 

@@ -72,7 +72,8 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
     parser = _Parser(
         "pc-triton",
         description="Train a transformer language model by predictive coding, and use it.",
-        epilog="See `pc-triton train --help`, and likewise for eval and generate.",
+        epilog="See `pc-triton train --help`, and likewise for eval and generate. To train in N processes, a GPU each: "
+        "`torchrun --nproc-per-node N -m pc_triton.cli train`.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")

@@ -84,7 +84,7 @@ def command(*arguments, launcher=(), **options):
 
 
 def wait_for_checkpoint(folder, process, step=1):
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while not (folder / checkpoint.NAME).exists() or checkpoint.load(folder)[1]["step"] < step:
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -489,20 +489,6 @@ def test_ctrl_c_in_a_terminal(tmp_path, data):
     assert stderr.startswith("pc-triton: stopped at step ")
     assert stderr.count("\n") == 1
     assert checkpoint.load(tmp_path)[1]["step"] >= 10
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_a_killed_process(tmp_path, data):
-    """kill -9 in a run that saves all the time: what is there can be gone on with."""
-    process = command(*train_arguments(data, tmp_path, "--method bp --steps 100000 --eval-every 1"))
-    wait_for_checkpoint(tmp_path, process)
-    process.kill()
-    process.communicate(timeout=100)
-    (tmp_path / f".{checkpoint.NAME}.1.tmp").write_bytes(b"half")  # as if it was writing
-    step = checkpoint.load(tmp_path)[1]["step"] + 2
-    assert main(["train", "--resume", "--out", str(tmp_path), "--device", "cpu", "--steps", str(step)]) == 0
-    assert sorted(os.listdir(tmp_path)) == [checkpoint.NAME, "curves.png"]
-    assert checkpoint.load(tmp_path)[1]["step"] == step
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")

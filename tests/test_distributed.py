@@ -135,6 +135,16 @@ def work(rank, store, folder):
     replica = DistributedDataParallel(pc.FreeEnergy(whole))
     measure(("ddp", "no_sync"), whole, lambda: accumulate(replica), gradients(alone))
 
+    whole = sharded(model())
+    free_energy = pc.FreeEnergy(whole)
+
+    def accumulate_sharded():
+        for half in (slice(2), slice(2, None)):
+            whole.set_requires_gradient_sync(half.start is not None)
+            free_energy(x[mine][half], y[mine][half]).backward()
+
+    measure(("fsdp", "no_sync"), whole, accumulate_sharded, gradients(alone))
+
     fewer = y.clone()
     fewer[:3] = -100  # of the labels, rank 0 keeps a quarter
     alone = model()
@@ -216,10 +226,13 @@ def test_incremental(results, name, operation, times):
     assert calls[operation] == STEPS * times
 
 
-def test_gradient_accumulation(results):
-    largest, calls, _ = results["ddp", "no_sync"]
+@pytest.mark.parametrize(
+    ("name", "operation", "times"), [("ddp", "allreduce", 1), ("fsdp", "reduce_scatter_base", 2 * (1 + BLOCKS))]
+)
+def test_gradient_accumulation(results, name, operation, times):
+    largest, calls, _ = results[name, "no_sync"]
     assert largest < ROUNDING * torch.finfo(torch.float64).eps
-    assert calls == {"allreduce": 1}
+    assert calls[operation] == times
 
 
 def test_uneven_labels_are_a_mean_of_means(results):

@@ -275,7 +275,7 @@ def train(
                 for k, (value, size) in enumerate(rows, done - len(fresh) + 1):
                     fault = _fault(value, size, loss_curve)
                     if fault is not None:
-                        node = _faulty_node(free_energy, x, y) if "not finite" in fault else ""
+                        node = "" if math.isfinite(value + size) else _faulty_node(free_energy, x, y)
                         raise _diverged(k, fault, node, settings, path)
                     loss_curve.append(value)
                 fresh.clear()

@@ -19,8 +19,7 @@ from typing import Any
 from paper_lm import plot
 from runs import DIVERGED, complete, load
 
-from pc_triton.text import InputError
-from pc_triton.train import METHODS, Settings, train
+from pc_triton.train import METHODS, Diverged, Settings, train
 
 LEARNING_RATES: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TUNING_SEED = 3
@@ -34,9 +33,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             result = train(settings, folder, device="cpu", quiet=True)
-    except InputError as error:
-        if "not finite" not in str(error):
-            raise
+    except Diverged as error:
         return record | {"diverged": str(error)}
     for name in ("held_out_perplexity", "unigram_perplexity", "regime", "parameters", "evaluations"):
         record[name] = result[name]

@@ -21,9 +21,10 @@ from runs import Record, Settings, complete, markdown, spread, standing
 from torch import Tensor, nn
 
 from pc_triton import FreeEnergy
+from pc_triton.evaluate import perplexity
 from pc_triton.text import train_tokenizer
 from pc_triton.train import Settings as TrainSettings
-from pc_triton.train import build, encode, perplexity, schedule
+from pc_triton.train import build, encode, schedule
 
 LR = 4e-3
 WARMUP, LONG_WARMUP = 0.05, 0.2

@@ -21,8 +21,8 @@ from matplotlib.ticker import LogLocator
 from runs import TUNING_SEED, Record, Settings, load, markdown, regime, score, spread, standing, tuned
 
 from pc_triton.text import InputError, read_text, split
+from pc_triton.train import Diverged, train
 from pc_triton.train import Settings as TrainSettings
-from pc_triton.train import train
 
 DEFAULT: Settings = {"width": 128, "heads": 4, "blocks": 2, "context": 64, "vocabulary": 1024, "batch": 16}
 PAPER: Settings = {"width": 128, "heads": 1, "blocks": 1, "context": 32, "vocabulary": 8001, "batch": 32}
@@ -69,9 +69,7 @@ def run(settings: Settings, data: Path | None) -> Record:
         options = {"eval_every": every} | options | {"data": str(paths[0]), "held_out": str(paths[1])}
         try:
             result = train(TrainSettings(**options), Path(folder) / "run", device="cpu", quiet=True)
-        except InputError as error:
-            if "not finite" not in str(error):
-                raise
+        except Diverged as error:
             return {"diverged": str(error)}
     record = {"score": result["held_out_perplexity"], "unigram_perplexity": result["unigram_perplexity"]}
     if result["report"] is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .dispatch import tracing
 
@@ -51,3 +51,12 @@ def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     for t in tensors[1:]:
         check_finite("x", t, infinite=True)  # such as a mask to add to attention's logits
     return args, kwargs, tensors[0]
+
+
+def check_devices(model: nn.Module, device: torch.device) -> None:
+    """Raise ValueError if a parameter is not on this device (but where FSDP2 keeps its shards elsewhere)."""
+    for name, p in model.named_parameters():
+        if p.device != device and type(p) is nn.Parameter:
+            raise ValueError(
+                f"x is on {device}, the model's parameter {name!r} on {p.device}: move model and batch to one device"
+            )

@@ -72,7 +72,8 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
     parser = _Parser(
         "pc-triton",
         description="Train a transformer language model by predictive coding, and use it.",
-        epilog="See `pc-triton train --help`, and likewise for eval and generate.",
+        epilog="See `pc-triton train --help`, and likewise for eval and generate. To train in N processes, a GPU each: "
+        "`torchrun --nproc-per-node N -m pc_triton.cli train`.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
@@ -126,7 +127,7 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from . import checkpoint
+    from . import checkpoint, parallel
     from .train import Settings, stored_settings, train
 
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings) if hasattr(arguments, f.name)}
@@ -135,15 +136,18 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.resume:
         _, record = checkpoint.load(out)
         settings = dataclasses.replace(stored_settings(out, record), **given)
-    result = train(
-        settings,
-        out,
-        resume=arguments.resume,
-        overwrite=arguments.overwrite,
-        device=arguments.device,
-        quiet=arguments.quiet,
-        tensorboard=arguments.tensorboard,
-    )
+    with parallel.joined():
+        result = train(
+            settings,
+            out,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            device=arguments.device,
+            quiet=arguments.quiet,
+        )
+        writes = parallel.rank() == 0
+    if not writes:
+        return
     print(result["report"] or result["regime"])
     print(f"curves {result['curves']}, checkpoint {result['checkpoint']}")
     _print_perplexities(settings.method, result["held_out_perplexity"], result["unigram_perplexity"])
@@ -151,8 +155,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from . import checkpoint
+    from .evaluate import perplexity, regime, unigram_perplexity
     from .text import read_text
-    from .train import BACKPROPAGATION, encode, load, own_text, perplexity, regime, unigram_perplexity
+    from .train import BACKPROPAGATION, encode, load, own_text
 
     model, free_energy, tokenizer, counts, settings = load(arguments.checkpoint, arguments.device)
     _, record = checkpoint.load(arguments.checkpoint)
@@ -179,7 +184,8 @@ def _print_perplexities(method: str, model: float, unigram: float) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from .train import encode, generate, load
+    from .evaluate import generate
+    from .train import encode, load
 
     try:
         arguments.prompt.encode("utf-8")

@@ -8,12 +8,13 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .chain import chain_loss
 from .distributions import Distribution, Gaussian
-from .inference import Inference, hold_statistics, leave_graphs
+from .inference import Inference, hold_gathered, hold_statistics, leave_graphs
 from .report import Report, report
 
 if TYPE_CHECKING:
@@ -78,8 +79,12 @@ class FreeEnergy(nn.Module):
             gradient, of which lr = 1 is Newton's step. Adam's moves have the size of its lr, in units of the states: it
             goes with a precision that you set. Not for "sweep" and "incremental", which move within the backward pass.
 
+    Several processes: ``DistributedDataParallel(FreeEnergy(model))`` averages the gradients once a training step;
+    order "incremental" has no single call to wrap, and takes ``FreeEnergy(DistributedDataParallel(model))``. FSDP2's
+    ``fully_shard`` goes to the model, before FreeEnergy; see ``docs/large_runs.md``.
+
     Raises:
-        ValueError: an argument out of range, or a model without value nodes.
+        ValueError: an argument out of range, a model without value nodes, or one in DistributedDataParallel already.
     """
 
     def __init__(
@@ -111,6 +116,17 @@ class FreeEnergy(nn.Module):
             raise ValueError(f"output={output!r}: give a pc_triton Distribution, for example pc_triton.Categorical()")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: give a module (torch.nn.Module)")
+        if isinstance(model, nn.parallel.DistributedDataParallel):  # static_graph would not average the gradients
+            if order != "incremental":
+                raise ValueError(
+                    "the model is in DistributedDataParallel: write DistributedDataParallel(FreeEnergy(model)), by "
+                    "which all of inference is one call of it"
+                )
+            if model.static_graph or model.find_unused_parameters:
+                raise ValueError(
+                    "order='incremental' takes the model in DistributedDataParallel without static_graph and "
+                    "find_unused_parameters: leave both False"
+                )
         self._names = {
             module: name.replace("_orig_mod.", "")  # as torch.compile calls what it wraps
             for name, module in model.named_modules()
@@ -188,7 +204,8 @@ class FreeEnergy(nn.Module):
         inference = Inference(self, x, y)
         if self.moves == 0:
             return self._per_item(inference, inference.forward("first", learns=True)), inference
-        self.settle(inference, self.moves)
+        with hold_gathered(self):
+            self.settle(inference, self.moves)
         return self._per_item(inference, inference.learn()), inference
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
@@ -250,8 +267,10 @@ class FreeEnergy(nn.Module):
         with hold_statistics(self.norms):
             self.settle(inference, self.steps)
             energy = inference.probe()
-            if inference.guarded and inference.take_back(energy):  # the last move too must not have raised F
-                energy = inference.probe()
+            if inference.guarded:  # the last move too must not have raised F
+                rose = inference.take_back(energy)
+                if rose or (dist.is_available() and dist.is_initialized()):  # all processes make the same passes
+                    energy = inference.probe()
         states = {name: node.emission.detach() for name, node in inference.named_nodes().items()}
         return Settled(x if clamp_input else states["input"], inference.out.detach(), energy, states)
 

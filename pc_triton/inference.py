@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import reference
-from .checks import check_batch, check_finite
+from .checks import check_batch, check_devices, check_finite
 from .dispatch import backend, fuses, tracing
 from .distributions import Categorical, Distribution, Gaussian, current, running
 from .reference import per_sample, sum_samples, wide
@@ -45,6 +45,7 @@ class Inference:
         self.args, self.kwargs, first = check_batch(inputs)
         self.samples = first.shape[0]
         self.weights = [p for p in owner.model.parameters() if p.requires_grad and p.is_leaf]
+        check_devices(owner.model, first.device)
         check_finite("y", target)
         self.form = "error" if self.order == "error" else "state"
         self.mode = "first"  # then "infer", "incremental", "probe" or "learn"
@@ -531,6 +532,27 @@ def hold_weights(weights: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def hold_gathered(module: nn.Module) -> Iterator[None]:
+    """Within it a backward pass leaves parameters that FSDP2 shards gathered: they do not change until learning.
+
+    After it the next backward pass, learning's, shards them again.
+    """
+    sharded = [m for m in module.modules() if is_sharded(m)] if "torch.distributed.fsdp" in sys.modules else []
+    for m in sharded:
+        m.set_reshard_after_backward(False, recurse=False)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for m in sharded:
+            m.set_reshard_after_backward(True, recurse=False)  # type: ignore[operator]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2's fully_shard was given this module."""
+    return hasattr(module, "set_reshard_after_backward")
 
 
 @contextlib.contextmanager

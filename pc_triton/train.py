@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import math
+import os
 import signal
 import sys
 import threading
@@ -22,11 +23,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoint
+from . import checkpoint, parallel
 from .distributions import Gaussian
+from .evaluate import perplexity, regime, target, unigram_perplexity
 from .free_energy import FreeEnergy
+from .inference import Inference
 from .models import Transformer
-from .report import Report
 from .text import InputError, read_text, split, train_tokenizer
 
 METHODS = ("pc", "bp", "gaussian-pc")
@@ -34,6 +36,13 @@ ORDERS = ("error", "sweep", "simultaneous", "incremental")
 MAY_CHANGE = ("data", "held_out", "steps", "eval_every")
 """Settings that may change when a run is resumed; the text itself is compared by its digest."""
 BACKPROPAGATION = "backpropagation: no inference"
+RISE = 10
+"""A loss above so many times the run's first is divergence: the first is about that of a model that knows nothing.
+So is a held-out cross-entropy above so many times the logarithm of the vocabulary."""
+
+
+class Diverged(InputError):
+    """The loss is not finite, or far above where it began."""
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -52,7 +61,7 @@ class Settings:
     blocks: int = _setting(2, "transformer blocks")
     context: int = _setting(64, "tokens the model sees at once")
     vocabulary: int = _setting(1024, "byte-pair tokens, at least 256")
-    batch: int = _setting(16, "sequences per training step")
+    batch: int = _setting(16, "sequences per training step, of all processes together")
     steps: int = _setting(600, "training steps")
     lr: float = _setting(2e-3, "peak learning rate of AdamW, which then falls by a cosine to a tenth")
     warmup: float = _setting(0.05, "part of the steps in which the learning rate rises to its peak")
@@ -108,82 +117,36 @@ def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
         raise InputError(str(error)) from None
 
 
-def losses(model: Transformer, free_energy: FreeEnergy | None, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+def losses(learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Tensor) -> Iterator[Tensor]:
     """The losses of one training step, float32, 0-dim; one, or T in incremental order.
 
-    x, y: int64 ``[B, N]``, tokens and the tokens that follow. In nats per token.
-    Raises ValueError as `FreeEnergy` does.
+    learner: what `parallel.replicate` makes of the model and its free energy. x, y: int64 ``[B, N]``, tokens and the
+    tokens that follow. In nats per token. Raises ValueError as `FreeEnergy` does.
     """
     if free_energy is None:
-        yield F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        yield F.cross_entropy(learner(x).flatten(0, 1), y.flatten())
         return
-    target = _target(free_energy, y)
-    each = 1 if target is y else y.shape[1]  # the free energy of a Gaussian output is per sequence
-    for loss in free_energy.incremental(x, target) if free_energy.order == "incremental" else [free_energy(x, target)]:
+    clamped = target(free_energy, y)
+    each = 1 if clamped is y else y.shape[1]  # the free energy of a Gaussian output is per sequence
+    for loss in free_energy.incremental(x, clamped) if free_energy.order == "incremental" else [learner(x, clamped)]:
         yield loss / each
 
 
-def _target(free_energy: FreeEnergy, y: Tensor) -> Tensor:
-    if isinstance(free_energy.output, Gaussian):
-        return F.one_hot(y, free_energy.model[0].head.out_features).float()  # type: ignore[index, union-attr]
-    return y
-
-
-def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """The text cut into sequences: x ``[S, context]`` and y, the token that follows each; the last few are left out.
-
-    tokens: int64 ``[L]``. Raises InputError for L <= context.
-    """
-    count = (len(tokens) - 1) // context
-    if count < 1:
-        raise InputError(
-            f"{len(tokens)} tokens of text for a context of {context}: give more, or train with a smaller --context"
-        )
-    end = count * context
-    return tokens[:end].view(count, context), tokens[1 : end + 1].view(count, context)
-
-
-@torch.no_grad()
-def perplexity(model: Transformer, tokens: Tensor) -> float:
-    """Perplexity per token of plain forward passes over the `windows` of a text; tokens int64 ``[L]``, on the CPU.
-
-    Raises InputError for a text shorter than the context.
-    """
-    device = model.head.weight.device
-    total = torch.zeros((), dtype=torch.float64)
-    x, y = windows(tokens, model.context)
-    for some_x, some_y in zip(x.split(64), y.split(64)):
-        logits = model(some_x.to(device))
-        total += F.cross_entropy(logits.flatten(0, 1), some_y.to(device).flatten(), reduction="sum").cpu()
-    return float((total / y.numel()).exp())
-
-
-def unigram_perplexity(counts: Tensor, tokens: Tensor, context: int) -> float:
-    """Perplexity per token of the add-one smoothed unigram model, over the same tokens as `perplexity`.
-
-    counts: int64 ``[vocabulary]``, of the training tokens; tokens int64 ``[L]``. Raises InputError for a text shorter
-    than the context.
-    """
-    log_q = (counts.double() + 1).log() - (counts.double() + 1).sum().log()
-    return float((-log_q[windows(tokens, context)[1]].mean()).exp())
-
-
-def regime(free_energy: FreeEnergy, tokens: Tensor, context: int, sequences: int) -> Report:
-    """`FreeEnergy.report` on the first sequences of a text; tokens int64 ``[L]``.
-
-    Raises InputError for a text shorter than the context.
-    """
-    device = next(free_energy.parameters()).device
-    x, y = (t[:sequences].to(device) for t in windows(tokens, context))
-    return free_energy.report(x, _target(free_energy, y))
-
-
 def choose_device(name: str) -> torch.device:
-    """The device called auto (a GPU if there is one), cpu or cuda. Raises InputError if it is not available."""
+    """The device called auto (a GPU if there is one), cpu or cuda: of several processes each has a GPU of its own.
+
+    Raises InputError if it is not available.
+    """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise InputError("no CUDA GPU is available here: use --device cpu, or auto")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise InputError(f"no GPU is left for process {number}: use --nproc-per-node {torch.cuda.device_count()}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def train(
@@ -202,18 +165,26 @@ def train(
     the run that ``out`` holds. quiet: print nothing. tensorboard: write the losses and evaluations to event files in
     ``out`` too, up to each checkpoint.
 
+    In a group of processes (`parallel.joined`, or one that you made) each process calls this, takes its part of every
+    batch and returns the same: any number of them trains the same model, but for rounding. Rank 0 prints and writes.
+
     Returns ``held_out_perplexity`` and ``unigram_perplexity`` (per token), ``losses`` (one a step, see `losses`),
     ``evaluations`` (a dict with step, perplexity and, for PC, `Report.scalars` for each), ``report`` (a `Report`, or
     None for backpropagation), ``regime`` (its line), ``parameters`` (their number), ``settings``, ``checkpoint`` and
     ``curves`` (paths).
 
-    Raises InputError for settings, text, a checkpoint or a folder that cannot be used, and where the loss is no longer
-    finite (the last checkpoint is kept); KeyboardInterrupt, with a message, after the first Ctrl-C, once it is saved.
+    Raises InputError for settings, text, a checkpoint or a folder that cannot be used; Diverged where the loss is no
+    longer finite or more than `RISE` times the first (the last checkpoint is kept); KeyboardInterrupt, with a message,
+    after the first Ctrl-C, once it is saved.
     """
     folder, place = Path(out), choose_device(device)
     path = folder / checkpoint.NAME
     if path.exists() and not (resume or overwrite):
         raise InputError(f"{folder} already holds a run: add --resume or --overwrite, or choose another --out")
+    if settings.batch % parallel.processes():
+        raise InputError(
+            f"batch={settings.batch} is no multiple of the {parallel.processes()} processes: give a --batch that is"
+        )
     if tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -243,11 +214,13 @@ def train(
     batches = torch.Generator().manual_seed(settings.seed)
     if resume:
         _restore(path, tensors, model, optimizer, batches)
+    learner, writes = parallel.replicate(model, free_energy), parallel.rank() == 0
     done: int = record.get("step", 0)
     loss_curve: list[float] = record.get("losses", [])
     evaluations: list[dict[str, Any]] = record.get("evaluations", [])
-    _make_folder(folder)
-    events = SummaryWriter(folder, purge_step=done + 1) if tensorboard else None
+    if writes:
+        _make_folder(folder)
+    events = SummaryWriter(folder, purge_step=done + 1) if tensorboard and writes else None
 
     def log(numbers: dict[str, float], step: int) -> None:
         if events is not None:
@@ -255,75 +228,82 @@ def train(
                 events.add_scalar(name, number, step)
 
     def save() -> None:
-        checkpoint.save(
-            path,
-            _state(model, optimizer, batches) | {"unigram": counts},
-            {
+        if writes:
+            record = {
                 "settings": dataclasses.asdict(settings),
                 "step": done,
                 "losses": loss_curve,
                 "evaluations": evaluations,
                 "tokenizer": tokenizer.to_str(),
                 "text": _digest(train_text, held_out_text),
-            },
-        )
+            }
+            checkpoint.save(path, _state(model, optimizer, batches) | {"unigram": counts}, record)
         if events is not None:
             events.flush()
 
     def evaluate() -> None:
         row = {"perplexity": perplexity(model, held_out)}
-        if not math.isfinite(row["perplexity"]):
-            raise _diverged(done, "held-out perplexity", row["perplexity"], settings, path)
+        if not row["perplexity"] < settings.vocabulary**RISE:
+            raise _diverged(done, f"held-out perplexity is {row['perplexity']:.4g}", "", settings, path)
         if free_energy is not None:
             row |= regime(free_energy, held_out, settings.context, 4).scalars()
         evaluations.append({"step": done, **row})
         log(row, done)
 
     def say(line: str) -> None:
-        if not quiet:
+        if writes and not quiet:
             tqdm.write(line)
 
     characters = len(held_out_text) / len(held_out)
     say(
-        f"{settings.method} on {place.type}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{settings.method} on {parallel.processes()} x {place.type}: "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(tokens):,} training and {len(held_out):,} held-out tokens of {characters:.1f} characters"
     )
     say(f"held-out perplexity of the unigram model: {unigram:.1f} per token")
-    bar = tqdm(total=settings.steps, initial=done, unit="step", disable=quiet or not sys.stderr.isatty())
+    silent = quiet or not writes or not sys.stderr.isatty()
+    bar = tqdm(total=settings.steps, initial=done, unit="step", disable=silent)
+    often = 1 if place.type == "cpu" else 10  # reading the loss waits for a GPU, so not at every step
     fresh: list[Tensor] = []
-    with _ctrl_c() as stopped, bar:
+    with _ctrl_c() as pressed, bar:
         while done < settings.steps:
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule(done, settings.steps, settings.warmup)
             start = torch.randint(len(tokens) - settings.context, (settings.batch, 1), generator=batches)
-            at = start + torch.arange(settings.context)
-            for loss in losses(model, free_energy, tokens[at].to(place), tokens[at + 1].to(place)):
+            at = parallel.part(start + torch.arange(settings.context))
+            x, y = tokens[at].to(place), tokens[at + 1].to(place)
+            for loss in losses(learner, free_energy, x, y):
                 optimizer.zero_grad()
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                if often == 1 and not norm.isfinite():
+                    break  # with the weights that made it
                 optimizer.step()
             fresh.append(torch.stack([loss.detach(), norm]))
             done += 1
             bar.update()
             due = done % settings.eval_every == 0 or done == settings.steps
-            if due or stopped() or len(fresh) == 10:  # reading the loss waits for a GPU, so not at every step
-                for k, (value, size) in enumerate(torch.stack(fresh).tolist(), done - len(fresh) + 1):
-                    if not math.isfinite(value):
-                        raise _diverged(k, "loss", value, settings, path)
-                    if not math.isfinite(size):
-                        raise _diverged(k, "gradient's norm", size, settings, path)
+            stop = False
+            if due or len(fresh) == often or (parallel.processes() == 1 and pressed()):
+                stop = bool(parallel.total(torch.tensor(int(pressed()))))  # all stop at the same step
+                rows = parallel.mean(torch.stack(fresh)).tolist()
+                for k, (value, size) in enumerate(rows, done - len(fresh) + 1):
+                    fault = _fault(value, size, loss_curve)
+                    if fault is not None:
+                        node = "" if math.isfinite(value + size) else _faulty_node(free_energy, x, y)
+                        raise _diverged(k, fault, node, settings, path)
                     loss_curve.append(value)
                     log({"loss": value}, k)
                 fresh.clear()
-                bar.set_postfix_str(_status(loss_curve, evaluations))
+                bar.set_postfix_str(_status(loss_curve, evaluations), refresh=False)
             if due:
                 evaluate()
-            if due or stopped():
+            if due or stop:
                 save()
             if due:
                 bar.set_postfix_str(_status(loss_curve, evaluations))
                 say(f"step {done}/{settings.steps}: {_status(loss_curve, evaluations)} (unigram {unigram:.1f})")
-            if stopped():
+            if stop:
                 raise KeyboardInterrupt(f"stopped at step {done}: continue with --resume --out {folder}")
 
     if not evaluations or evaluations[-1]["step"] < done:  # resumed where it was stopped, with no step to go
@@ -332,7 +312,8 @@ def train(
     if events is not None:
         events.close()
     curves = folder / "curves.png"
-    checkpoint.write(curves, plot(settings, loss_curve, evaluations, unigram))
+    if writes:
+        checkpoint.write(curves, plot(settings, loss_curve, evaluations, unigram))
     final = regime(free_energy, held_out, settings.context, settings.batch) if free_energy is not None else None
     return {
         "settings": settings,
@@ -394,34 +375,6 @@ def stored_settings(path: str | Path, record: dict[str, Any]) -> Settings:
         raise InputError(f"{path} is of another version of pc_triton: use that version, or train again") from None
 
 
-@torch.no_grad()
-def generate(
-    model: Transformer, tokens: Tensor, count: int, temperature: float = 1.0, top_k: int = 0, seed: int = 0
-) -> Tensor:
-    """A text's tokens with ``count`` more, drawn one by one: int64 ``[L + count]``, on the CPU.
-
-    tokens: int64 ``[L]``, L >= 1. temperature: divides the logits; 0 takes the likeliest token. top_k: draw from the k
-    likeliest tokens only; 0 is all. seed: of the draws. Raises InputError for values out of range.
-    """
-    if len(tokens) == 0:
-        raise InputError("the prompt is empty: give at least one character with --prompt")
-    if count < 1:
-        raise InputError(f"tokens={count}: give a whole number of at least 1")
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature={temperature}: give 0 (the likeliest token) or a positive finite number")
-    if top_k < 0:
-        raise InputError(f"top_k={top_k}: give 0 (all tokens) or a positive whole number")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed={seed}: give a whole number of at least 0, below 2**63")
-    device, random = model.head.weight.device, torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        logits = model(tokens[None, -model.context :].to(device))[0, -1].double().cpu()
-        likeliest = logits.topk(1 if temperature == 0 else min(top_k or len(logits), len(logits)))
-        p = ((likeliest.values - likeliest.values[0]) / (temperature or 1.0)).softmax(-1)
-        tokens = torch.cat([tokens, likeliest.indices[torch.multinomial(p, 1, generator=random)]])
-    return tokens
-
-
 def plot(settings: Settings, losses: list[float], evaluations: list[dict[str, Any]], unigram: float) -> bytes:
     """A PNG of both curves: the training loss of each step, and the held-out perplexity beside the unigram model's.
 
@@ -457,9 +410,32 @@ def _status(losses: list[float], evaluations: list[dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def _diverged(step: int, what: str, value: float, settings: Settings, path: Path) -> InputError:
+def _fault(loss: float, norm: float, earlier: list[float]) -> str | None:
+    """What is wrong with a step's loss or the norm of its gradient, after the earlier losses; None where nothing is."""
+    if not math.isfinite(loss):
+        return f"loss is not finite ({loss})"
+    if not math.isfinite(norm):
+        return f"gradient's norm is not finite ({norm})"
+    if earlier and loss > RISE * earlier[0]:
+        return f"loss is {loss:.4g}, over {RISE} times the first ({earlier[0]:.4g})"
+    return None
+
+
+def _faulty_node(free_energy: FreeEnergy | None, x: Tensor, y: Tensor) -> str:
+    """The first node of the forward pass whose prediction is not finite, for a message; empty where there is none."""
+    if free_energy is None or not all(p.isfinite().all() for p in free_energy.parameters()):
+        return ""  # weights that are not finite make every node so
+    inference = Inference(free_energy, x, target(free_energy, y))
+    energy = inference.forward("first")
+    names = [node.name for node in inference.nodes if not node.mu.isfinite().all()]
+    if not names and not energy.isfinite().all():
+        names = ["output"]
+    return f", first in node {names[0]!r}" if names else ""
+
+
+def _diverged(step: int, fault: str, where: str, settings: Settings, path: Path) -> Diverged:
     kept = f"; the earlier checkpoint is kept in {path}" if path.exists() else ""
-    return InputError(f"{what} at step {step} is not finite ({value}): train with a --lr below {settings.lr}{kept}")
+    return Diverged(f"at step {step} the {fault}{where}: train with a --lr below {settings.lr}{kept}")
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Generator) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The command line as a user runs it, at tiny sizes."""
 
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ pytest.importorskip("tokenizers", reason="the command line's extras: pip install
 
 from safetensors.torch import load_file, save_file
 
-from pc_triton import checkpoint, report
+from pc_triton import checkpoint, evaluate, report
 from pc_triton import train as training
 from pc_triton.cli import EXTRAS, main
 from pc_triton.text import InputError
@@ -74,17 +75,17 @@ def failure(capsys, arguments):
     return captured.err
 
 
-def command(*arguments, **options):
+def command(*arguments, launcher=(), **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    line = [sys.executable, "-m", "pc_triton.cli", *map(str, arguments)]
+    line = [sys.executable, *launcher, "-m", "pc_triton.cli", *map(str, arguments)]
     return subprocess.Popen(
         line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **options
     )
 
 
-def wait_for_checkpoint(folder, process):
-    deadline = time.monotonic() + 100
-    while not (folder / checkpoint.NAME).exists():
+def wait_for_checkpoint(folder, process, step=1):
+    deadline = time.monotonic() + 300
+    while not (folder / checkpoint.NAME).exists() or checkpoint.load(folder)[1]["step"] < step:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
@@ -224,7 +225,7 @@ def test_the_unigram_model():
     q = (counts + 1) / 7
     tokens = torch.tensor([2, 0, 1, 0, 2])
     expected = torch.exp(-q[tokens[1:]].log().mean())
-    assert training.unigram_perplexity(counts, tokens, 2) == pytest.approx(float(expected))
+    assert evaluate.unigram_perplexity(counts, tokens, 2) == pytest.approx(float(expected))
 
 
 # What does not.
@@ -440,15 +441,38 @@ def test_a_loss_that_is_not_finite(tmp_path, data, capsys, monkeypatch):
 
     monkeypatch.setattr(training, "losses", losses)
     line = failure(capsys, train_arguments(data, tmp_path))
-    assert "loss at step 14 is not finite (nan): train with a --lr below 0.002; the earlier checkpoint is kept" in line
+    assert "at step 14 the loss is not finite (nan): train with a --lr below 0.002; the earlier checkpoint is" in line
     assert checkpoint.load(tmp_path)[1]["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        (
+            "1e30",
+            "at step 2 the loss is not finite (nan), first in node 'blocks.0.attn': train with a --lr below 1e+30",
+        ),
+        ("100", "times the first (5."),
+    ],
+)
+def test_divergence(tmp_path, data, capsys, lr, message):
+    """Weights that overflow name the node where they do; a loss that only rises has a bound."""
+    assert message in failure(capsys, train_arguments(data, tmp_path, f"--lr {lr}"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_held_out_perplexity_out_of_bounds(tmp_path, data, capsys, monkeypatch):
+    monkeypatch.setattr(training, "perplexity", lambda *arguments: 1e30)
+    line = failure(capsys, train_arguments(data, tmp_path))
+    assert "at step 10 the held-out perplexity is 1e+30: train with a --lr below 0.002" in line
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_extras_that_are_not_installed(capsys, monkeypatch, extra):
     for module in [name for name in sys.modules if name.partition(".")[0] == extra]:
         monkeypatch.delitem(sys.modules, module)
-    for module in ("train", "checkpoint"):
+    for module in ("train", "evaluate", "checkpoint"):
         monkeypatch.delitem(sys.modules, f"pc_triton.{module}")
         monkeypatch.delattr(f"pc_triton.{module}")
     monkeypatch.setitem(sys.modules, extra, None)
@@ -468,24 +492,138 @@ def test_ctrl_c_in_a_terminal(tmp_path, data):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_a_killed_process(tmp_path, data):
-    """kill -9 in a run that saves all the time: what is there can be gone on with."""
-    process = command(*train_arguments(data, tmp_path, "--method bp --steps 100000 --eval-every 1"))
-    wait_for_checkpoint(tmp_path, process)
-    process.kill()
-    process.communicate(timeout=100)
-    (tmp_path / f".{checkpoint.NAME}.1.tmp").write_bytes(b"half")  # as if it was writing
-    step = checkpoint.load(tmp_path)[1]["step"] + 2
-    assert main(["train", "--resume", "--out", str(tmp_path), "--device", "cpu", "--steps", str(step)]) == 0
-    assert sorted(os.listdir(tmp_path)) == [checkpoint.NAME, "curves.png"]
-    assert checkpoint.load(tmp_path)[1]["step"] == step
+def test_a_process_killed_in_a_save(tmp_path, data, monkeypatch):
+    """kill -9 at every line that writes a checkpoint, and within the write itself, then --resume: bit for bit."""
+    saves, write = [], checkpoint.write
+
+    def recorded(path, content):
+        saves.extend([content] if path.name == checkpoint.NAME else [])
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", recorded)
+        settings = "--method bp --quiet --eval-every 2 --steps 6"
+        assert main(train_arguments(data, tmp_path / "straight", settings)) == 0
+    before, after, _ = saves
+    expected = checkpoint.load(tmp_path / "straight")
+
+    path = tmp_path / "killed" / checkpoint.NAME
+    path.parent.mkdir()
+    points, left = 0, set()
+    cuts = [Bytes(k) for k in (0, 1, len(after) // 2, len(after) - 1)]
+    for kill in itertools.chain(cuts, map(Lines, itertools.count())):
+        path.write_bytes(before)
+        child = os.fork()
+        if child == 0:
+            try:
+                kill.install()
+                write(path, after)
+            finally:
+                os._exit(0)
+        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            assert isinstance(kill, Lines)
+            break  # there are no more lines
+        points += 1
+        content = path.read_bytes()
+        assert content in (before, after)
+        if content not in left:  # what is gone on with is this file, and no other that was left
+            left.add(content)
+            assert main(["train", "--resume", "--out", str(path.parent), "--device", "cpu", "--quiet"]) == 0
+            found = checkpoint.load(path)
+            assert found[1] == expected[1]
+            assert all(torch.equal(t, found[0][name]) for name, t in expected[0].items())
+            assert sorted(os.listdir(path.parent)) == [checkpoint.NAME, "curves.png"]
+    assert left == {before, after}
+    assert points >= 15
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux")
+def test_two_processes_one_of_which_is_killed(tmp_path, data, monkeypatch):
+    """torchrun goes on with a run of one process as that would have; it ends when a process dies; one goes on again."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert main(train_arguments(data, tmp_path / "one", "--steps 1000 --eval-every 5")) == 130
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    resume = ["train", "--resume", "--device", "cpu", "--out"]
+
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = command(*resume, tmp_path / "two", launcher=launcher)
+    wait_for_checkpoint(tmp_path / "two", process, step=5)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in stderr
+    assert stdout.count("pc on 2 x cpu") == 1, "one of them prints"
+
+    two, record_of_two = checkpoint.load(tmp_path / "two")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, record_of_two["step"] - 3)
+        assert main([*resume, str(tmp_path / "one")]) == 130
+    one, record_of_one = checkpoint.load(tmp_path / "one")
+    assert record_of_one["step"] == record_of_two["step"]
+    assert torch.equal(one["rng.batches"], two["rng.batches"])
+    rounding = 100 * torch.finfo(torch.float32).eps
+    assert record_of_two["losses"] == pytest.approx(record_of_one["losses"], rel=rounding)
+    row_of_one, row_of_two = (record["evaluations"][0] for record in (record_of_one, record_of_two))
+    assert row_of_two["perplexity"] == pytest.approx(row_of_one["perplexity"], rel=rounding)
+    assert main([*resume, str(tmp_path / "two"), "--steps", str(record_of_two["step"] + 1)]) == 0
+
+
+def test_a_batch_that_does_not_divide(tmp_path, data, capsys, monkeypatch):
+    monkeypatch.setattr(training.parallel, "processes", lambda: 3)
+    line = failure(capsys, train_arguments(data, tmp_path))
+    assert "batch=4 is no multiple of the 3 processes: give a --batch that is" in line
+
+
+class Lines:
+    """Kills this process at the k-th line that `checkpoint.write` runs."""
+
+    def __init__(self, k):
+        self.left = k
+
+    def install(self):
+        sys.settrace(self.trace)
+
+    def trace(self, frame, event, argument):
+        if frame.f_code.co_filename != checkpoint.__file__:
+            return None
+        if event == "line":
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.left -= 1
+        return self.trace
+
+
+class Bytes:
+    """Kills this process when `checkpoint.write` has written k bytes."""
+
+    def __init__(self, k):
+        self.k = k
+
+    def install(self):
+        checkpoint.open = self.open
+
+    def open(self, path, mode):
+        self.file = open(path, mode, buffering=0)  # noqa: SIM115
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, content):
+        self.file.write(content[: self.k])
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_ctrl_c_outside_of_training(run, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "generate", interrupted)
+    monkeypatch.setattr(evaluate, "generate", interrupted)
     assert main(["generate", "--checkpoint", str(run), "--prompt", "a"]) == 130
     assert capsys.readouterr().err == "pc-triton: stopped\n"
 

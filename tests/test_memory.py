@@ -1,4 +1,4 @@
-"""A training step leaves nothing behind."""
+"""A training step leaves nothing behind, and holds no more than docs/large_runs.md says."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import pc_triton as pc
+from pc_triton.inference import Inference
+from pc_triton.models import Transformer
 
 WAYS = [
     {"order": "error", "steps": 1},
@@ -44,3 +47,51 @@ def test_incremental_inference_is_freed():
     del loss
     gc.collect()
     assert sum(type(o) is pc.free_energy.Inference for o in gc.get_objects()) == before
+
+
+def held(blocks, width, tokens, heads, *, order=None, steps=3, state=True):
+    """Values per token that a transformer's training step holds as its backward pass begins, but for parameters."""
+    model = Transformer(50, width, heads, blocks, tokens, attention=state)
+    x, y = torch.randint(50, (2, 2, tokens))
+    storages = {}
+
+    def keep(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        if order is None:
+            loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        else:
+            free_energy = pc.FreeEnergy(model, order=order, steps=steps)
+            inference = Inference(free_energy, x, y)
+            free_energy.settle(inference, free_energy.moves)
+            storages.clear()  # the passes before have freed theirs
+            loss = inference.learn()
+            for node in inference.nodes:
+                for t in (node.state, node.accepted, node.mu, node.emission):
+                    if t is not None:
+                        keep(t)
+    assert loss.requires_grad
+    for p in model.parameters():
+        storages.pop(p.untyped_storage().data_ptr(), None)
+    return sum(s.nbytes() for s in storages.values()) / (4 * x.numel())
+
+
+@pytest.mark.parametrize(
+    ("options", "formula"),
+    [
+        ({}, lambda d, n, h: 16 * d + h + 4),
+        ({"order": "error"}, lambda d, n, h: 30 * d + 3 * h * n + 4),
+        ({"order": "error", "steps": 4}, lambda d, n, h: 36 * d + 4 * h * n + 4),
+        ({"order": "sweep"}, lambda d, n, h: 29 * d + 4 * h * n + 4),
+        ({"order": "simultaneous"}, lambda d, n, h: 29 * d + 4 * h * n + 4),
+        ({"order": "error", "state": False}, lambda d, n, h: 30 * d + h + 4),
+        ({"order": "error", "steps": 4, "state": False}, lambda d, n, h: 36 * d + h + 4),
+        ({"order": "sweep", "state": False}, lambda d, n, h: 30 * d + h + 4),
+    ],
+)
+def test_what_a_block_holds(options, formula):
+    """The formulas of docs/large_runs.md, exactly."""
+    for size in ((32, 16, 2), (64, 16, 2), (32, 32, 2), (32, 16, 4)):
+        assert held(2, *size, **options) - held(1, *size, **options) == formula(*size)

@@ -1,0 +1,103 @@
+"""A trained language model in use: its perplexity, the regime of its inference, the text it generates."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import parallel
+from .distributions import Gaussian
+from .free_energy import FreeEnergy
+from .head import Head
+from .models import Transformer
+from .report import Report
+from .text import InputError
+
+
+def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """The text cut into sequences: x ``[S, context]`` and y, the token that follows each; the last few are left out.
+
+    tokens: int64 ``[L]``. Raises InputError for L <= context.
+    """
+    count = (len(tokens) - 1) // context
+    if count < 1:
+        raise InputError(
+            f"{len(tokens)} tokens of text for a context of {context}: give more, or train with a smaller --context"
+        )
+    end = count * context
+    return tokens[:end].view(count, context), tokens[1 : end + 1].view(count, context)
+
+
+@torch.no_grad()
+def perplexity(model: Transformer, tokens: Tensor) -> float:
+    """Perplexity per token of plain forward passes over the `windows` of a text; tokens int64 ``[L]``, on the CPU.
+
+    The processes of a group each measure a part, so that all of them call it.
+    Raises InputError for a text shorter than the context.
+    """
+    device = model.head.weight.device
+    total = torch.zeros((), dtype=torch.float64)
+    x, y = windows(tokens, model.context)
+    for some_x, some_y in zip(parallel.part(x).split(64), parallel.part(y).split(64)):
+        logits = model(some_x.to(device))
+        total += F.cross_entropy(logits.flatten(0, 1), some_y.to(device).flatten(), reduction="sum").cpu()
+    return float((parallel.total(total) / y.numel()).exp())
+
+
+def unigram_perplexity(counts: Tensor, tokens: Tensor, context: int) -> float:
+    """Perplexity per token of the add-one smoothed unigram model, over the same tokens as `perplexity`.
+
+    counts: int64 ``[vocabulary]``, of the training tokens; tokens int64 ``[L]``. Raises InputError for a text shorter
+    than the context.
+    """
+    log_q = (counts.double() + 1).log() - (counts.double() + 1).sum().log()
+    return float((-log_q[windows(tokens, context)[1]].mean()).exp())
+
+
+def regime(free_energy: FreeEnergy, tokens: Tensor, context: int, sequences: int) -> Report:
+    """`FreeEnergy.report` on the first sequences of a text; tokens int64 ``[L]``.
+
+    Raises InputError for a text shorter than the context.
+    """
+    device = next(free_energy.parameters()).device
+    x, y = (t[:sequences].to(device) for t in windows(tokens, context))
+    return free_energy.report(x, target(free_energy, y))
+
+
+def target(free_energy: FreeEnergy, y: Tensor) -> Tensor:
+    """What the output is clamped to for labels y ``[B, N]``: themselves, or one-hot ``[B, N, V]`` if it is Gaussian."""
+    if isinstance(free_energy.output, Gaussian):
+        head = next(m for m in free_energy.modules() if isinstance(m, Head))
+        return F.one_hot(y, head.out_features).float()
+    return y
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer, tokens: Tensor, count: int, temperature: float = 1.0, top_k: int = 0, seed: int = 0
+) -> Tensor:
+    """A text's tokens with ``count`` more, drawn one by one: int64 ``[L + count]``, on the CPU.
+
+    tokens: int64 ``[L]``, L >= 1. temperature: divides the logits; 0 takes the likeliest token. top_k: draw from the k
+    likeliest tokens only; 0 is all. seed: of the draws. Raises InputError for values out of range.
+    """
+    if len(tokens) == 0:
+        raise InputError("the prompt is empty: give at least one character with --prompt")
+    if count < 1:
+        raise InputError(f"tokens={count}: give a whole number of at least 1")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature}: give 0 (the likeliest token) or a positive finite number")
+    if top_k < 0:
+        raise InputError(f"top_k={top_k}: give 0 (all tokens) or a positive whole number")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed={seed}: give a whole number of at least 0, below 2**63")
+    device, random = model.head.weight.device, torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        logits = model(tokens[None, -model.context :].to(device))[0, -1].double().cpu()
+        likeliest = logits.topk(1 if temperature == 0 else min(top_k or len(logits), len(logits)))
+        p = ((likeliest.values - likeliest.values[0]) / (temperature or 1.0)).softmax(-1)
+        tokens = torch.cat([tokens, likeliest.indices[torch.multinomial(p, 1, generator=random)]])
+    return tokens

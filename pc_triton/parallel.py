@@ -1,0 +1,83 @@
+"""One run in several processes, as torchrun starts them: each takes its part of every batch.
+
+In a process of its own all of this changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .free_energy import FreeEnergy
+from .text import InputError
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Within it the processes that torchrun started are a group: by nccl for GPU tensors, by gloo for others.
+
+    Raises InputError where another of them has ended.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group()
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise InputError("another process of this run has ended: see what it said, and --resume") from None
+        raise
+    dist.destroy_process_group()  # not after an error, when the others may never come to it
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number among `processes`; 0 writes the files and prints."""
+    return dist.get_rank() if _together() else 0
+
+
+def processes() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if _together() else 1
+
+
+def part(rows: Tensor) -> Tensor:
+    """This process's consecutive rows of a tensor ``[R, ...]`` that all have, as many for each as R allows."""
+    return rows.tensor_split(processes())[rank()]
+
+
+def total(t: Tensor) -> Tensor:
+    """The sum of t over the processes; all of them call it."""
+    if _together():
+        t = t.clone()
+        dist.all_reduce(t)
+    return t
+
+
+def mean(t: Tensor) -> Tensor:
+    """The mean of t over the processes; all of them call it."""
+    return total(t) / processes()
+
+
+def replicate(model: nn.Module, free_energy: FreeEnergy | None) -> nn.Module:
+    """What to call for a loss, by whose ``backward()`` the gradients are means over the processes.
+
+    free_energy is that of the model, or None for backpropagation. Its order "incremental" learns by as many backward
+    passes as it has steps: there its model is what is replicated, within it.
+    """
+    whole = model if free_energy is None else free_energy
+    if not _together():
+        return whole
+    if free_energy is not None and free_energy.order == "incremental":
+        free_energy.model = DistributedDataParallel(free_energy.model)
+        return free_energy
+    return DistributedDataParallel(whole)

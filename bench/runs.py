@@ -83,6 +83,30 @@ def score(record: Record) -> float:
     return record.get("score", DIVERGED)
 
 
+def chosen(
+    out: Path,
+    variants: Sequence[Settings],
+    choices: Sequence[Settings],
+    seeds: Sequence[int],
+    run: Callable[[Settings], Record],
+    jobs: int,
+) -> list[list[Record]]:
+    """For each variant its records on the seeds, with that of the choices which scored best in tuning.
+
+    choices: what is tuned, such as ``{"optimizer": "sgd", "lr": 0.1}``. Every variant has the same number of trials:
+    one run a choice, on a seed of its own, with ``tuning`` set in its settings, by which run measures on data that
+    neither training nor the final measurement uses.
+    """
+    trials = [v | choice | {"seed": TUNING_SEED, "tuning": True} for v in variants for choice in choices]
+    tried = complete(out, trials, run, jobs)
+    wanted = []
+    for n in range(len(variants)):
+        best = min(range(len(choices)), key=lambda k: score(tried[n * len(choices) + k]))
+        wanted += [variants[n] | choices[best] | {"seed": seed, "tuning": False} for seed in seeds]
+    records = complete(out, wanted, run, jobs)
+    return [records[n * len(seeds) : (n + 1) * len(seeds)] for n in range(len(variants))]
+
+
 def tuned(
     out: Path,
     variants: Sequence[Settings],
@@ -91,19 +115,8 @@ def tuned(
     run: Callable[[Settings], Record],
     jobs: int,
 ) -> list[list[Record]]:
-    """For each variant its records on the seeds, at the learning rate of the grid that scored best in tuning.
-
-    Every variant has the same number of trials: one run a rate, on a seed of its own, with ``tuning`` set in its
-    settings, by which run measures on data that neither training nor the final measurement uses.
-    """
-    trials = [v | {"lr": lr, "seed": TUNING_SEED, "tuning": True} for v in variants for lr in rates]
-    tried = complete(out, trials, run, jobs)
-    wanted = []
-    for n in range(len(variants)):
-        best = min(tried[n * len(rates) : (n + 1) * len(rates)], key=score)["settings"]["lr"]
-        wanted += [variants[n] | {"lr": best, "seed": seed, "tuning": False} for seed in seeds]
-    records = complete(out, wanted, run, jobs)
-    return [records[n * len(seeds) : (n + 1) * len(seeds)] for n in range(len(variants))]
+    """As `chosen`, where the learning rate is all that is tuned."""
+    return chosen(out, variants, [{"lr": lr} for lr in rates], seeds, run, jobs)
 
 
 def spread(records: Sequence[Record], digits: int = 2) -> str:

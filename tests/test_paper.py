@@ -16,8 +16,8 @@ from pc_triton.text import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
-images, paper_toy, paper_vae, runs = (
-    pytest.importorskip(name) for name in ("images", "paper_toy", "paper_vae", "runs")
+images, paper_toy, paper_vae, paper_beyond, runs = (
+    pytest.importorskip(name) for name in ("images", "paper_toy", "paper_vae", "paper_beyond", "runs")
 )  # the scripts want scikit-learn, matplotlib and tqdm
 
 
@@ -39,7 +39,7 @@ class Here:
         return future
 
 
-@pytest.mark.parametrize("experiment", [paper_toy, paper_vae], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("experiment", [paper_toy, paper_vae, paper_beyond], ids=lambda module: module.__name__)
 def test_quick_run_and_resume(experiment, tmp_path, monkeypatch):
     """The tables hold every method; the second call makes no run and gives the same tables."""
     monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)

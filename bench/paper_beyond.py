@@ -1,0 +1,209 @@
+"""What predictive coding is for beyond backpropagation's number: the tasks of Song et al. 2024, at a small scale.
+
+Song et al. ("Inferring neural activity before plasticity as a foundation for learning beyond backpropagation", Nature
+Neuroscience 27) claim that PC learns better than backpropagation where an animal learns: online, from little data, when
+the world changes, and one task after another. Here are their network (784-32-32-10, sigmoid, no biases), their Gaussian
+output and a categorical one, and these four settings. Optimiser and learning rate are tuned for every method alike.
+``--data`` is a folder of FashionMNIST's or MNIST's idx files; without it the images are scikit-learn's digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from images import images
+from matplotlib.figure import Figure
+from runs import DIVERGED, Record, Settings, chosen, load, markdown, regime, score, spread, standing, tuning_table
+from torch import Tensor, nn
+
+import pc_triton as pc
+
+
+class Case(NamedTuple):
+    """A task: the samples of a batch, the training steps, whether the score is the last error or their mean."""
+
+    batch: int
+    steps: int
+    last: bool
+    text: str
+
+
+CASES = {
+    "online": Case(1, 3200, False, "one image a step, each seen once; mean test error on the way, %"),
+    "drift": Case(
+        1, 3200, False, "as online, and labels 5 to 9 change places four times; mean test error on the way, %"
+    ),
+    "10 a class": Case(20, 2000, True, "learned from 100 images; test error, %"),
+    "50 a class": Case(20, 2000, True, "learned from 500 images; test error, %"),
+    "two tasks": Case(
+        32, 500, False, "five classes, the other five, in turns; mean test error of both after a turn, %"
+    ),
+}
+OUTPUTS = {"gaussian": pc.Gaussian(1.0), "categorical": pc.Categorical()}
+METHODS: dict[str, Settings] = {
+    "bp": {},
+    "pc": {},  # FreeEnergy's default: error order, T = 3, precisions by the displacement
+    "pc, precision 10": {"order": "error", "steps": 16, "precision": 10.0},
+    "pc, precision 1": {"order": "error", "steps": 16, "precision": 1.0},  # the paper's, settled
+}
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+CHOICES = [{"optimizer": "sgd", "lr": lr} for lr in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)]
+CHOICES += [{"optimizer": "adam", "lr": lr} for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)]
+SEEDS = (0, 1, 2, 3, 4)
+MEASUREMENTS = 20
+TEST_IMAGES = 5000
+
+
+@cache
+def learner(method: str, inputs: int, outputs: int, output: str, compiled: bool) -> tuple[nn.Module, pc.FreeEnergy]:
+    """The network and its free energy: one for all the runs of a process, so that its step is compiled once."""
+    first, second = pc.Linear(inputs, 32, bias=False), pc.Linear(32, 32, bias=False)
+    model = nn.Sequential(first, nn.Sigmoid(), second, nn.Sigmoid(), nn.Linear(32, outputs, bias=False))
+    free_energy = pc.FreeEnergy(model, OUTPUTS[output], **METHODS[method])
+    if compiled:
+        free_energy.compile()
+    return model, free_energy
+
+
+def lessons(case: str, y: Tensor, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each step the numbers ``[B]`` of the images to learn, and for each class ``[10]`` its label at that time."""
+    g, batch = torch.Generator().manual_seed(seed), CASES[case].batch
+    labels = torch.arange(10)
+    if case in ("online", "drift"):
+        passes = -(-steps // len(y))
+        stream = torch.cat([torch.randperm(len(y), generator=g) for _ in range(passes)])
+        for step in range(steps):
+            if case == "drift" and step and step % (steps // 5) == 0:
+                labels = torch.cat([labels[:5], 5 + torch.randperm(5, generator=g)])
+            yield stream[step : step + 1], labels
+        return
+    order = torch.randperm(len(y), generator=g)
+    if case == "two tasks":
+        labels = torch.randperm(10, generator=g)
+        pools = [order[labels[y[order]] // 5 == task] for task in (0, 1)]
+        labels = labels % 5
+    else:
+        each = int(case.split()[0])
+        pools = [torch.cat([order[y[order] == number][:each] for number in range(10)])]
+    for step in range(steps):
+        pool = pools[step * MEASUREMENTS // steps % len(pools)]
+        yield pool[torch.randint(len(pool), (batch,), generator=g)], labels
+
+
+def run(settings: Settings, data: Path | None) -> Record:
+    """Train one network, and measure it on the way: ``errors``, and ``score``, their mean or the last."""
+    found, case, method = images(data, settings["tuning"]), settings["case"], settings["method"]
+    output, steps = OUTPUTS[settings["output"]], settings["training_steps"]
+    classes = 5 if case == "two tasks" else 10
+    compiled = steps > 100 and method != "bp"  # what a compiler takes is worth more steps than that
+    model, free_energy = learner(method, found.x.shape[1], classes, settings["output"], compiled)
+    torch.manual_seed(settings["seed"])
+    for weight in model.parameters():
+        nn.init.xavier_uniform_(weight)
+    optimizer = OPTIMIZERS[settings["optimizer"]](model.parameters(), settings["lr"])
+    test_x, test_y = found.test_x[:TEST_IMAGES], found.test_y[:TEST_IMAGES]
+
+    def target(y: Tensor) -> Tensor:
+        return nn.functional.one_hot(y, classes).float() if settings["output"] == "gaussian" else y
+
+    errors, seen = [], []
+    for step, (numbers, labels) in enumerate(lessons(case, found.y, steps, settings["seed"]), 1):
+        x, y = found.x[numbers], target(labels[found.y[numbers]])
+        loss = output.clamped(model(x), y).sum() / len(x) if method == "bp" else free_energy(x, y)
+        if not loss.isfinite():
+            return {"diverged": f"the loss is {loss.item()} at step {step}"}
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(numbers)
+        if step % (steps // MEASUREMENTS) == 0:
+            with torch.no_grad():
+                wrong = model(test_x).argmax(-1) != labels[test_y]
+            errors.append(100 * wrong.double().mean().item())
+    record: Record = {"score": errors[-1] if CASES[case].last else mean(errors), "errors": errors}
+    if method != "bp" and not settings["tuning"]:
+        numbers = torch.cat(seen)[-128:]
+        record |= standing(free_energy.report(found.x[numbers], target(labels[found.y[numbers]])))
+    return record
+
+
+# Tables and figure.
+
+
+def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
+    """Make the runs that ``out`` lacks; Markdown of every case and of the tuning, and a PNG of the errors."""
+    name = data.name if data else "digits"
+    images(data)  # is there
+    variants: list[Settings] = [
+        {"data": name, "case": case, "output": output, "method": method, "training_steps": CASES[case].steps}
+        for case in CASES
+        for output in OUTPUTS
+        for method in METHODS
+    ]
+    choices, seeds = CHOICES, SEEDS
+    if quick:
+        variants = [v | {"training_steps": MEASUREMENTS} for v in variants if v["output"] == "gaussian"]
+        variants = [v for v in variants if v["method"] in ("bp", "pc, precision 1")]
+        choices, seeds = CHOICES[2:3], SEEDS[:1]
+    results = chosen(out, variants, choices, seeds, partial(run, data=data), jobs)
+    plot(results, out.with_suffix(".png"))
+    parts = [f"**{case}**: {CASES[case].text}\n\n{table(of(case, results))}" for case in CASES]
+    heads = ("case", "output", "method", "optimiser")
+    tuning = tuning_table(load(out)["runs"], heads, lambda s: (s["case"], s["output"], s["method"], s["optimizer"]), 1)
+    return "\n\n".join([*parts, f"**Tuning**\n\n{tuning}"])
+
+
+def of(case: str, results: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
+    """The results of the case."""
+    return [records for records in results if records[0]["settings"]["case"] == case]
+
+
+def table(results: Sequence[Sequence[Record]]) -> str:
+    """Markdown: each method's scores, their differences to backpropagation's on the same seeds, the last errors."""
+    heads = ["output", "method", "optimiser", "lr", "mean ± std", "minus bp, seed by seed", "at the end", "regime"]
+    rows, reference = [], results[0]
+    for records in results:
+        settings = records[0]["settings"]
+        if settings["method"] == "bp":
+            reference = records
+        row = [settings["output"], settings["method"], settings["optimizer"], f"{settings['lr']:g}", spread(records)]
+        differences = [score(record) - score(other) for record, other in zip(records, reference)]
+        last = [{"score": record["errors"][-1]} if "errors" in record else record for record in records]
+        rows.append([*row, "" if records is reference else signed(differences), spread(last), regime(records)])
+    return markdown(heads, rows)
+
+
+def signed(differences: Sequence[float]) -> str:
+    """Mean and standard deviation, as in ``-1.20 ± 0.30``."""
+    if not max(map(abs, differences)) < DIVERGED:
+        return ""
+    return f"{mean(differences):+.2f}" + (f" ± {stdev(differences):.2f}" if len(differences) > 1 else "")
+
+
+def plot(results: Sequence[Sequence[Record]], png: Path) -> None:
+    """A panel a case: test error over the training, each method's mean over the seeds and their range as a band."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    panels: list[Any] = list(figure.subplots(2, 3).flat)
+    methods = list(METHODS)
+    for case, axes in zip(CASES, panels):
+        for records in of(case, results):
+            settings = records[0]["settings"]
+            finished: list[Any] = [record["errors"] for record in records if "errors" in record]
+            if not finished:
+                continue
+            step = settings["training_steps"] // MEASUREMENTS
+            places = range(step, step * MEASUREMENTS + 1, step)
+            style = {"color": f"C{methods.index(settings['method'])}"}
+            style["linestyle"] = "-" if settings["output"] == "gaussian" else ":"
+            values = list(zip(*finished))
+            axes.plot(places, list(map(mean, values)), label=f"{settings['method']}, {settings['output']}", **style)
+            axes.fill_between(places, list(map(min, values)), list(map(max, values)), color=style["color"], alpha=0.08)
+        axes.set(title=case, xlabel="training step", ylabel="test error, %", ylim=(None, 70))
+    panels[-1].axis("off")
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center")
+    figure.savefig(png, dpi=110)

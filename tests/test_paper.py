@@ -16,8 +16,9 @@ from pc_triton.text import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
-images, paper_toy, paper_vae, paper_beyond, runs = (
-    pytest.importorskip(name) for name in ("images", "paper_toy", "paper_vae", "paper_beyond", "runs")
+images, paper_toy, paper_vae, paper_beyond, paper_backwards, runs = (
+    pytest.importorskip(name)
+    for name in ("images", "paper_toy", "paper_vae", "paper_beyond", "paper_backwards", "runs")
 )  # the scripts want scikit-learn, matplotlib and tqdm
 
 
@@ -39,7 +40,9 @@ class Here:
         return future
 
 
-@pytest.mark.parametrize("experiment", [paper_toy, paper_vae, paper_beyond], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "experiment", [paper_toy, paper_vae, paper_beyond, paper_backwards], ids=lambda module: module.__name__
+)
 def test_quick_run_and_resume(experiment, tmp_path, monkeypatch):
     """The tables hold every method; the second call makes no run and gives the same tables."""
     monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
@@ -58,7 +61,7 @@ def test_quick_run_and_resume(experiment, tmp_path, monkeypatch):
         assert record["score"] < runs.DIVERGED
         assert record["commit"]
         settings = record["settings"]
-        learns_by_pc = "bp" not in (settings.get("method"), settings.get("learning"))
+        learns_by_pc = not (settings.get("method") or settings["learning"]).startswith("bp")
         t1 = settings.get("inference", {}).get("steps") == 1
         assert ("settled" in record) == (learns_by_pc and not settings["tuning"]) or t1
     assert "| bp" in first

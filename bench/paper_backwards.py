@@ -122,11 +122,8 @@ def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     """Make the runs that ``out`` lacks; Markdown of the methods and the tuning, and a PNG of filled-in images."""
     base = {"data": data.name if data else "digits", "training_steps": 5 if quick else STEPS}
     shown = images(data).test_x[:SHOWN]
-    results = []
-    for method, choices in CHOICES.items():
-        variant = base | {"method": method}
-        tried, seeds = (choices[:1], SEEDS[:1]) if quick else (choices, SEEDS)
-        results += chosen(out, [variant], tried, seeds, partial(run, data=data), jobs)
+    variants = [(base | {"method": name}, choices[:1] if quick else choices) for name, choices in CHOICES.items()]
+    results = chosen(out, variants, SEEDS[:1] if quick else SEEDS, partial(run, data=data), jobs)
     plot(results, shown, out.with_suffix(".png"))
     trials = [record for record in load(out)["runs"] if record["settings"]["tuning"]]
     heads = ["method", "tuned", "error / mean image's"]

@@ -23,13 +23,13 @@ from runs import (
     TUNING_SEED,
     Record,
     Settings,
+    chosen,
     load,
     markdown,
     regime,
     score,
     spread,
     standing,
-    tuned,
     tuning_table,
 )
 from torch import Tensor, nn
@@ -149,23 +149,26 @@ def run(settings: Settings, data: Path | None) -> Record:
 
 def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     """Make the runs that ``out`` lacks; Markdown of the best, of every case and of tuning, and a PNG of the errors."""
-    name = data.name if data else "digits"
     images(data)  # is there
-    variants: list[Settings] = [
-        {"data": name, "case": case, "output": output, "method": method, "training_steps": CASES[case].steps}
+    name = data.name if data else "digits"
+    variants: list[tuple[Settings, list[Settings]]] = [
+        (
+            {"data": name, "case": case, "training_steps": CASES[case].steps}
+            | {"optimizer": optimizer, "output": output, "method": method},
+            [{"lr": lr} for lr in RATES[optimizer]],
+        )
         for case in CASES
+        for optimizer in OPTIMIZERS
         for output in OUTPUTS
         for method in METHODS
     ]
-    rates, seeds = RATES, SEEDS
+    seeds = SEEDS
     if quick:
-        variants = [v | {"training_steps": MEASUREMENTS} for v in variants if v["output"] == "gaussian"]
-        variants = [v for v in variants if v["method"] in ("bp", "pc")]
-        rates, seeds = {"sgd": RATES["sgd"][2:3]}, SEEDS[:1]
-    make = partial(run, data=data)
-    results: list[list[Record]] = []
-    for optimizer, tried in rates.items():
-        results += tuned(out, [v | {"optimizer": optimizer} for v in variants], tried, seeds, make, jobs)
+        quickly = {"training_steps": MEASUREMENTS, "optimizer": "sgd", "output": "gaussian"}
+        variants = [(v | quickly, rates[2:3]) for v, rates in variants[:: len(variants) // len(CASES)]]
+        variants += [(v | {"method": "pc"}, rates) for v, rates in variants]
+        seeds = SEEDS[:1]
+    results = chosen(out, variants, seeds, partial(run, data=data), jobs)
     runs = load(out)["runs"]
     plot(best(results, runs), out.with_suffix(".png"))
     parts = [f"**The better optimiser of each method**\n\n{summary(best(results, runs))}"]

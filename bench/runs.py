@@ -85,26 +85,23 @@ def score(record: Record) -> float:
 
 def chosen(
     out: Path,
-    variants: Sequence[Settings],
-    choices: Sequence[Settings],
+    variants: Sequence[tuple[Settings, Sequence[Settings]]],
     seeds: Sequence[int],
     run: Callable[[Settings], Record],
     jobs: int,
 ) -> list[list[Record]]:
-    """For each variant its records on the seeds, with that of the choices which scored best in tuning.
+    """For each variant its records on the seeds, with that of its choices which scored best in tuning.
 
-    choices: what is tuned, such as ``{"optimizer": "sgd", "lr": 0.1}``. Every variant has the same number of trials:
-    one run a choice, on a seed of its own, with ``tuning`` set in its settings, by which run measures on data that
-    neither training nor the final measurement uses.
+    variants: each with what is tuned of it, such as ``{"lr": 0.1}``, the same number of choices for all. Tuning is one
+    run a choice, on a seed of its own, with ``tuning`` set in its settings, by which run measures on data that neither
+    training nor the final measurement uses.
     """
-    trials = [v | choice | {"seed": TUNING_SEED, "tuning": True} for v in variants for choice in choices]
-    tried = complete(out, trials, run, jobs)
-    wanted = []
-    for n in range(len(variants)):
-        best = min(range(len(choices)), key=lambda k: score(tried[n * len(choices) + k]))
-        wanted += [variants[n] | choices[best] | {"seed": seed, "tuning": False} for seed in seeds]
+    trials = [v | choice | {"seed": TUNING_SEED, "tuning": True} for v, choices in variants for choice in choices]
+    tried = iter(complete(out, trials, run, jobs))
+    best = [min([next(tried) for _ in choices], key=score)["settings"] for _, choices in variants]
+    wanted = [settings | {"seed": seed, "tuning": False} for seed in seeds for settings in best]
     records = complete(out, wanted, run, jobs)
-    return [records[n * len(seeds) : (n + 1) * len(seeds)] for n in range(len(variants))]
+    return [records[n :: len(best)] for n in range(len(best))]
 
 
 def tuned(
@@ -115,8 +112,8 @@ def tuned(
     run: Callable[[Settings], Record],
     jobs: int,
 ) -> list[list[Record]]:
-    """As `chosen`, where the learning rate is all that is tuned."""
-    return chosen(out, variants, [{"lr": lr} for lr in rates], seeds, run, jobs)
+    """As `chosen`, where the learning rate, of the same rates for all, is what is tuned."""
+    return chosen(out, [(v, [{"lr": lr} for lr in rates]) for v in variants], seeds, run, jobs)
 
 
 def spread(records: Sequence[Record], digits: int = 2) -> str:

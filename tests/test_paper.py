@@ -69,8 +69,12 @@ def test_quick_run_and_resume(experiment, tmp_path, monkeypatch):
     assert "**Tuning**" in first
 
 
-@pytest.mark.parametrize("data", ["mnist", "fashion"])
-@pytest.mark.parametrize("experiment", [paper_toy, paper_vae], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    ("experiment", "data"),
+    [(e, d) for e in (paper_toy, paper_vae) for d in ("mnist", "fashion")]
+    + [(paper_beyond, "fashion"), (paper_backwards, "fashion")],
+    ids=lambda of: getattr(of, "__name__", of),
+)
 def test_tables_of_the_documentation_are_the_files(experiment, data, monkeypatch):
     """A table in docs/experiments.md is what the results file gives, and every run behind it is there."""
     monkeypatch.setattr(experiment, "images", lambda _: images.Images(*torch.zeros(4, 1)))

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from pc_triton.text import InputError
 
+EXPERIMENTS = ("toy", "vae", "lm", "early", "depth", "displacement", "beyond", "backwards")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("experiment", choices=("toy", "vae", "lm", "depth", "displacement", "beyond", "backwards"))
+    parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--data", type=Path, help="folder of the data set; see the experiment's module")
     parser.add_argument("--quick", action="store_true", help="tiny models and few steps, to try the script")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one thread (default 1)")

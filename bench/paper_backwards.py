@@ -144,8 +144,9 @@ def plot(results: Sequence[Sequence[Record]], originals: Tensor, png: Path) -> N
     rows = [("test images", decode(encode(originals)))]
     for records in results:
         for half, picture in zip(("lower", "right"), records[0].get("pictures", ())):
-            rows.append((f"{records[0]['settings']['method']}\n{half} half", decode(picture)))
-    figure = Figure(figsize=(7, 0.8 * len(rows)), layout="constrained")
+            name = records[0]["settings"]["method"].replace(", ", "\n")
+            rows.append((f"{name}\n{half} half", decode(picture)))
+    figure = Figure(figsize=(8.5, 0.8 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (name, shown) in zip(grid, rows):
         axes.imshow(np.hstack(list(shown)), cmap="gray_r", vmin=0, vmax=255)

@@ -9,6 +9,7 @@ output and a categorical one, and these four settings. The learning rate is tune
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from images import images
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from runs import (
-    DIVERGED,
     TUNING_SEED,
     Record,
     Settings,
@@ -148,7 +149,7 @@ def run(settings: Settings, data: Path | None) -> Record:
 
 
 def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
-    """Make the runs that ``out`` lacks; Markdown of the best, of every case and of tuning, and a PNG of the errors."""
+    """Make the runs that ``out`` lacks; Markdown of the best, of the cases and of tuning, a PNG of the differences."""
     images(data)  # is there
     name = data.name if data else "digits"
     variants: list[tuple[Settings, list[Settings]]] = [
@@ -170,7 +171,7 @@ def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
         seeds = SEEDS[:1]
     results = chosen(out, variants, seeds, partial(run, data=data), jobs)
     runs = load(out)["runs"]
-    plot(best(results, runs), out.with_suffix(".png"))
+    plot(results, out.with_suffix(".png"))
     parts = [f"**The better optimiser of each method**\n\n{summary(best(results, runs))}"]
     parts += [f"**{case}**: {CASES[case].text}\n\n{table(of(case, results))}" for case in CASES]
     heads = ("case", "output", "method", "optimiser")
@@ -225,33 +226,44 @@ def table(results: Sequence[Sequence[Record]]) -> str:
     return markdown(heads, rows)
 
 
+def differences(records: Sequence[Record], bp: Sequence[Record]) -> list[float]:
+    """The scores minus backpropagation's, seed by seed; not finite where a run diverged."""
+    return [score(record) - score(other) for record, other in zip(records, bp)]
+
+
 def minus(records: Sequence[Record], bp: Sequence[Record]) -> str:
-    """The scores minus backpropagation's, seed by seed: mean and standard deviation, as in ``-1.20 ± 0.30``."""
-    differences = [score(record) - score(other) for record, other in zip(records, bp)]
-    if not max(map(abs, differences)) < DIVERGED:
+    """Mean and standard deviation of the `differences`, as in ``-1.20 ± 0.30``."""
+    values = differences(records, bp)
+    if not all(map(math.isfinite, values)):
         return "diverged"
-    return f"{mean(differences):+.2f}" + (f" ± {stdev(differences):.2f}" if len(differences) > 1 else "")
+    return f"{mean(values):+.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def plot(results: Sequence[Sequence[Record]], png: Path) -> None:
-    """A panel a case: test error over the training, each method's mean over the seeds and their range as a band."""
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    panels: list[Any] = list(figure.subplots(2, 3).flat)
-    methods = list(METHODS)
-    for case, axes in zip(CASES, panels):
-        for records in of(case, results):
+    """A panel an optimiser: every seed's score minus backpropagation's, for each case and output, their mean a bar."""
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    panels: Any = figure.subplots(1, len(OPTIMIZERS), sharey=True, squeeze=False)[0]
+    methods = [method for method in METHODS if method != "bp"]
+    for optimizer, axes in zip(OPTIMIZERS, panels):
+        places: dict[str, int] = {}
+        bp: Sequence[Record] = []
+        for records in results:
             settings = records[0]["settings"]
-            finished: list[Any] = [record["errors"] for record in records if "errors" in record]
-            if not finished:
+            if settings["optimizer"] != optimizer:
                 continue
-            step = settings["training_steps"] // MEASUREMENTS
-            places = range(step, step * MEASUREMENTS + 1, step)
-            style = {"color": f"C{methods.index(settings['method'])}"}
-            style["linestyle"] = "-" if settings["output"] == "gaussian" else ":"
-            values = list(zip(*finished))
-            axes.plot(places, list(map(mean, values)), label=f"{settings['method']}, {settings['output']}", **style)
-            axes.fill_between(places, list(map(min, values)), list(map(max, values)), color=style["color"], alpha=0.08)
-        axes.set(title=case, xlabel="training step", ylabel="test error, %", ylim=(None, 70))
-    panels[-1].axis("off")
-    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center")
+            row = places.setdefault(f"{settings['case']}, {settings['output']}", len(places))
+            if settings["method"] == "bp":
+                bp = records
+                continue
+            number, values = methods.index(settings["method"]), differences(records, bp)
+            height = row + 0.25 * (number - 1)
+            if all(map(math.isfinite, values)):
+                axes.barh(height, mean(values), 0.22, color=f"C{number}", alpha=0.4)
+                axes.plot(values, [height] * len(values), "o", color=f"C{number}", markersize=3)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(places)), list(places))
+        axes.set(title=optimizer, xlabel="test error minus backpropagation's, %")
+    panels[0].invert_yaxis()
+    colors = [Patch(color=f"C{number}", alpha=0.6, label=method) for number, method in enumerate(methods)]
+    panels[-1].legend(handles=colors, loc="lower right")
     figure.savefig(png, dpi=110)

@@ -83,6 +83,27 @@ def score(record: Record) -> float:
     return record.get("score", DIVERGED)
 
 
+def chosen(
+    out: Path,
+    variants: Sequence[tuple[Settings, Sequence[Settings]]],
+    seeds: Sequence[int],
+    run: Callable[[Settings], Record],
+    jobs: int,
+) -> list[list[Record]]:
+    """For each variant its records on the seeds, with that of its choices which scored best in tuning.
+
+    variants: each with what is tuned of it, such as ``{"lr": 0.1}``, the same number of choices for all. Tuning is one
+    run a choice, on a seed of its own, with ``tuning`` set in its settings, by which run measures on data that neither
+    training nor the final measurement uses.
+    """
+    trials = [v | choice | {"seed": TUNING_SEED, "tuning": True} for v, choices in variants for choice in choices]
+    tried = iter(complete(out, trials, run, jobs))
+    best = [min([next(tried) for _ in choices], key=score)["settings"] for _, choices in variants]
+    wanted = [settings | {"seed": seed, "tuning": False} for seed in seeds for settings in best]
+    records = complete(out, wanted, run, jobs)
+    return [records[n :: len(best)] for n in range(len(best))]
+
+
 def tuned(
     out: Path,
     variants: Sequence[Settings],
@@ -91,19 +112,8 @@ def tuned(
     run: Callable[[Settings], Record],
     jobs: int,
 ) -> list[list[Record]]:
-    """For each variant its records on the seeds, at the learning rate of the grid that scored best in tuning.
-
-    Every variant has the same number of trials: one run a rate, on a seed of its own, with ``tuning`` set in its
-    settings, by which run measures on data that neither training nor the final measurement uses.
-    """
-    trials = [v | {"lr": lr, "seed": TUNING_SEED, "tuning": True} for v in variants for lr in rates]
-    tried = complete(out, trials, run, jobs)
-    wanted = []
-    for n in range(len(variants)):
-        best = min(tried[n * len(rates) : (n + 1) * len(rates)], key=score)["settings"]["lr"]
-        wanted += [variants[n] | {"lr": best, "seed": seed, "tuning": False} for seed in seeds]
-    records = complete(out, wanted, run, jobs)
-    return [records[n * len(seeds) : (n + 1) * len(seeds)] for n in range(len(variants))]
+    """As `chosen`, where the learning rate, of the same rates for all, is what is tuned."""
+    return chosen(out, [(v, [{"lr": lr} for lr in rates]) for v in variants], seeds, run, jobs)
 
 
 def spread(records: Sequence[Record], digits: int = 2) -> str:

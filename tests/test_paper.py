@@ -16,8 +16,9 @@ from pc_triton.text import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
-images, paper_toy, paper_vae, runs = (
-    pytest.importorskip(name) for name in ("images", "paper_toy", "paper_vae", "runs")
+images, paper_toy, paper_vae, paper_beyond, paper_backwards, runs = (
+    pytest.importorskip(name)
+    for name in ("images", "paper_toy", "paper_vae", "paper_beyond", "paper_backwards", "runs")
 )  # the scripts want scikit-learn, matplotlib and tqdm
 
 
@@ -39,7 +40,9 @@ class Here:
         return future
 
 
-@pytest.mark.parametrize("experiment", [paper_toy, paper_vae], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "experiment", [paper_toy, paper_vae, paper_beyond, paper_backwards], ids=lambda module: module.__name__
+)
 def test_quick_run_and_resume(experiment, tmp_path, monkeypatch):
     """The tables hold every method; the second call makes no run and gives the same tables."""
     monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
@@ -58,7 +61,7 @@ def test_quick_run_and_resume(experiment, tmp_path, monkeypatch):
         assert record["score"] < runs.DIVERGED
         assert record["commit"]
         settings = record["settings"]
-        learns_by_pc = "bp" not in (settings.get("method"), settings.get("learning"))
+        learns_by_pc = not (settings.get("method") or settings["learning"]).startswith("bp")
         t1 = settings.get("inference", {}).get("steps") == 1
         assert ("settled" in record) == (learns_by_pc and not settings["tuning"]) or t1
     assert "| bp" in first
@@ -66,8 +69,12 @@ def test_quick_run_and_resume(experiment, tmp_path, monkeypatch):
     assert "**Tuning**" in first
 
 
-@pytest.mark.parametrize("data", ["mnist", "fashion"])
-@pytest.mark.parametrize("experiment", [paper_toy, paper_vae], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    ("experiment", "data"),
+    [(e, d) for e in (paper_toy, paper_vae) for d in ("mnist", "fashion")]
+    + [(paper_beyond, "fashion"), (paper_backwards, "fashion")],
+    ids=lambda of: getattr(of, "__name__", of),
+)
 def test_tables_of_the_documentation_are_the_files(experiment, data, monkeypatch):
     """A table in docs/experiments.md is what the results file gives, and every run behind it is there."""
     monkeypatch.setattr(experiment, "images", lambda _: images.Images(*torch.zeros(4, 1)))

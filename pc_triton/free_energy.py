@@ -176,7 +176,7 @@ class FreeEnergy(nn.Module):
         """
         if self.order == "incremental":
             raise ValueError("order='incremental': use `for loss in free_energy.incremental(x, y)`")
-        with torch.enable_grad():  # inference is made of gradients, in an evaluation loop too
+        with torch.inference_mode(False), torch.enable_grad():  # inference is made of gradients, in evaluation too
             loss = chain_loss(self, x, y)
             if loss is None:
                 loss = self._compiled(x, y) if self._compiled is not None else self.loss_and_inference(x, y)[0]
@@ -232,6 +232,7 @@ class FreeEnergy(nn.Module):
             if step + 1 < self.steps:
                 energy = inference.forward("incremental", learns=True)
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def infer(self, x: Any, y: Tensor | None = None, *, clamp_input: bool = True) -> Settled:
         """Inference alone: T moves of every state (in error order one more than before learning), no learning.
@@ -258,6 +259,7 @@ class FreeEnergy(nn.Module):
                 states[node.name + (f"#{visits + 1}" if visits else "")] = node.emission.detach()
         return Settled(x if clamp_input else states["input"], inference.out.detach(), energy, states)
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def report(self, x: Any, y: Tensor) -> Report:
         """Where inference stands on one batch: energy and residual per value node, and the regime. Trains nothing.

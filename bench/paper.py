@@ -1,6 +1,6 @@
 """The three experiments of Pinchetti et al. 2022 and what goes past them, each by one command.
 
-    python bench/paper.py {toy,vae,lm,depth,displacement} [--data PATH] [--quick] [--jobs 2] [--out FILE]
+    python bench/paper.py {toy,vae,lm,early,depth,displacement} [--data PATH] [--quick] [--jobs 2] [--out FILE]
 
 Every method has the same model, data, steps and number of trials; the JSON holds every run and is resumed after an
 interruption, the tables go to stdout, the figure beside the JSON. Without ``--data`` the data are those that come with
@@ -19,7 +19,7 @@ from pc_triton.text import InputError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("experiment", choices=("toy", "vae", "lm", "depth", "displacement"))
+    parser.add_argument("experiment", choices=("toy", "vae", "lm", "early", "depth", "displacement"))
     parser.add_argument("--data", type=Path, help="folder of the data set; see the experiment's module")
     parser.add_argument("--quick", action="store_true", help="tiny models and few steps, to try the script")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one thread (default 1)")

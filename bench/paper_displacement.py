@@ -1,9 +1,9 @@
 """What sets PC apart from BP: how far inference moves, from next to nothing to all it can, through a whole training.
 
 A four-block transformer at one learning rate. The displacement delta, the part of F that inference may explain away,
-sets each node's precision per sample; against it stand precisions fixed for the whole training, and more inference
-steps where three do not settle. For every run the table says where its inference ended; ``--data`` as in
-``paper_lm.py``.
+sets each node's precision: per sample, as the library does, or per batch, one precision for all its samples. Against it
+stand precisions fixed for the whole training, and more inference steps where three do not settle. For every run the
+table says where its inference ended; ``--data`` as in ``paper_lm.py``.
 """
 
 from __future__ import annotations
@@ -11,28 +11,51 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import paper_lm
 from matplotlib.figure import Figure
-from paper_lm import TINY, run, table
+from paper_lm import LONG_WARMUP, TINY, table
 from runs import Record, Settings, complete, score
+from torch import Tensor
 
-FOUR_BLOCKS: Settings = {"width": 64, "heads": 4, "blocks": 4, "context": 32, "vocabulary": 2048, "batch": 32}
+from pc_triton.inference import Inference
+from pc_triton.visits import ValueNode
+
+FOUR_BLOCKS: Settings = {"width": 64, "heads": 4, "blocks": 4, "context": 32, "vocabulary": 1024, "batch": 16}
 DISPLACEMENTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 PRECISIONS = ("1", "10", "100", "1000")
 SEVERAL = 8  # inference steps, where three may not settle
-STEPS = 1200
+STEPS = 600
+
+
+def run(settings: Settings, data: Path | None) -> Record:
+    """As `paper_lm.run`; with ``per`` "batch" the displacement is that of the batch's F, and not of each sample's."""
+    per_sample = Inference._set_precision
+
+    def per_batch(self: Inference, node: ValueNode, grad: Tensor, nodes: int) -> None:
+        slope = self.slope
+        per_sample(self, node, grad, nodes)
+        squared = (self.slope - slope) * node.pi  # |G|^2
+        node.pi = (node.pi * self.accepted.abs()).sum().expand_as(node.pi) / self.accepted.abs().sum()
+        self.slope = slope + squared / node.pi
+
+    with patch.object(Inference, "_set_precision", per_batch if settings.get("per") == "batch" else per_sample):
+        options = {name: value for name, value in settings.items() if name != "per"}
+        return paper_lm.run(options, data)
 
 
 def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     """Make the runs that ``out`` lacks; Markdown of the runs, and a PNG of perplexity and settling over training."""
-    common = (TINY | {"steps": 20} if quick else FOUR_BLOCKS | {"steps": STEPS}) | {"lr": 2e-3, "seed": 0}
-    common["tuning"] = False
+    common = TINY | {"steps": 20} if quick else FOUR_BLOCKS | {"steps": STEPS}
+    common |= {"lr": 2e-3, "seed": 0, "warmup": LONG_WARMUP, "tuning": False}
     pc = common | {"method": "pc"}
     variants = [common | {"method": "bp"}]
     variants += [pc | {"displacement": delta} for delta in DISPLACEMENTS]
+    variants += [pc | {"displacement": delta, "per": "batch"} for delta in DISPLACEMENTS[1::2]]
     variants += [pc | {"precision": precision} for precision in PRECISIONS]
-    variants += [pc | {"displacement": delta, "inference_steps": SEVERAL} for delta in DISPLACEMENTS[-3:]]
-    variants += [pc | {"precision": precision, "inference_steps": SEVERAL} for precision in PRECISIONS[:2]]
+    variants += [pc | {"displacement": delta, "inference_steps": SEVERAL} for delta in DISPLACEMENTS[-2:]]
+    variants += [pc | {"precision": precision, "inference_steps": SEVERAL} for precision in PRECISIONS[:1]]
     if quick:
         variants = variants[:2]
     records = complete(out, variants, partial(run, data=data), jobs)
@@ -44,8 +67,10 @@ def plot(records: list[Record], png: Path) -> None:
     """Left the final perplexity over the displacement; right the cosine to BP's gradient over the training."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    by_delta: Any = [r for r in records if "displacement" in r["settings"] and "inference_steps" not in r["settings"]]
-    left.plot([r["settings"]["displacement"] for r in by_delta], list(map(score, by_delta)), marker="o", label="pc")
+    at_three: Any = [r for r in records if "displacement" in r["settings"] and "inference_steps" not in r["settings"]]
+    by_delta = [r for r in at_three if "per" not in r["settings"]]
+    for some, label in ((by_delta, "pc, delta per sample"), ([r for r in at_three if r not in by_delta], "per batch")):
+        left.plot([r["settings"]["displacement"] for r in some], list(map(score, some)), marker="o", label=label)
     left.axhline(score(records[0]), color="gray", linestyle="--", label="bp")
     left.set(xscale="log", yscale="log", xlabel="displacement delta", ylabel="held-out perplexity per token")
     left.legend()

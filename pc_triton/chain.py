@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from .checks import check_batch, check_finite
 from .dispatch import chains, may_chain
 from .distributions import Categorical, Gaussian
-from .inference import TRUST, check_batch, check_finite, output_family
+from .inference import TRUST, output_family
 from .nn import Linear
 
 if TYPE_CHECKING:

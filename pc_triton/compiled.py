@@ -20,8 +20,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .checks import check_values
 from .dispatch import tracing
-from .inference import check_values, output_family
+from .inference import output_family
 
 if TYPE_CHECKING:
     from .free_energy import FreeEnergy

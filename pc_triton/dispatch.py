@@ -102,15 +102,19 @@ def fused(device_name: str, rows: int, n: int, k: int, dtype: torch.dtype) -> bo
 
 
 def chains(x: Tensor, width: int, layers: int) -> bool:
-    """Whether a training step of that many linear layers on x ``[S, K]``, of that mean width, is one launch."""
+    """Where `may_chain`: whether a step of so many linear layers, of that mean width, on x ``[S, K]`` is one launch."""
     if _chaining is not None:
         return _chaining
-    return may_chain(x) and chained(torch.cuda.get_device_name(x.device), len(x), width, layers, x.dtype)
+    return chained(torch.cuda.get_device_name(x.device), len(x), width, layers, x.dtype)
 
 
 def may_chain(x: Tensor) -> bool:
-    """Whether x lies where a training step can be one launch."""
-    return _chaining if _chaining is not None else x.is_cuda and backend(x) is not reference
+    """Whether a training step on x can be one launch: x lies on a GPU on which one was measured."""
+    if _chaining is not None:
+        return _chaining
+    if not x.is_cuda or backend(x) is reference:
+        return False
+    return bool(measured("chain", torch.cuda.get_device_name(x.device), x.dtype))
 
 
 @lru_cache(maxsize=4096)
@@ -126,6 +130,7 @@ def chained(device_name: str, samples: int, width: int, layers: int, dtype: torc
     return _nearest(rows, *sizes) > 1
 
 
+@lru_cache(maxsize=64)
 def measured(what: str, device_name: str, dtype: torch.dtype) -> list[list[float]]:
     """The table's rows of that device and dtype, in "linear" or in "chain"."""
     return json.loads(TUNED.read_text()).get(what, {}).get(device_name, {}).get(str(dtype).removeprefix("torch."), [])

@@ -54,7 +54,8 @@ class Settings:
     vocabulary: int = _setting(1024, "byte-pair tokens, at least 256")
     batch: int = _setting(16, "sequences per training step")
     steps: int = _setting(600, "training steps")
-    lr: float = _setting(2e-3, "peak learning rate of AdamW; 5 percent warm-up, then a cosine to a tenth")
+    lr: float = _setting(2e-3, "peak learning rate of AdamW, which then falls by a cosine to a tenth")
+    warmup: float = _setting(0.05, "part of the steps in which the learning rate rises to its peak")
     seed: int = _setting(0, "seed of the weights and the batches")
     inference_steps: int = _setting(3, "T, the inference steps of predictive coding")
     order: str = _setting("error", "order of inference", ORDERS)
@@ -69,6 +70,8 @@ class Settings:
                 raise InputError(f"{name}={value}: give a whole number of at least 1, below 2**31")
         if not 0 < self.lr < math.inf:
             raise InputError(f"lr={self.lr}: give a positive finite learning rate, such as 2e-3")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"warmup={self.warmup}: give a part of the steps, at least 0 and below 1, such as 0.05")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed={self.seed}: give a whole number of at least 0, below 2**63")
         if self.precision != "auto":
@@ -276,7 +279,7 @@ def train(
     with _ctrl_c() as stopped, bar:
         while done < settings.steps:
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * _schedule(done, settings.steps)
+                group["lr"] = settings.lr * schedule(done, settings.steps, settings.warmup)
             start = torch.randint(len(tokens) - settings.context, (settings.batch, 1), generator=batches)
             at = start + torch.arange(settings.context)
             for loss in losses(model, free_energy, tokens[at].to(place), tokens[at + 1].to(place)):
@@ -420,9 +423,9 @@ def plot(settings: Settings, losses: list[float], evaluations: list[dict[str, An
     return png.getvalue()
 
 
-def _schedule(step: int, steps: int) -> float:
-    """The learning rate at a step, as a fraction of its peak: 5 % warm-up, then a cosine to a tenth."""
-    return min(1.0, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """The learning rate at a step, as a fraction of its peak: a linear warm-up, and a cosine to a tenth."""
+    return min(1.0, (step + 1) / max(1, int(steps * warmup))) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 def _status(losses: list[float], evaluations: list[dict[str, Any]]) -> str:

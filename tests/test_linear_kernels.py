@@ -353,8 +353,10 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "TUNED", tmp_path / "tuned.json")
     dispatch.TUNED.write_text(json.dumps(table))
     dispatch.fused.cache_clear()
+    dispatch.measured.cache_clear()
     yield
     dispatch.fused.cache_clear()
+    dispatch.measured.cache_clear()
 
 
 @pytest.mark.usefixtures("measured")

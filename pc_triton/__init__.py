@@ -7,6 +7,7 @@ loss = free_energy(x, y)                # inference
 loss.backward()                         # learning
 """
 
+from .convert import convert
 from .dispatch import use_backend
 from .distributions import (
     Bernoulli,
@@ -20,7 +21,8 @@ from .distributions import (
 )
 from .free_energy import FreeEnergy, Settled
 from .head import Head
-from .nn import Attention, Linear, MultiheadAttention, convert
+from .nn import Attention, Linear, MultiheadAttention
+from .recompute import checkpoint_contexts
 from .report import NodeReport, Report
 
 __version__ = "0.1.0"
@@ -42,6 +44,7 @@ __all__ = [
     "Settled",
     "StudentT",
     "add_energy",
+    "checkpoint_contexts",
     "convert",
     "use_backend",
 ]

@@ -110,6 +110,7 @@ def _fits(chain: Chain, x: Tensor, y: Tensor) -> bool:
         x.dtype not in (torch.float32, torch.float16, torch.bfloat16)
         or x.dim() != 2
         or x.requires_grad
+        or x.is_inference()
         or y.requires_grad
     ):
         return False

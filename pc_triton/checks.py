@@ -42,6 +42,7 @@ def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     """The model's arguments, keyword arguments and first tensor. Checks that it is a batch of finite numbers."""
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    args, kwargs = tuple(ordinary(t) for t in args), {name: ordinary(t) for name, t in kwargs.items()}
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     if not tensors:
         raise TypeError("x: give a tensor, or a tuple or dict of the model's arguments with a tensor among them")
@@ -60,3 +61,8 @@ def check_devices(model: nn.Module, device: torch.device) -> None:
             raise ValueError(
                 f"x is on {device}, the model's parameter {name!r} on {p.device}: move model and batch to one device"
             )
+
+
+def ordinary(t: Any) -> Any:
+    """t, or where it was made in torch.inference_mode, and autograd takes no such tensor, a copy."""
+    return t.clone() if isinstance(t, Tensor) and t.is_inference() else t

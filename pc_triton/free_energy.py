@@ -193,7 +193,7 @@ class FreeEnergy(nn.Module):
         """
         if self.order == "incremental":
             raise ValueError("order='incremental': use `for loss in free_energy.incremental(x, y)`")
-        with torch.enable_grad():  # inference is made of gradients, in an evaluation loop too
+        with torch.inference_mode(False), torch.enable_grad():  # inference is made of gradients, in evaluation too
             loss = chain_loss(self, x, y)
             if loss is None:
                 loss = self._compiled(x, y) if self._compiled is not None else self.loss_and_inference(x, y)[0]
@@ -250,6 +250,7 @@ class FreeEnergy(nn.Module):
             if step + 1 < self.steps:
                 energy = inference.forward("incremental", learns=True)
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def infer(self, x: Any, y: Tensor | None = None, *, clamp_input: bool = True) -> Settled:
         """Inference alone: T moves of every state (in error order one more than before learning), no learning.
@@ -274,6 +275,7 @@ class FreeEnergy(nn.Module):
         states = {name: node.emission.detach() for name, node in inference.named_nodes().items()}
         return Settled(x if clamp_input else states["input"], inference.out.detach(), energy, states)
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def report(self, x: Any, y: Tensor) -> Report:
         """Where inference stands on one batch: energy and residual per value node, and the regime. Trains nothing.

@@ -40,7 +40,8 @@ class Head(nn.Linear):
         inference.count_items(family, logits)
         rows, labels = input.reshape(-1, self.in_features), target.reshape(-1)
         energy = HeadEnergy.apply(rows, self.weight, self.bias, labels, family.ignore_index, inference.learns)
-        inference.head = logits, energy
+        if not inference.again:
+            inference.head = logits, energy
         return logits
 
 

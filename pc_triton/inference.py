@@ -10,7 +10,7 @@ import contextlib
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import reference
-from .checks import check_batch, check_devices, check_finite
+from .checks import check_batch, check_devices, check_finite, ordinary
 from .dispatch import backend, fuses, tracing
 from .distributions import Categorical, Distribution, Gaussian, current, running
+from .recompute import in_checkpoint
 from .reference import per_sample, sum_samples, wide
 from .visits import AttentionVisit, LinearVisit, Start, ValueNode, Visit
 
@@ -37,12 +38,13 @@ class Inference:
     """The states of one batch through its inference. `FreeEnergy` drives it; a value node calls `visit`."""
 
     def __init__(self, owner: FreeEnergy, inputs: Any, target: Tensor | None, *, clamp_input: bool = True) -> None:
-        self.owner, self.target, self.clamp_input = owner, target, clamp_input
+        self.owner, self.clamp_input = owner, clamp_input
         leave_graphs()
         self.order = owner.order
         if target is not None and not isinstance(target, Tensor):
             raise TypeError(f"y is a {type(target).__name__}: give a tensor, or None for a free output")
         self.args, self.kwargs, first = check_batch(inputs)
+        self.target = ordinary(target)
         self.samples = first.shape[0]
         self.weights = [p for p in owner.model.parameters() if p.requires_grad and p.is_leaf]
         check_devices(owner.model, first.device)
@@ -61,6 +63,8 @@ class Inference:
         self.added: list[Tensor] = []  # the energies [S] that the model added in this pass
         self.shows_output = False  # whether a Head has to give its logits
         self.learns = False  # whether weight gradients are taken of this pass
+        self.checkpointed = False  # whether the model is where `checkpoint_contexts` are
+        self.again = False  # whether such a part of a pass is being computed again, for its backward
         self.items = torch.ones(())
         self.set_step(torch.full((self.samples,), owner.step, device=first.device))
         self.slope = torch.zeros_like(self.step)  # of F along the first move
@@ -79,23 +83,28 @@ class Inference:
 
     def visit(self, family: Distribution, mu: Tensor, frozen: dict[str, Any]) -> Tensor:
         """The emission, in this pass, of the next node of the model's forward."""
-        if self.mode == "first":
+        if self.mode == "first" and not self.again:
             node = self._new_node(family, mu, frozen)
         else:
             node = self._next_node(family)
             family.frozen(mu)  # drawn again and not used, so that what is drawn after it is the same
-        self.visits += 1
         if node is self.output:
-            node.mu = mu
+            self.visits += 1
+            if not self.again:
+                node.mu = mu
             return mu
-        if node.state is None:
-            node.emission = node.family.emission(mu, **node.frozen)
-            if self.mode == "first" and not node.emission.requires_grad:
-                node.emission = Start.apply(node.emission, self._anchor)
-        else:
-            node.emission, node.energy = Visit.apply(mu, self._anchor, node, self)
-        node.version = node.emission._version
-        return node.emission
+        if node.state is not None:
+            return self._emit(node, *Visit.apply(mu, self._anchor, node, self))
+        emission = node.family.emission(mu, **node.frozen)
+        if self.mode == "first" and not emission.requires_grad:
+            emission = Start.apply(emission, self._anchor)
+        return self._emit(node, emission)
+
+    def _emit(self, node: ValueNode, emission: Tensor, energy: Tensor | None = None) -> Tensor:
+        self.visits += 1
+        if not self.again:
+            node.emission, node.energy, node.version = emission, energy, emission._version
+        return emission
 
     def add_energy(self, energy: Tensor) -> None:
         """Count in F an energy of the model's own, ``[S * r, ...]``, in this pass."""
@@ -104,7 +113,9 @@ class Inference:
                 f"add_energy got shape {tuple(energy.shape)} in a batch of {self.samples}: an energy needs its samples "
                 "along the first axis, a whole number of rows each"
             )
-        self.added.append(sum_samples(wide(energy), self.samples))
+        energy = sum_samples(wide(energy), self.samples)
+        if not self.again:
+            self.added.append(energy)
 
     def labelled_output(self) -> tuple[Categorical, Tensor] | None:
         """The output's family and its labels, where a `Head` can clamp it to them; None where it must give logits."""
@@ -128,10 +139,7 @@ class Inference:
         node = self._next_node(family)
         if node is self.output or node.state is None:
             return None
-        node.emission, node.energy = LinearVisit.apply(x, weight, bias, self._anchor, node, self)
-        node.version = node.emission._version
-        self.visits += 1
-        return node.emission
+        return self._emit(node, *LinearVisit.apply(x, weight, bias, self._anchor, node, self))
 
     def visit_attention(self, family: Categorical, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
         """softmax(u) v for mu = scale q k', in one kernel with the node; None where that is not to be.
@@ -144,10 +152,7 @@ class Inference:
         node = self._next_node(family)
         if node is self.output or node.state is None:
             return None
-        node.emission, node.energy = AttentionVisit.apply(q, k, v, self._anchor, node, self, scale)
-        node.version = node.emission._version
-        self.visits += 1
-        return node.emission
+        return self._emit(node, *AttentionVisit.apply(q, k, v, self._anchor, node, self, scale))
 
     def named_nodes(self) -> dict[str, ValueNode]:
         """The nodes but the output, by name: a module visited again has ``#2`` added."""
@@ -173,6 +178,16 @@ class Inference:
             raise ValueError(
                 f"node {name!r} sees shape {tuple(mu.shape)} in a batch of {self.samples}: a value node needs its "
                 "samples along the first axis, a whole number of rows each"
+            )
+        if in_checkpoint() and not self.checkpointed:
+            raise RuntimeError(
+                f"node {name!r} lies in a torch.utils.checkpoint, whose backward would not know its state: give "
+                "checkpoint() context_fn=pc_triton.checkpoint_contexts"
+            )
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"node {name!r} lies within torch.no_grad(), where no state can move: freeze parameters by "
+                "requires_grad_(False) instead, and give checkpoint() use_reentrant=False"
             )
         node = ValueNode(family, name, len(self.nodes), mu, {**family.frozen(mu), **frozen})
         if not self.owner.calibrates:
@@ -217,7 +232,7 @@ class Inference:
                 if not self.clamp_input:
                     args = (self.owner.input_node(args[0]), *args[1:])
                 with self._leaves(), self._compilation():
-                    self.out = self.owner.run(*args, **self.kwargs)
+                    self.out = _logits(self.owner.run(*args, **self.kwargs))
                 self._check_pass()
                 energy = sum(self.added, self._output_energy())
                 for node in self.nodes:
@@ -266,16 +281,44 @@ class Inference:
             with torch._inductor.config.patch(fallback_random=True):
                 yield
 
+    @contextlib.contextmanager
+    def within_checkpoint(self) -> Iterator[None]:
+        """Within it the model may be computed again, by `computes_again`."""
+        before, self.checkpointed = self.checkpointed, True
+        try:
+            yield
+        finally:
+            self.checkpointed = before
+
+    @contextlib.contextmanager
+    def computes_again(self, mode: str, visits: int) -> Iterator[None]:
+        """Within it a part of the last pass is computed again, for its backward, from that visit and in that mode."""
+        before = self.mode, self.visits
+        self.mode, self.visits, self.again = mode, visits, True
+        token = current.set(self)
+        running.append(self)
+        try:
+            with hold_statistics([] if mode == "first" else self.owner.norms), self.within_checkpoint():
+                yield
+        finally:
+            running.remove(self)
+            current.reset(token)
+            self.mode, self.visits, self.again = *before, False
+
     def _release(self) -> None:
         """Keep values only: a value node's graph holds this object, and Python cannot collect such a cycle."""
         self.out, self.head, self.added = self.out.detach(), None, []
         for node in self.nodes:
-            node.mu, node.emission = node.mu.detach(), node.emission.detach()
+            node.mu = node.mu.new_empty(0)
+            node.emission = node.emission.detach() if self.shows_output else node.mu
             node.energy = None if node.energy is None else node.energy.detach()
 
     def _check_pass(self) -> None:
         if not isinstance(self.out, Tensor):
-            raise TypeError(f"the model returned {type(self.out).__name__}: it must return one tensor; wrap it")
+            raise TypeError(
+                f"the model returned {type(self.out).__name__}: it must return one tensor, or a mapping with its "
+                "'logits'; wrap it"
+            )
         if not self.nodes or self.visits != len(self.visited):
             raise RuntimeError(
                 f"the model's forward visited {self.visits} value nodes, and {len(self.visited)} in its first pass: "
@@ -469,6 +512,11 @@ class Inference:
         self._backward(energy)
         self.keep, self.move = held
         return energy.detach()
+
+
+def _logits(out: Any) -> Any:
+    """What a model returned; its logits where that is a mapping, as it is of Hugging Face's models."""
+    return out["logits"] if isinstance(out, Mapping) and "logits" in out else out
 
 
 def _ones(energy: Tensor) -> Tensor:

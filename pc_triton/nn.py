@@ -1,4 +1,4 @@
-"""The layers: torch's own, each with the value node of its output, and `convert`, which gives a model's layers one.
+"""The layers: torch's own, each with the value node of its output.
 
 Outside inference each layer is its torch counterpart, with the same state dict.
 """
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         _check_padding(key_padding_mask, k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
-        out, _ = _attend(self.node, q, k, v, self.causal, key_padding_mask, None, dropout)
+        out, _ = attend(self.node, q, k, v, self.causal, key_padding_mask, None, dropout)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     _visit = _plain
@@ -180,14 +180,14 @@ class MultiheadAttention(nn.MultiheadAttention):
                 if mask.dtype == torch.bool:
                     mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
                 bias = mask if bias is None else bias + mask
-        out, weights = _attend(self.node, q, k, v, False, None, bias, dropout, fused=not need_weights)
+        out, weights = attend(self.node, q, k, v, False, None, bias, dropout, fused=not need_weights)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not need_weights:
             return out, None
         return out, weights.mean(1) if average_attn_weights and weights is not None else weights
 
 
-def _attend(
+def attend(
     node: Distribution | None,
     q: Tensor,
     k: Tensor,
@@ -197,11 +197,13 @@ def _attend(
     bias: Tensor | None,
     dropout: float,
     fused: bool = True,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k' / sqrt(D) + bias) v ``[B, heads, N, D]`` with the node over the keys, and its weights.
+    """softmax(scale q k' + bias) v ``[B, heads, N, D]`` with the node over the keys, and its weights.
 
     The weights are None where nothing has to make them; fused=False makes them in inference.
-    q ``[B, heads, N, D]``; k, v ``[B, kv heads, K, D]``; causal and padding as in `reference.mask_logits`.
+    q ``[B, heads, N, D]``; k, v ``[B, kv heads, K, D]``; causal and padding as in `reference.mask_logits`; scale is
+    1 / sqrt(D) if None.
     """
     if node is None or (inference_here() is None and isinstance(node, Categorical)):
         mask = bias
@@ -209,8 +211,8 @@ def _attend(
             mask = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding)
             causal = False
         shared = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=shared), None
-    scale = 1 / math.sqrt(q.shape[-1])
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=shared), None
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     inference = inference_here()
     if fused and inference is not None and isinstance(node, Categorical) and bias is None and not dropout:
         out = inference.visit_attention(node, q, k, v, scale)
@@ -219,9 +221,9 @@ def _attend(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    mu = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    mu = scale * (q @ k.transpose(-2, -1))
     if bias is not None:
-        mu = mu + bias
+        mu = (mu + bias).masked_fill(bias == -torch.inf, -torch.inf)  # where no gradient is to come from either
     if isinstance(node, Categorical):
         p = node(mu, causal=causal, padding=padding)
     else:
@@ -243,45 +245,3 @@ def _check_padding(mask: Tensor | None, keys: Tensor) -> None:
             f"key_padding_mask is {mask.dtype} {tuple(mask.shape)}: give a bool tensor {tuple(keys.shape[:2])}, "
             "True where a key is padding"
         )
-
-
-def convert(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-    """Give a model's layers value nodes, in place: parameters, outputs and state dict stay, and PC can train it.
-
-    Converts every ``nn.Linear``, ``nn.MultiheadAttention`` and ``nn.Softmax`` over the last axis, and with them
-    ``nn.TransformerEncoderLayer`` (whose fused inference path is switched off, since it would pass by its layers).
-    Subclasses are left alone. Returns the model and what was done, by module name:
-    ``{"0.self_attn": "MultiheadAttention -> pc.MultiheadAttention", ...}``; a module that had to be left says why.
-
-    Raises TypeError if model is no module, ValueError if there is nothing to convert.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert takes an nn.Module, not {type(model).__name__}")
-    changes: dict[str, str] = {}
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
-            module.node = Gaussian()
-            changes[name] = "Linear -> pc.Linear"
-        elif type(module) is nn.MultiheadAttention:
-            odd = not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn
-            if odd:
-                changes[name] = "left as it is: kdim, vdim, add_bias_kv and add_zero_attn have no value-node form"
-                continue
-            module.__class__ = MultiheadAttention
-            module.node = Categorical()
-            module.out_proj.__class__ = Linear  # type: ignore[assignment]
-            module.out_proj.node = Gaussian()
-            changes[name] = "MultiheadAttention -> pc.MultiheadAttention"
-        elif type(module) is nn.TransformerEncoderLayer:
-            module.activation_relu_or_gelu = 0
-            changes[name] = "TransformerEncoderLayer: fused inference path switched off"
-        elif type(module) is nn.TransformerEncoder:
-            module.use_nested_tensor = False
-        elif type(module) is nn.Softmax and module.dim == -1:
-            module.__class__ = Categorical  # type: ignore[assignment]
-            module.ignore_index = -100  # type: ignore[assignment]
-            changes[name] = "Softmax -> pc.Categorical"
-    if not any("->" in change for change in changes.values()):
-        raise ValueError("nothing to convert: the model has no nn.Linear, nn.MultiheadAttention or nn.Softmax(-1)")
-    return model, changes

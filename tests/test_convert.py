@@ -48,6 +48,38 @@ def decoder():
     return Decode()
 
 
+class Transformer(nn.Module):
+    """Encoder and decoder: ``nn.Transformer``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.layers(x, x.flip(1), tgt_mask=CAUSAL)
+
+
+class ViT(nn.Module):
+    """Patches by a convolution, a token for the class, an encoder, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.encoder, self.head = nn.Conv2d(1, 8, 2, 2), encoder(1, True), nn.Linear(8, 3)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(9, 8))
+
+    def forward(self, x):
+        x = self.patches(x[:, None]).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        return self.head(self.encoder(x + self.positions)[:, 0])
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.ConvTranspose1d(6, 2, 2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(14, 3),
+    )  # fmt: skip
+
+
 FLOAT_MASK = torch.zeros(4, 4).masked_fill(CAUSAL, -torch.inf)
 MODELS = {
     "mlp": mlp,
@@ -61,6 +93,9 @@ MODELS = {
     "encoder": encoder,
     "encoder, norm first": lambda: encoder(2, True),
     "decoder layer": decoder,
+    "transformer": Transformer,
+    "vit": ViT,
+    "convolutions": convolutions,
     "softmax": lambda: nn.Sequential(nn.Linear(8, 4), nn.Softmax(-1), nn.Linear(4, 3)),
 }
 
@@ -174,6 +209,10 @@ def test_weights_are_returned(average):
     close(model.weights.detach(), states.mean(1) if average else states)
 
 
+class Special(nn.Linear):
+    """It may do anything in its forward."""
+
+
 def test_what_was_changed():
     """Every module by its name, and what had to be left says why."""
     model = nn.ModuleDict(
@@ -183,33 +222,35 @@ def test_what_was_changed():
             "bias": nn.MultiheadAttention(8, 2, add_bias_kv=True),
             "soft": nn.Softmax(-1),
             "columns": nn.Softmax(1),
+            "convolution": nn.Conv2d(1, 2, 3),
+            "recurrent": nn.LSTM(2, 2),
+            "special": Special(4, 4),
             "head": nn.Linear(8, 3),
+            "logits": pc.Head(8, 3),
         }
     )
     _, changes = pc.convert(model)
     layer = "encoder.layers.0"
+    left = {"odd", "bias", "columns", "recurrent", "special"}
     assert set(changes) == {
-        layer, f"{layer}.self_attn", f"{layer}.linear1", f"{layer}.linear2", "odd", "bias", "soft", "head"
+        layer, f"{layer}.self_attn", f"{layer}.linear1", f"{layer}.linear2", "soft", "convolution", "head", *left
     }  # fmt: skip
+    assert {name for name, change in changes.items() if change.startswith("left as it is: ")} == left
+    assert changes["convolution"] == "Conv2d -> Conv2d, pc.Gaussian"
+    assert changes["columns"].endswith("not dim=1")
+    assert "LSTM" in changes["recurrent"]
+    assert "Special" in changes["special"]
     assert changes["head"] == "Linear -> pc.Linear"
     assert changes["soft"] == "Softmax -> pc.Categorical"
     assert changes[f"{layer}.self_attn"] == "MultiheadAttention -> pc.MultiheadAttention"
-    assert all(changes[name].startswith("left as it is") for name in ("odd", "bias"))
     assert type(model["head"]) is pc.Linear
     assert type(model["odd"]) is type(model["bias"]) is nn.MultiheadAttention
     assert type(model["columns"]) is nn.Softmax
+    assert type(model["special"]) is Special
     names = set(pc.FreeEnergy(model)._names.values()) - {"input"}
-    assert f"{layer}.self_attn.out_proj.node" in names
-
-
-def test_a_subclass_is_left_alone():
-    class Special(nn.Linear):
-        pass
-
-    model = nn.Sequential(Special(4, 4), nn.Linear(4, 4))
-    _, changes = pc.convert(model)
-    assert list(changes) == ["1"]
-    assert type(model[0]) is Special
+    assert {f"{layer}.self_attn.out_proj.node", "convolution.node"} <= names
+    with pytest.raises(ValueError, match="nothing to convert"):
+        pc.convert(model)
 
 
 def test_a_model_that_is_one_layer():
@@ -220,8 +261,8 @@ def test_a_model_that_is_one_layer():
 
 @pytest.mark.parametrize(
     "model",
-    [nn.ReLU(), nn.Sequential(nn.Conv2d(1, 1, 1)), nn.MultiheadAttention(8, 2, kdim=4, vdim=4), pc.Linear(2, 2)],
-    ids=["activation", "convolution", "left", "converted"],
+    [nn.ReLU(), nn.LSTM(2, 2), nn.MultiheadAttention(8, 2, kdim=4, vdim=4), pc.Linear(2, 2)],
+    ids=["activation", "recurrent", "left", "converted"],
 )
 def test_nothing_to_convert(model):
     with pytest.raises(ValueError, match="nothing to convert"):

@@ -396,7 +396,7 @@ def test_a_free_input_must_be_a_tensor_of_real_numbers():
     ("make", "error", "message"),
     [
         (lambda out: (out, out), TypeError, "returned tuple: it must return one tensor"),
-        (lambda out: {"logits": out}, TypeError, "returned dict"),
+        (lambda out: {"hidden": out}, TypeError, "returned dict: .* or a mapping with its 'logits'"),
         (lambda out: out.sum(), ValueError, r"output has shape \(\) for a batch of 6"),
         (lambda out: out.mean(0), ValueError, r"output has shape \(3,\) for a batch of 6"),
     ],

@@ -1,0 +1,96 @@
+"""Models of Hugging Face transformers: their attention with a Categorical node over the keys, and `convert`'s part.
+
+Importing it adds that attention to transformers' registry, by the name `ATTENTION`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
+
+from .convert import add_node
+from .distributions import Categorical, inference_here, visited
+from .nn import attend
+
+ATTENTION = "pc_triton"
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention ``[B, N, heads, D]`` as transformers' ``"sdpa"``, with the value node that `convert` gave the module.
+
+    query ``[B, heads, N, D]``; key, value ``[B, kv heads, K, D]``; attention_mask ``[B, 1, N, K]``: bool, True where a
+    query sees a key, or floats to add to the logits; options: transformers'. The weights ``[B, heads, N, K]`` are the
+    second result where something had to make them.
+    """
+    run = _visit if visited(getattr(module, "node", None)) else sdpa_attention_forward
+    return run(module, query, key, value, attention_mask, **options)
+
+
+@torch.compiler.disable
+def _visit(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if inference_here() is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **options
+        )
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = is_causal and attention_mask is None and query.shape[2] > 1
+    bias = position_bias
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(
+                ~attention_mask, -torch.inf
+            )
+        bias = attention_mask if bias is None else bias + attention_mask
+    out, weights = attend(module.node, query, key, value, causal, None, bias, dropout, scale=scaling)
+    return out.transpose(1, 2), weights
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def convert_transformers(model: nn.Module, changes: dict[str, str]) -> None:
+    """Give the layers that only transformers' models have their nodes; what was done goes to changes."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for part in parts:
+        if part._supports_sdpa:
+            part.set_attn_implementation(ATTENTION)
+    heads = [part.get_output_embeddings() for part in parts]
+    for name, module in list(model.named_modules()):
+        if any(module is head for head in heads):
+            changes[name] = "left as it is: its logits are the output, clamped to the labels"
+        elif type(module) is Conv1D:
+            changes[name] = add_node(module)
+        elif hasattr(module, "node") or not _uses_the_registry(module):
+            continue
+        elif module.config._attn_implementation == ATTENTION:
+            module.node = Categorical()
+            changes[name] = f"{type(module).__name__} -> {type(module).__name__}, pc.Categorical over the keys"
+        else:
+            changes[name] = f"left as it is: {type(module).__name__} has no form in scaled_dot_product_attention"
+
+
+def _uses_the_registry(module: nn.Module) -> bool:
+    """Whether it looks its attention up among transformers' functions."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

@@ -144,6 +144,7 @@ def _train(arguments: argparse.Namespace) -> None:
             overwrite=arguments.overwrite,
             device=arguments.device,
             quiet=arguments.quiet,
+            tensorboard=arguments.tensorboard,
         )
         writes = parallel.rank() == 0
     if not writes:

@@ -82,12 +82,12 @@ def held(blocks, width, tokens, heads, *, order=None, steps=3, state=True):
     ("options", "formula"),
     [
         ({}, lambda d, n, h: 16 * d + h + 4),
-        ({"order": "error"}, lambda d, n, h: 30 * d + 3 * h * n + 4),
-        ({"order": "error", "steps": 4}, lambda d, n, h: 36 * d + 4 * h * n + 4),
+        ({"order": "error"}, lambda d, n, h: 28 * d + 3 * h * n + 4),
+        ({"order": "error", "steps": 4}, lambda d, n, h: 34 * d + 4 * h * n + 4),
         ({"order": "sweep"}, lambda d, n, h: 29 * d + 4 * h * n + 4),
         ({"order": "simultaneous"}, lambda d, n, h: 29 * d + 4 * h * n + 4),
-        ({"order": "error", "state": False}, lambda d, n, h: 30 * d + h + 4),
-        ({"order": "error", "steps": 4, "state": False}, lambda d, n, h: 36 * d + h + 4),
+        ({"order": "error", "state": False}, lambda d, n, h: 28 * d + h + 4),
+        ({"order": "error", "steps": 4, "state": False}, lambda d, n, h: 34 * d + h + 4),
         ({"order": "sweep", "state": False}, lambda d, n, h: 30 * d + h + 4),
     ],
 )

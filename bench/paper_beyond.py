@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from runs import (
     chosen,
     load,
     markdown,
+    mean_and_std,
     regime,
     score,
     spread,
@@ -233,10 +234,7 @@ def differences(records: Sequence[Record], bp: Sequence[Record]) -> list[float]:
 
 def minus(records: Sequence[Record], bp: Sequence[Record]) -> str:
     """Mean and standard deviation of the `differences`, as in ``-1.20 ± 0.30``."""
-    values = differences(records, bp)
-    if not all(map(math.isfinite, values)):
-        return "diverged"
-    return f"{mean(values):+.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    return mean_and_std(differences(records, bp), sign="+")
 
 
 def plot(results: Sequence[Sequence[Record]], png: Path) -> None:

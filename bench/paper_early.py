@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from paper_lm import TINY, base, texts
+from paper_lm import LONG_WARMUP, TINY, base, texts
 from runs import Record, Settings, complete, markdown, spread, standing
 from torch import Tensor, nn
 
@@ -24,10 +24,10 @@ from pc_triton import FreeEnergy
 from pc_triton.evaluate import perplexity
 from pc_triton.text import train_tokenizer
 from pc_triton.train import Settings as TrainSettings
-from pc_triton.train import build, encode, schedule
+from pc_triton.train import adamw, build, draw, encode, schedule
 
 LR = 4e-3
-WARMUP, LONG_WARMUP = 0.05, 0.2
+WARMUP = 0.05
 VARIANTS: tuple[Settings, ...] = (
     {"first": "bp", "then": "bp", "warmup": WARMUP},
     {"first": "pc", "then": "pc", "warmup": WARMUP},
@@ -50,12 +50,12 @@ def run(settings: Settings, data: Path | None) -> Record:
     torch.manual_seed(settings["seed"])
     model, free_energy = build(TrainSettings(method="pc", **{name: settings[name] for name in names}))
     assert free_energy is not None
-    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = adamw(model, settings["lr"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, settings["warmup"]))
     batches = torch.Generator().manual_seed(settings["seed"])
     record: Record = {"losses": [], "gradient_norms": [], "trace": []}
     for step in range(steps):
-        at = torch.randint(len(tokens) - context, (settings["batch"], 1), generator=batches) + torch.arange(context)
+        at = draw(tokens, context, settings["batch"], batches)
         x, y = tokens[at], tokens[at + 1]
         if settings["trace"] and step in TRACED:
             record["trace"].append({"step": step} | compare(model, free_energy, x, y))

@@ -7,6 +7,7 @@ a change of the code begin with another file.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -118,10 +119,14 @@ def tuned(
 
 def spread(records: Sequence[Record], digits: int = 2) -> str:
     """Mean and standard deviation of the runs' scores over the seeds, as in ``36.98 ± 0.08``."""
-    values = [score(record) for record in records]
-    if max(values) == DIVERGED:
+    return mean_and_std(list(map(score, records)), digits)
+
+
+def mean_and_std(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """As `spread`, of any values; sign: "+" to have it written always."""
+    if not all(map(math.isfinite, values)):
         return "diverged"
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{mean(values):{sign}.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def standing(report: Report) -> Record:

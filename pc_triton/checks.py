@@ -54,9 +54,9 @@ def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     return args, kwargs, tensors[0]
 
 
-def check_devices(model: nn.Module, device: torch.device) -> None:
+def check_devices(parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
     """Raise ValueError if a parameter is not on this device (but where FSDP2 keeps its shards elsewhere)."""
-    for name, p in model.named_parameters():
+    for name, p in parameters.items():
         if p.device != device and type(p) is nn.Parameter:
             raise ValueError(
                 f"x is on {device}, the model's parameter {name!r} on {p.device}: move model and batch to one device"

@@ -158,10 +158,10 @@ def _eval(arguments: argparse.Namespace) -> None:
     from . import checkpoint
     from .evaluate import perplexity, regime, unigram_perplexity
     from .text import read_text
-    from .train import BACKPROPAGATION, encode, load, own_text
+    from .train import BACKPROPAGATION, encode, load, own_text, stored_settings
 
-    model, free_energy, tokenizer, counts, settings = load(arguments.checkpoint, arguments.device)
-    _, record = checkpoint.load(arguments.checkpoint)
+    model, free_energy, tokenizer, counts, record = load(arguments.checkpoint, arguments.device)
+    settings = stored_settings(arguments.checkpoint, record)
     if arguments.data is None:
         _, text = own_text(arguments.checkpoint, record, settings)
     else:

@@ -8,10 +8,10 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from . import parallel
 from .chain import chain_loss
 from .distributions import Distribution, Gaussian
 from .inference import Inference, hold_gathered, hold_statistics, leave_graphs
@@ -270,7 +270,7 @@ class FreeEnergy(nn.Module):
             energy = inference.probe()
             if inference.guarded:  # the last move too must not have raised F
                 rose = inference.take_back(energy)
-                if rose or (dist.is_available() and dist.is_initialized()):  # all processes make the same passes
+                if rose or parallel.together():  # all processes make the same passes
                     energy = inference.probe()
         states = {name: node.emission.detach() for name, node in inference.named_nodes().items()}
         return Settled(x if clamp_input else states["input"], inference.out.detach(), energy, states)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .convert import add_node
 from .distributions import Categorical, inference_here, visited
-from .nn import attend
+from .nn import attend, logit_bias
 
 ATTENTION = "pc_triton"
 
@@ -54,13 +54,9 @@ def _visit(
         )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = is_causal and attention_mask is None and query.shape[2] > 1
-    bias = position_bias
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(
-                ~attention_mask, -torch.inf
-            )
-        bias = attention_mask if bias is None else bias + attention_mask
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = ~attention_mask
+    bias = logit_bias(query.dtype, position_bias, attention_mask)
     out, weights = attend(module.node, query, key, value, causal, None, bias, dropout, scale=scaling)
     return out.transpose(1, 2), weights
 

@@ -46,8 +46,9 @@ class Inference:
         self.args, self.kwargs, first = check_batch(inputs)
         self.target = ordinary(target)
         self.samples = first.shape[0]
-        self.weights = [p for p in owner.model.parameters() if p.requires_grad and p.is_leaf]
-        check_devices(owner.model, first.device)
+        parameters = dict(owner.model.named_parameters())
+        self.weights = [p for p in parameters.values() if p.requires_grad and p.is_leaf]
+        check_devices(parameters, first.device)
         check_finite("y", target)
         self.form = "error" if self.order == "error" else "state"
         self.mode = "first"  # then "infer", "incremental", "probe" or "learn"
@@ -222,12 +223,9 @@ class Inference:
         """
         self.mode, self.visits, self.learns, self.head, self.added = mode, 0, learns, None, []
         self.random.restore()  # dropout and noise are the same in every pass
-        token = current.set(self)
-        running.append(self)
+        weights = self.weights if self.owner.traced and not learns else []
         try:
-            norms = [] if mode == "first" else self.owner.norms
-            weights = self.weights if self.owner.traced and not learns else []
-            with torch.enable_grad(), hold_statistics(norms), hold_weights(weights):
+            with torch.enable_grad(), self._visited(), hold_weights(weights):
                 args = self.args
                 if not self.clamp_input:
                     args = (self.owner.input_node(args[0]), *args[1:])
@@ -241,13 +239,22 @@ class Inference:
         except BaseException:
             self.random.restore()  # a batch that is refused draws nothing
             raise
-        finally:
-            running.remove(self)
-            current.reset(token)
         self.energies.append(energy.detach())
         if mode != "first" or not self.owner.calibrates:
             self._release()
         return energy
+
+    @contextlib.contextmanager
+    def _visited(self) -> Iterator[None]:
+        """Within it the model's value nodes visit this inference; batch statistics move in its first pass alone."""
+        token = current.set(self)
+        running.append(self)
+        try:
+            with hold_statistics([] if self.mode == "first" else self.owner.norms):
+                yield
+        finally:
+            running.remove(self)
+            current.reset(token)
 
     @contextlib.contextmanager
     def _leaves(self) -> Iterator[None]:
@@ -295,14 +302,10 @@ class Inference:
         """Within it a part of the last pass is computed again, for its backward, from that visit and in that mode."""
         before = self.mode, self.visits
         self.mode, self.visits, self.again = mode, visits, True
-        token = current.set(self)
-        running.append(self)
         try:
-            with hold_statistics([] if mode == "first" else self.owner.norms), self.within_checkpoint():
+            with self._visited(), self.within_checkpoint():
                 yield
         finally:
-            running.remove(self)
-            current.reset(token)
             self.mode, self.visits, self.again = *before, False
 
     def _release(self) -> None:

@@ -170,21 +170,28 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError("a value node needs its samples along the first axis: batch_first=True and a batch")
         q, k, v = F._in_projection_packed(query, key, value, self.in_proj_weight, self.in_proj_bias)  # type: ignore
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        bias, dropout = None, self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask[:, None, None, :]
-        for mask in (attn_mask, key_padding_mask):
-            if mask is not None:
-                if mask.dtype == torch.bool:
-                    mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
-                bias = mask if bias is None else bias + mask
+        bias = logit_bias(q.dtype, attn_mask, key_padding_mask)
         out, weights = attend(self.node, q, k, v, False, None, bias, dropout, fused=not need_weights)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not need_weights:
             return out, None
         return out, weights.mean(1) if average_attn_weights and weights is not None else weights
+
+
+def logit_bias(dtype: torch.dtype, *masks: Tensor | None) -> Tensor | None:
+    """The sum of masks: bool, True where a key is hidden, or floats to add to the logits; None without any."""
+    bias = None
+    for mask in masks:
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+            bias = mask if bias is None else bias + mask
+    return bias
 
 
 def attend(

@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .free_energy import FreeEnergy
 from .text import InputError
+
+if TYPE_CHECKING:
+    from .free_energy import FreeEnergy
 
 
 @contextlib.contextmanager
@@ -36,18 +39,19 @@ def joined() -> Iterator[None]:
     dist.destroy_process_group()  # not after an error, when the others may never come to it
 
 
-def _together() -> bool:
+def together() -> bool:
+    """Whether this process is one of a group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """This process's number among `processes`; 0 writes the files and prints."""
-    return dist.get_rank() if _together() else 0
+    return dist.get_rank() if together() else 0
 
 
 def processes() -> int:
     """The number of processes."""
-    return dist.get_world_size() if _together() else 1
+    return dist.get_world_size() if together() else 1
 
 
 def part(rows: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ def part(rows: Tensor) -> Tensor:
 
 def total(t: Tensor) -> Tensor:
     """The sum of t over the processes; all of them call it."""
-    if _together():
+    if together():
         t = t.clone()
         dist.all_reduce(t)
     return t
@@ -75,7 +79,7 @@ def replicate(model: nn.Module, free_energy: FreeEnergy | None) -> nn.Module:
     passes as it has steps: there its model is what is replicated, within it.
     """
     whole = model if free_energy is None else free_energy
-    if not _together():
+    if not together():
         return whole
     if free_energy is not None and free_energy.order == "incremental":
         free_energy.model = DistributedDataParallel(free_energy.model)

@@ -210,7 +210,7 @@ def train(
     torch.manual_seed(settings.seed)
     model, free_energy = build(settings)
     model.to(place)
-    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = adamw(model, settings.lr)
     batches = torch.Generator().manual_seed(settings.seed)
     if resume:
         _restore(path, tensors, model, optimizer, batches)
@@ -269,8 +269,7 @@ def train(
         while done < settings.steps:
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule(done, settings.steps, settings.warmup)
-            start = torch.randint(len(tokens) - settings.context, (settings.batch, 1), generator=batches)
-            at = parallel.part(start + torch.arange(settings.context))
+            at = parallel.part(draw(tokens, settings.context, settings.batch, batches))
             x, y = tokens[at].to(place), tokens[at + 1].to(place)
             for loss in losses(learner, free_energy, x, y):
                 optimizer.zero_grad()
@@ -354,17 +353,18 @@ def encode(tokenizer: Tokenizer, text: str) -> Tensor:
     return torch.tensor(tokenizer.encode(text).ids, dtype=torch.int64)
 
 
-def load(path: str | Path, device: str = "auto") -> tuple[Transformer, FreeEnergy | None, Tokenizer, Tensor, Settings]:
-    """The model of a checkpoint on a device, its free energy, its tokenizer, its unigram counts ``[V]`` and settings.
+def load(
+    path: str | Path, device: str = "auto"
+) -> tuple[Transformer, FreeEnergy | None, Tokenizer, Tensor, dict[str, Any]]:
+    """The model of a checkpoint on a device, its free energy, its tokenizer, its unigram counts ``[V]`` and its record.
 
     path: the file, or the folder of the run. Raises InputError for a checkpoint or a device that cannot be used.
     """
     place = choose_device(device)
     tensors, record = checkpoint.load(path)
-    settings = stored_settings(path, record)
-    model, free_energy = build(settings)
+    model, free_energy = build(stored_settings(path, record))
     _restore(path, tensors, model)
-    return model.to(place), free_energy, Tokenizer.from_str(record["tokenizer"]), tensors["unigram"], settings
+    return model.to(place), free_energy, Tokenizer.from_str(record["tokenizer"]), tensors["unigram"], record
 
 
 def stored_settings(path: str | Path, record: dict[str, Any]) -> Settings:
@@ -392,6 +392,16 @@ def plot(settings: Settings, losses: list[float], evaluations: list[dict[str, An
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     return png.getvalue()
+
+
+def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """The optimiser of every run."""
+    return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def draw(tokens: Tensor, context: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Where in a text ``[L]`` the tokens of a batch of sequences are: int64 ``[batch, context]``."""
+    return torch.randint(len(tokens) - context, (batch, 1), generator=generator) + torch.arange(context)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

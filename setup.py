@@ -6,6 +6,7 @@ from setuptools import setup
 
 TRAIN = ["tokenizers>=0.20", "safetensors>=0.4", "tqdm>=4.60", "matplotlib>=3.7"]
 INTEGRATIONS = ["transformers>=5", "accelerate>=1.1", "lightning>=2.4"]
+STREAM = ["datasets>=4"]
 GPU = ["triton>=3.6; platform_system == 'Linux'"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6", "tensorboard>=2.20"]
@@ -33,13 +34,14 @@ setup(
     install_requires=["torch>=2.6", "numpy>=1.26"],
     extras_require={
         "train": TRAIN,
+        "stream": STREAM,
         "gpu": GPU,
         "docs": DOCS,
         "integrations": INTEGRATIONS,  # of docs/examples
         "pcx": ["scikit-learn>=1.4", "pcx==0.6.3"],  # the rivals of bench/digits.py need different versions of JAX
         "fabricpc": ["scikit-learn>=1.4", "fabricpc==0.6.0"],
         "dev": [
-            *(*TRAIN, *GPU, *INTEGRATIONS, *TEST),
+            *(*TRAIN, *STREAM, *GPU, *INTEGRATIONS, *TEST),
             *("scikit-learn>=1.4", "setuptools>=68", "wheel", "ruff>=0.9", "mypy>=1.13"),
         ],
     },

@@ -21,10 +21,11 @@ from runs import Record, Settings, complete, markdown, spread, standing
 from torch import Tensor, nn
 
 from pc_triton import FreeEnergy
+from pc_triton.data import draw, encode
 from pc_triton.evaluate import perplexity
 from pc_triton.text import train_tokenizer
 from pc_triton.train import Settings as TrainSettings
-from pc_triton.train import adamw, build, draw, encode, schedule
+from pc_triton.train import adamw, build, schedule
 
 LR = 4e-3
 WARMUP = 0.05

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,17 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}: make it readable") from None
     raise InputError(f"{file} is damaged or truncated: restore it from a copy, or train again")
+
+
+@contextlib.contextmanager
+def fitting(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within it what a checkpoint holds is put to use; raises InputError where that fails."""
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError):
+        raise InputError(
+            f"{path}: its tensors do not fit its settings: restore it from a copy, or train again"
+        ) from None
 
 
 def _digest(tensors: dict[str, Tensor], record: str) -> str:

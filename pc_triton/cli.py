@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -89,7 +90,7 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
         kind = str if f.default is None else type(f.default)
         choices, text = f.metadata["choices"], f.metadata["help"]
         text += "" if f.default is None else f" (default {f.default})"
-        metavar = None if choices else {int: "N", float: "X", str: "FILE" if f.default is None else "X"}[kind]
+        metavar = None if choices else {int: "N", float: "X", str: "SOURCE" if f.default is None else "X"}[kind]
         option = "--" + f.name.replace("_", "-")
         train.add_argument(option, type=kind, choices=choices, default=argparse.SUPPRESS, help=text, metavar=metavar)
     train.add_argument("--out", metavar="FOLDER", help="folder of the run (default runs/METHOD)")
@@ -109,7 +110,7 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
 
     generate = command("generate", _generate, "continue a prompt by a trained model")
     generate.add_argument("--prompt", metavar="TEXT", required=True, help="text to continue")
-    generate.add_argument("--tokens", metavar="N", type=int, default=100, help="tokens to add (default 100)")
+    generate.add_argument("--tokens", metavar="N", type=int, default=100, help="tokens to add, at most (default 100)")
     generate.add_argument(
         "--temperature", metavar="X", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)"
     )
@@ -130,6 +131,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from . import checkpoint, parallel
     from .train import Settings, stored_settings, train
 
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs, the one line of an error says
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings) if hasattr(arguments, f.name)}
     out = Path(arguments.out or f"runs/{given.get('method', 'pc')}")
     settings = Settings(**given)
@@ -156,17 +159,15 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from . import checkpoint
+    from .data import encode
     from .evaluate import perplexity, regime, unigram_perplexity
     from .text import read_text
-    from .train import BACKPROPAGATION, encode, load, own_text, stored_settings
+    from .train import BACKPROPAGATION, load, stored_settings
 
-    model, free_energy, tokenizer, counts, record = load(arguments.checkpoint, arguments.device)
+    model, free_energy, tokenizer, counts, tokens, record = load(arguments.checkpoint, arguments.device)
     settings = stored_settings(arguments.checkpoint, record)
-    if arguments.data is None:
-        _, text = own_text(arguments.checkpoint, record, settings)
-    else:
-        text = read_text(arguments.data)
-    tokens = encode(tokenizer, text)
+    if arguments.data is not None:
+        tokens = encode(tokenizer, read_text(arguments.data), model.separator)
     measured, unigram = perplexity(model, tokens), unigram_perplexity(counts, tokens, settings.context)
     report = regime(free_energy, tokens, settings.context, settings.batch) if free_energy else None
     if arguments.html is not None:
@@ -185,17 +186,18 @@ def _print_perplexities(method: str, model: float, unigram: float) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from .data import encode
     from .evaluate import generate
-    from .train import encode, load
+    from .train import load
 
     try:
         arguments.prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise InputError("the prompt is not UTF-8: give it in UTF-8") from None
-    model, _, tokenizer, _, _ = load(arguments.checkpoint, arguments.device)
-    prompt = encode(tokenizer, arguments.prompt)
-    tokens = generate(model, prompt, arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed)
-    print(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
+    run = load(arguments.checkpoint, arguments.device)
+    prompt = encode(run.tokenizer, arguments.prompt, run.model.separator)
+    tokens = generate(run.model, prompt, arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed)
+    print(run.tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
 
 
 if __name__ == "__main__":

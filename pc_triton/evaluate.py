@@ -81,6 +81,8 @@ def generate(
 ) -> Tensor:
     """A text's tokens with ``count`` more, drawn one by one: int64 ``[L + count]``, on the CPU.
 
+    It ends before the model's separator, where it has one: that is where the document ends.
+
     tokens: int64 ``[L]``, L >= 1. temperature: divides the logits; 0 takes the likeliest token. top_k: draw from the k
     likeliest tokens only; 0 is all. seed: of the draws. Raises InputError for values out of range.
     """
@@ -99,5 +101,8 @@ def generate(
         logits = model(tokens[None, -model.context :].to(device))[0, -1].double().cpu()
         likeliest = logits.topk(1 if temperature == 0 else min(top_k or len(logits), len(logits)))
         p = ((likeliest.values - likeliest.values[0]) / (temperature or 1.0)).softmax(-1)
-        tokens = torch.cat([tokens, likeliest.indices[torch.multinomial(p, 1, generator=random)]])
+        drawn = likeliest.indices[torch.multinomial(p, 1, generator=random)]
+        if int(drawn) == model.separator:
+            break
+        tokens = torch.cat([tokens, drawn])
     return tokens

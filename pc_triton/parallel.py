@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -70,6 +70,15 @@ def total(t: Tensor) -> Tensor:
 def mean(t: Tensor) -> Tensor:
     """The mean of t over the processes; all of them call it."""
     return total(t) / processes()
+
+
+def gathered(rows: list[Any]) -> list[Any]:
+    """The rows of all processes, in their order; all of them call it."""
+    if not together():
+        return rows
+    lists: list[Any] = [None] * processes()
+    dist.all_gather_object(lists, rows)
+    return [row for some in lists for row in some]
 
 
 def replicate(model: nn.Module, free_energy: FreeEnergy | None) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import math
 import os
@@ -14,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +23,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint, parallel
+from .data import StreamData, TextData
 from .distributions import Gaussian
 from .evaluate import perplexity, regime, target, unigram_perplexity
 from .free_energy import FreeEnergy
 from .inference import Inference
 from .models import Transformer
-from .text import InputError, read_text, split, train_tokenizer
+from .text import InputError
 
 METHODS = ("pc", "bp", "gaussian-pc")
 ORDERS = ("error", "sweep", "simultaneous", "incremental")
-MAY_CHANGE = ("data", "held_out", "steps", "eval_every")
+MAY_CHANGE = ("data", "stream", "column", "held_out", "steps", "eval_every")
 """Settings that may change when a run is resumed; the text itself is compared by its digest."""
 BACKPROPAGATION = "backpropagation: no inference"
 RISE = 10
@@ -55,7 +55,16 @@ class Settings:
 
     method: str = _setting("pc", "predictive coding, backpropagation, or PC with every energy Gaussian", METHODS)
     data: str | None = _setting(None, "UTF-8 text file to train on; Python's language reference if not given")
-    held_out: str | None = _setting(None, "UTF-8 text file to measure on; by default about a tenth of the other text")
+    stream: str | None = _setting(
+        None,
+        "in place of --data, documents that are read as they are needed: .txt, .jsonl, .csv or .parquet files (* and ** "
+        "as in a shell, in quotes), or a set of the Hugging Face hub, NAME, NAME:CONFIG or NAME:CONFIG:SPLIT",
+    )
+    column: str = _setting("text", "column of --stream that holds the text")
+    pool: int = _setting(1024, "sequences of --stream that are read ahead in each process, of which a batch is drawn")
+    held_out: str | None = _setting(
+        None, "what to measure on, given as --data or --stream is; by default a part of that, which is not trained on"
+    )
     width: int = _setting(128, "units of the residual stream, a multiple of heads")
     heads: int = _setting(4, "attention heads")
     blocks: int = _setting(2, "transformer blocks")
@@ -73,10 +82,12 @@ class Settings:
     eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
 
     def __post_init__(self) -> None:
-        for name in ("width", "heads", "blocks", "context", "batch", "steps", "inference_steps", "eval_every"):
+        for name in ("width", "heads", "blocks", "context", "batch", "steps", "inference_steps", "eval_every", "pool"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value < 2**31:
                 raise InputError(f"{name}={value}: give a whole number of at least 1, below 2**31")
+        if self.data is not None and self.stream is not None:
+            raise InputError("data and stream are both given: leave one out")
         if not 0 < self.lr < math.inf:
             raise InputError(f"lr={self.lr}: give a positive finite learning rate, such as 2e-3")
         if not 0 <= self.warmup < 1:
@@ -105,7 +116,10 @@ def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
     gaussian = s.method == "gaussian-pc"
     try:
         attention = Gaussian() if gaussian else True
-        model = Transformer(s.vocabulary, s.width, s.heads, s.blocks, s.context, attention=attention)
+        separator = None if s.stream is None else s.vocabulary - 1
+        model = Transformer(
+            s.vocabulary, s.width, s.heads, s.blocks, s.context, attention=attention, separator=separator
+        )
         if s.method == "bp":
             return model, None
         whole = nn.Sequential(model, nn.Softmax(-1)) if gaussian else model
@@ -193,27 +207,18 @@ def train(
     if resume:
         tensors, record = checkpoint.load(path)
         _check_same(path, settings, record)
-        train_text, held_out_text = own_text(path, record, settings)
-        tokenizer = Tokenizer.from_str(record["tokenizer"])
     else:
         tensors, record = {}, {}
-        train_text, held_out_text = both_texts(settings)
-        tokenizer = train_tokenizer(train_text, settings.vocabulary)
-    tokens, held_out = encode(tokenizer, train_text), encode(tokenizer, held_out_text)
-    for name, part in (("training", tokens), ("held-out", held_out)):
-        if len(part) <= settings.context:
-            few = f"{len(part)} tokens of {name} text for a context of {settings.context}"
-            raise InputError(f"{few}: give more text or a smaller --context")
-    counts = torch.bincount(tokens, minlength=settings.vocabulary)
-    unigram = unigram_perplexity(counts, held_out, settings.context)
+    data = (TextData if settings.stream is None else StreamData)(settings, path, tensors, record)
+    held_out = data.held_out
+    unigram = unigram_perplexity(data.counts, held_out, settings.context)
 
     torch.manual_seed(settings.seed)
     model, free_energy = build(settings)
     model.to(place)
     optimizer = adamw(model, settings.lr)
-    batches = torch.Generator().manual_seed(settings.seed)
     if resume:
-        _restore(path, tensors, model, optimizer, batches)
+        _restore(path, tensors, model, optimizer)
     learner, writes = parallel.replicate(model, free_energy), parallel.rank() == 0
     done: int = record.get("step", 0)
     loss_curve: list[float] = record.get("losses", [])
@@ -228,16 +233,17 @@ def train(
                 events.add_scalar(name, number, step)
 
     def save() -> None:
+        tensors, record = data.state()
         if writes:
-            record = {
+            tensors |= _state(model, optimizer) | {"unigram": data.counts, "held_out": held_out.to(torch.int32)}
+            record |= {
                 "settings": dataclasses.asdict(settings),
                 "step": done,
                 "losses": loss_curve,
                 "evaluations": evaluations,
-                "tokenizer": tokenizer.to_str(),
-                "text": _digest(train_text, held_out_text),
+                "tokenizer": data.tokenizer.to_str(),
             }
-            checkpoint.save(path, _state(model, optimizer, batches) | {"unigram": counts}, record)
+            checkpoint.save(path, tensors, record)
         if events is not None:
             events.flush()
 
@@ -254,11 +260,9 @@ def train(
         if writes and not quiet:
             tqdm.write(line)
 
-    characters = len(held_out_text) / len(held_out)
     say(
         f"{settings.method} on {parallel.processes()} x {place.type}: "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(tokens):,} training and {len(held_out):,} held-out tokens of {characters:.1f} characters"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {data.about}"
     )
     say(f"held-out perplexity of the unigram model: {unigram:.1f} per token")
     silent = quiet or not writes or not sys.stderr.isatty()
@@ -269,8 +273,7 @@ def train(
         while done < settings.steps:
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule(done, settings.steps, settings.warmup)
-            at = parallel.part(draw(tokens, settings.context, settings.batch, batches))
-            x, y = tokens[at].to(place), tokens[at + 1].to(place)
+            x, y = (t.to(place) for t in data.batch())
             for loss in losses(learner, free_energy, x, y):
                 optimizer.zero_grad()
                 loss.backward()
@@ -328,43 +331,30 @@ def train(
     }
 
 
-def both_texts(settings: Settings) -> tuple[str, str]:
-    """The text to train on and the held-out text. Raises InputError for a file that cannot be used."""
-    if settings.held_out is None:
-        return split(read_text(settings.data))
-    return read_text(settings.data), read_text(settings.held_out)
+class Run(NamedTuple):
+    """What `load` returns."""
+
+    model: Transformer
+    free_energy: FreeEnergy | None
+    tokenizer: Tokenizer
+    counts: Tensor
+    """int64 ``[vocabulary]``, of the training tokens."""
+    held_out: Tensor
+    """int64 ``[L]``: the tokens that the run measures on."""
+    record: dict[str, Any]
 
 
-def own_text(path: str | Path, record: dict[str, Any], settings: Settings) -> tuple[str, str]:
-    """As `both_texts`, for a checkpoint's run.
+def load(path: str | Path, device: str = "auto") -> Run:
+    """The run of a checkpoint, its model on a device; path: the file, or the folder of the run.
 
-    Raises InputError if they cannot be read, or are not the texts of the run.
-    """
-    parts = both_texts(settings)
-    if record["text"] != _digest(*parts):
-        raise InputError(
-            f"the text is not the one {path} was trained on: give the same --data and --held-out (and the same Python)"
-        )
-    return parts
-
-
-def encode(tokenizer: Tokenizer, text: str) -> Tensor:
-    """The tokens of a text, int64 ``[L]``."""
-    return torch.tensor(tokenizer.encode(text).ids, dtype=torch.int64)
-
-
-def load(
-    path: str | Path, device: str = "auto"
-) -> tuple[Transformer, FreeEnergy | None, Tokenizer, Tensor, dict[str, Any]]:
-    """The model of a checkpoint on a device, its free energy, its tokenizer, its unigram counts ``[V]`` and its record.
-
-    path: the file, or the folder of the run. Raises InputError for a checkpoint or a device that cannot be used.
+    Raises InputError for a checkpoint or a device that cannot be used.
     """
     place = choose_device(device)
     tensors, record = checkpoint.load(path)
     model, free_energy = build(stored_settings(path, record))
     _restore(path, tensors, model)
-    return model.to(place), free_energy, Tokenizer.from_str(record["tokenizer"]), tensors["unigram"], record
+    tokenizer, held_out = Tokenizer.from_str(record["tokenizer"]), tensors["held_out"].to(torch.int64)
+    return Run(model.to(place), free_energy, tokenizer, tensors["unigram"], held_out, record)
 
 
 def stored_settings(path: str | Path, record: dict[str, Any]) -> Settings:
@@ -397,11 +387,6 @@ def plot(settings: Settings, losses: list[float], evaluations: list[dict[str, An
 def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
     """The optimiser of every run."""
     return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
-
-
-def draw(tokens: Tensor, context: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Where in a text ``[L]`` the tokens of a batch of sequences are: int64 ``[batch, context]``."""
-    return torch.randint(len(tokens) - context, (batch, 1), generator=generator) + torch.arange(context)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -448,25 +433,21 @@ def _diverged(step: int, fault: str, where: str, settings: Settings, path: Path)
     return Diverged(f"at step {step} the {fault}{where}: train with a --lr below {settings.lr}{kept}")
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Generator) -> dict[str, Tensor]:
-    """Everything that changes in training: weights, optimiser state and random generators."""
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What changes in training: weights, optimiser state and torch's random generator."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for number, entries in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": t for name, t in entries.items()}
-    return tensors | {"rng.torch": torch.get_rng_state(), "rng.batches": batches.get_state()}
+    return tensors | {"rng.torch": torch.get_rng_state()}
 
 
 def _restore(
-    path: str | Path,
-    tensors: dict[str, Tensor],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    batches: torch.Generator | None = None,
+    path: str | Path, tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Put what `_state` took back. Raises InputError if it does not fit the model."""
-    try:
+    with checkpoint.fitting(path):
         model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
-        if optimizer is not None and batches is not None:
+        if optimizer is not None:
             state: dict[int, dict[str, Tensor]] = {}
             for name, t in tensors.items():
                 if name.startswith("optimizer."):
@@ -474,15 +455,6 @@ def _restore(
                     state.setdefault(int(number), {})[entry] = t
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
             torch.set_rng_state(tensors["rng.torch"])
-            batches.set_state(tensors["rng.batches"])
-    except (RuntimeError, KeyError, ValueError):
-        raise InputError(
-            f"{path}: its tensors do not fit its settings: restore it from a copy, or train again"
-        ) from None
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _check_same(path: Path, settings: Settings, record: dict[str, Any]) -> None:

@@ -426,10 +426,11 @@ def test_text_that_has_changed_since(tmp_path, data, capsys):
     shutil.copy(data, text)
     assert main(train_arguments(text, tmp_path / "run", "--steps 2")) == 0
     text.write_text("a line more\n" + TEXT, encoding="utf-8")
-    assert "the text is not the one" in failure(capsys, ["eval", "--checkpoint", tmp_path / "run"])
-    assert "the text is not the one" in failure(capsys, ["train", "--resume", "--out", tmp_path / "run"])
+    resume = ["train", "--resume", "--out", tmp_path / "run"]
+    assert "the text is not the one" in failure(capsys, resume)
     text.unlink()
-    assert "No such file" in failure(capsys, ["eval", "--checkpoint", tmp_path / "run"])
+    assert "No such file" in failure(capsys, resume)
+    assert main(["eval", "--checkpoint", str(tmp_path / "run")]) == 0, "the checkpoint has what was held out"
 
 
 def test_a_loss_that_is_not_finite(tmp_path, data, capsys, monkeypatch):
@@ -472,7 +473,7 @@ def test_a_held_out_perplexity_out_of_bounds(tmp_path, data, capsys, monkeypatch
 def test_extras_that_are_not_installed(capsys, monkeypatch, extra):
     for module in [name for name in sys.modules if name.partition(".")[0] == extra]:
         monkeypatch.delitem(sys.modules, module)
-    for module in ("train", "evaluate", "checkpoint"):
+    for module in ("train", "data", "evaluate", "checkpoint"):
         monkeypatch.delitem(sys.modules, f"pc_triton.{module}")
         monkeypatch.delattr(f"pc_triton.{module}")
     monkeypatch.setitem(sys.modules, extra, None)
@@ -644,7 +645,7 @@ def test_a_held_out_text_of_its_own(tmp_path, data, capsys):
     assert main(["eval", "--checkpoint", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == trained
     held_out.write_text("a text that has changed\n" * 20, encoding="utf-8")
-    assert "the text is not the one" in failure(capsys, ["eval", "--checkpoint", tmp_path / "run"])
+    assert "the text is not the one" in failure(capsys, ["train", "--resume", "--out", tmp_path / "run"])
 
 
 def test_a_fixed_precision():

@@ -1,0 +1,185 @@
+"""The data of a run: what it trains on, batch by batch, and the held-out tokens that it measures on.
+
+`TextData` holds a text in memory; `StreamData` reads documents as they are needed. Both have:
+
+    tokenizer: byte-pair; separator: the token before each document, or None; counts: int64 ``[vocabulary]``, of the
+    training tokens; held_out: int64 ``[L]``, tokens; about: a line about them
+    batch(): this process's part of the next batch, x and y int64 ``[part, context]``, tokens and what follows them
+    state(): what it takes to go on, for a checkpoint: tensors, and what JSON can hold; all processes call it together
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from . import checkpoint, parallel
+from .stream import Documents, Reader, encode_documents, is_held_out
+from .text import InputError, read_text, split, train_tokenizer
+
+if TYPE_CHECKING:
+    from .train import Settings
+
+SAMPLE, MEASURED = 10_000_000, 400_000
+"""Characters of a stream from which its tokenizer is trained, and of its held-out documents at most."""
+
+
+class TextData:
+    """A text in memory; a batch is sequences from anywhere in it.
+
+    tensors, record: of the checkpoint at ``path`` where a run goes on, else empty. Raises InputError for a text that
+    cannot be used, or is not that of the checkpoint.
+    """
+
+    separator = None
+
+    def __init__(self, settings: Settings, path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        if settings.held_out is None:
+            training, held_out = split(read_text(settings.data))
+        else:
+            training, held_out = read_text(settings.data), read_text(settings.held_out)
+        self._digest = _digest(training, held_out)
+        if record and record["text"] != self._digest:
+            options = "--data and --held-out (and the same Python)"
+            raise InputError(f"the text is not the one {path} was trained on: give the same {options}")
+        self._context, self._batch = settings.context, settings.batch
+        self.tokenizer = (
+            Tokenizer.from_str(record["tokenizer"]) if record else train_tokenizer(training, settings.vocabulary)
+        )
+        self._tokens, self.held_out = encode(self.tokenizer, training), encode(self.tokenizer, held_out)
+        _check_length(self._tokens, self.held_out, settings.context)
+        self.counts = torch.bincount(self._tokens, minlength=settings.vocabulary)
+        self.about = (
+            f"{len(self._tokens):,} training and {len(self.held_out):,} held-out tokens of "
+            f"{len(held_out) / len(self.held_out):.1f} characters"
+        )
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        if record:
+            with checkpoint.fitting(path):
+                self._generator.set_state(tensors["rng.batches"])
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        at = parallel.part(draw(self._tokens, self._context, self._batch, self._generator))
+        return self._tokens[at], self._tokens[at + 1]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"rng.batches": self._generator.get_state()}, {"text": self._digest}
+
+
+class StreamData:
+    """Documents that are read as they are needed, packed into sequences, each document behind a separator.
+
+    The stream is read by as many readers as the run began with processes, each with its share of the documents and of
+    every batch, so that the run is the same, but for rounding, with any number of processes that divides theirs. The
+    tokenizer is trained on the first ten million characters. Unless there are held-out documents of their own, one
+    document in a hundred is held out (of a set below four million characters one in ten), and of those in the first ten
+    million characters the model is measured on 400,000 characters at most.
+
+    tensors, record and what is raised: as in `TextData`.
+    """
+
+    def __init__(self, settings: Settings, path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        assert settings.stream is not None
+        documents = Documents(settings.stream, settings.column)
+        self._digest = _digest(*islice(documents, 100))
+        self.separator = settings.vocabulary - 1  # a token that the tokenizer does not know
+        if record:
+            if record["text"] != self._digest:
+                options = "--stream and --column"
+                raise InputError(f"the documents are not those {path} was trained on: give the same {options}")
+            with checkpoint.fitting(path):
+                self.tokenizer, self._every = Tokenizer.from_str(record["tokenizer"]), record["held_out"]
+                shares = len(record["readers"])
+                self.held_out, self.counts = tensors["held_out"].to(torch.int64), tensors["unigram"]
+        else:
+            shares = parallel.processes()
+            self._sample(documents, settings)
+        if shares % parallel.processes():
+            raise InputError(f"{path} was begun by {shares} processes: go on with a number that divides it")
+        mine = parallel.part(torch.arange(shares)).tolist()
+        self._rows = settings.batch // shares
+        self._readers = [
+            Reader(
+                documents.share(number, shares),
+                self.tokenizer,
+                self.separator,
+                self._every,
+                length=settings.context + 1,
+                size=settings.pool,
+                seed=(settings.seed + number) % 2**63,
+            )
+            for number in mine
+        ]
+        if record:
+            with checkpoint.fitting(path):
+                for number, reader in zip(mine, self._readers):
+                    prefix = f"reader.{number}."
+                    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+                    reader.restore(record["readers"][number], own)
+        self.about = f"{settings.stream} as it is read, and {len(self.held_out):,} held-out tokens"
+
+    def _sample(self, documents: Documents, settings: Settings) -> None:
+        """Read the beginning of the documents: the tokenizer, the held-out tokens and the counts."""
+        sample, ended = _first(documents, SAMPLE)
+        if settings.held_out is not None:
+            self._every = 0
+            held_out, _ = _first(Documents(settings.held_out, settings.column), MEASURED)
+        else:
+            self._every = 10 if ended and sum(map(len, sample)) < 10 * MEASURED else 100
+            held_out, _ = _first((text for text in sample if is_held_out(text, self._every)), MEASURED)
+        training = [text for text in sample if not is_held_out(text, self._every)]
+        self.tokenizer = train_tokenizer("\n".join(training), settings.vocabulary - 1)
+        tokens = encode_documents(self.tokenizer, training, self.separator)
+        self.held_out = encode_documents(self.tokenizer, held_out, self.separator).to(torch.int64)
+        _check_length(tokens, self.held_out, settings.context)
+        self.counts = torch.bincount(tokens, minlength=settings.vocabulary)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        rows = torch.cat([reader.draw(self._rows) for reader in self._readers])
+        return rows[:, :-1], rows[:, 1:]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        states = parallel.gathered([reader.state() for reader in self._readers])
+        tensors = {f"reader.{k}.{name}": t for k, (_, own) in enumerate(states) for name, t in own.items()}
+        return tensors, {"text": self._digest, "held_out": self._every, "readers": [place for place, _ in states]}
+
+
+def encode(tokenizer: Tokenizer, text: str, separator: int | None = None) -> Tensor:
+    """The tokens of a text, behind the separator if there is one; int64 ``[L]``."""
+    first = [] if separator is None else [separator]
+    return torch.tensor(first + tokenizer.encode(text).ids, dtype=torch.int64)
+
+
+def draw(tokens: Tensor, context: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Where in a text ``[L]`` the tokens of a batch of sequences are: int64 ``[batch, context]``."""
+    return torch.randint(len(tokens) - context, (batch, 1), generator=generator) + torch.arange(context)
+
+
+def _first(documents: Iterable[str], characters: int) -> tuple[list[str], bool]:
+    """The first documents, of at least so many characters together; and whether there are no others."""
+    texts: list[str] = []
+    length = 0
+    for text in documents:
+        if length >= characters:
+            return texts, False
+        texts.append(text)
+        length += len(text)
+    return texts, True
+
+
+def _check_length(training: Tensor, held_out: Tensor, context: int) -> None:
+    for name, tokens in (("training", training), ("held-out", held_out)):
+        if len(tokens) <= context:
+            few = f"{len(tokens)} tokens of {name} text for a context of {context}"
+            raise InputError(f"{few}: give more text or a smaller --context")
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -183,7 +183,7 @@ def _simplify(graph: fx.GraphModule) -> None:
     for node in nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             continue
-        if node.target in (aten.detach.default, aten.clone.default):
+        if node.target in (aten.detach.default, aten.clone.default) and not node.kwargs:  # no copy for its strides
             node.replace_all_uses_with(node.all_input_nodes[0])
             continue
         try:

@@ -413,9 +413,11 @@ class Categorical(Distribution):
         """p (log p - log q) per class."""
         return categorical_energy(u, mu)
 
-    def emission(self, u: Tensor, causal: bool = False, padding: Tensor | None = None) -> Tensor:
+    def emission(
+        self, u: Tensor, causal: bool = False, padding: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         """softmax(u) along the last axis; masks as in `pc_triton.reference.mask_logits`."""
-        return log_softmax(mask_logits(u, causal, padding)).exp()
+        return log_softmax(mask_logits(u, causal, padding, segments)).exp()
 
     def check_target(self, target: Tensor, mu: Tensor) -> Tensor:
         """Check labels, int64 ``[S, ...]`` for mu ``[S, ..., C]``; the number of those that are not ignored (0-dim).
@@ -471,16 +473,14 @@ class Categorical(Distribution):
     def _clamped_energy(self, target: Tensor, mu: Tensor) -> Tensor:
         return torch.xlogy(target, target) - target * log_softmax(mu)
 
-    def node_forward(self, mu, state, pi, unit, *, form, causal=False, padding=None):
-        return backend(mu).categorical_forward(mu, state, pi, form=form, causal=causal, padding=padding)
+    def node_forward(self, mu, state, pi, unit, *, form, **masks):
+        return backend(mu).categorical_forward(mu, state, pi, form=form, **masks)
 
-    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, causal=False, padding=None):
-        return backend(mu).categorical_step(
-            mu, state, grad, pi, keep, move, form=form, moved=moved, causal=causal, padding=padding
-        )
+    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, **masks):
+        return backend(mu).categorical_step(mu, state, grad, pi, keep, move, form=form, moved=moved, **masks)
 
-    def fall(self, mu, grad, samples, unit, *, causal=False, padding=None):
-        p, g = self.emission(wide(mu), causal, padding), wide(grad)
+    def fall(self, mu, grad, samples, unit, **masks):
+        p, g = self.emission(wide(mu), **masks), wide(grad)
         mean = (p * g).sum(-1, keepdim=True)
         return sum_samples(p * (g - mean) ** 2, samples)
 

@@ -20,9 +20,9 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, causal=True, node=attention)
         self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[B, N, width]``, in the dtype of the weights, to the same shape and dtype."""
-        x = x + self.attn(self.ln1(x))
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        """x ``[B, N, width]``, in the dtype of the weights, to the same shape and dtype; segments as in `Attention`."""
+        x = x + self.attn(self.ln1(x), segments=segments)
         return x + self.down(F.gelu(self.up(self.ln2(x))))
 
 
@@ -32,7 +32,12 @@ class Transformer(nn.Module):
     The layout and the initialisation (standard deviation 0.02) are those of GPT-2 (Radford et al. 2019).
 
     vocabulary, width, heads, blocks, context: its sizes, context in tokens. attention: the node of the attention
-    weights, as ``node`` in `Attention`. Raises ValueError for sizes below 1 or a width that is no multiple of heads.
+    weights, as ``node`` in `Attention`. separator: the token that begins each document of a packed sequence: attention
+    then stays within a document, and positions count from its beginning (or the sequence's, amid a document). Logits
+    are those of the documents one by one; so are F and its gradients at a precision that is a number, while "auto" sets
+    one precision and step for the whole sequence.
+
+    Raises ValueError for sizes below 1, a width that is no multiple of heads or a separator that is no token.
     """
 
     def __init__(
@@ -44,13 +49,16 @@ class Transformer(nn.Module):
         context: int = 64,
         *,
         attention: Distribution | bool = True,
+        separator: int | None = None,
     ) -> None:
         super().__init__()
         if min(vocabulary, width, heads, blocks, context) < 1:
             raise ValueError(f"{(vocabulary, width, heads, blocks, context)=}: give whole numbers of at least 1")
         if width % heads:
             raise ValueError(f"width={width} is no multiple of heads={heads}: give a width that the heads share evenly")
-        self.context = context
+        if separator is not None and not 0 <= separator < vocabulary:
+            raise ValueError(f"separator={separator}: give a token, 0 to {vocabulary - 1}, or None")
+        self.context, self.separator = context, separator
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(blocks))
         self.ln = nn.LayerNorm(width)
@@ -71,7 +79,12 @@ class Transformer(nn.Module):
         """
         if tokens.shape[1] > self.context:
             raise ValueError(f"{tokens.shape[1]} tokens: the model's context is {self.context}")
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        places, segments = torch.arange(tokens.shape[1], device=tokens.device), None
+        if self.separator is not None:
+            begins = tokens == self.separator
+            segments = begins.cumsum(-1, dtype=torch.int32)
+            places = places - (places * begins).cummax(-1).values
+        x = self.tokens(tokens) + self.positions(places)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, segments)
         return self.head(self.ln(x))

@@ -98,16 +98,27 @@ class Attention(nn.Module):
         if bias:
             nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
         """Attention of x ``[B, N, embed_dim]`` over itself or over context ``[B, K, embed_dim]``; x's shape.
 
-        key_padding_mask: bool ``[B, K]``, True where a key is padding. Raises ValueError for a wrong shape or dtype.
+        key_padding_mask: bool ``[B, K]``, True where a key is padding. segments: int32 or int64 ``[B, N]``, any number
+        for each document of a packed sequence: a query sees the keys of its own document alone. For self-attention.
+        Raises ValueError for a wrong shape or dtype, or for segments with a context.
         """
-        return (self._visit if visited(self.node) else self._plain)(x, context, key_padding_mask)
+        return (self._visit if visited(self.node) else self._plain)(x, context, key_padding_mask, segments)
 
-    def _plain(self, x: Tensor, context: Tensor | None, key_padding_mask: Tensor | None) -> Tensor:
+    def _plain(
+        self, x: Tensor, context: Tensor | None, key_padding_mask: Tensor | None, segments: Tensor | None
+    ) -> Tensor:
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}: Attention needs [batch, length, {self.embed_dim}]")
+        _check_segments(segments, x, context)
         kv_dim = self.kv_heads * self.head_dim
         if context is None:
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).split([self.embed_dim, kv_dim, kv_dim], -1)
@@ -119,7 +130,7 @@ class Attention(nn.Module):
         _check_padding(key_padding_mask, k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
-        out, _ = attend(self.node, q, k, v, self.causal, key_padding_mask, None, dropout)
+        out, _ = attend(self.node, q, k, v, self.causal, key_padding_mask, None, dropout, segments=segments)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     _visit = _plain
@@ -205,17 +216,18 @@ def attend(
     dropout: float,
     fused: bool = True,
     scale: float | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(scale q k' + bias) v ``[B, heads, N, D]`` with the node over the keys, and its weights.
 
     The weights are None where nothing has to make them; fused=False makes them in inference.
-    q ``[B, heads, N, D]``; k, v ``[B, kv heads, K, D]``; causal and padding as in `reference.mask_logits`; scale is
-    1 / sqrt(D) if None.
+    q ``[B, heads, N, D]``; k, v ``[B, kv heads, K, D]``; causal, padding and segments as in `reference.mask_logits`;
+    scale is 1 / sqrt(D) if None.
     """
     if node is None or (inference_here() is None and isinstance(node, Categorical)):
         mask = bias
-        if padding is not None or (causal and q.shape[2] != k.shape[2]):
-            mask = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding)
+        if padding is not None or segments is not None or (causal and q.shape[2] != k.shape[2]):
+            mask = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding, segments)
             causal = False
         shared = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=shared), None
@@ -232,9 +244,9 @@ def attend(
     if bias is not None:
         mu = (mu + bias).masked_fill(bias == -torch.inf, -torch.inf)  # where no gradient is to come from either
     if isinstance(node, Categorical):
-        p = node(mu, causal=causal, padding=padding)
+        p = node(mu, causal=causal, padding=padding, segments=segments)
     else:
-        p = node(mask_logits(mu, causal, padding).softmax(-1))
+        p = node(mask_logits(mu, causal, padding, segments).softmax(-1))
     return F.dropout(p, dropout) @ v, p
 
 
@@ -251,4 +263,16 @@ def _check_padding(mask: Tensor | None, keys: Tensor) -> None:
         raise ValueError(
             f"key_padding_mask is {mask.dtype} {tuple(mask.shape)}: give a bool tensor {tuple(keys.shape[:2])}, "
             "True where a key is padding"
+        )
+
+
+def _check_segments(segments: Tensor | None, x: Tensor, context: Tensor | None) -> None:
+    if segments is None:
+        return
+    if context is not None:
+        raise ValueError("segments are for self-attention: leave them out, or the context")
+    if segments.dtype not in (torch.int32, torch.int64) or segments.shape != x.shape[:2]:
+        raise ValueError(
+            f"segments is {segments.dtype} {tuple(segments.shape)}: give an int32 or int64 tensor "
+            f"{tuple(x.shape[:2])}, a number for each document"
         )

@@ -236,10 +236,11 @@ def bernoulli_step(
 # Categorical with logits along the last axis: p = softmax(u), q = softmax(mu). A logit of -inf is masked: p = q = 0.
 
 
-def mask_logits(mu: Tensor, causal: bool, padding: Tensor | None) -> Tensor:
+def mask_logits(mu: Tensor, causal: bool, padding: Tensor | None, segments: Tensor | None = None) -> Tensor:
     """Attention's logits ``[B, heads, N, K]`` with -inf where a query may not look.
 
-    causal: query i sees keys 0 .. i + K - N. padding ``[B, K]``: True where a key is padding.
+    causal: query i sees keys 0 .. i + K - N. padding ``[B, K]``: True where a key is padding. segments ``[B, N]``,
+    N = K: a query sees the keys of its own number.
     """
     if causal:
         n, k = mu.shape[-2:]
@@ -247,6 +248,8 @@ def mask_logits(mu: Tensor, causal: bool, padding: Tensor | None) -> Tensor:
         mu = mu.masked_fill(hidden, -torch.inf)
     if padding is not None:
         mu = mu.masked_fill(padding[:, None, None, :], -torch.inf)
+    if segments is not None:
+        mu = mu.masked_fill((segments[:, :, None] != segments[:, None, :])[:, None], -torch.inf)
     return mu
 
 
@@ -263,10 +266,17 @@ def categorical_energy(u: Tensor, mu: Tensor) -> Tensor:
 
 
 def categorical_forward(
-    mu: Tensor, state: Tensor, precision: Tensor, *, form: str, causal: bool = False, padding: Tensor | None = None
+    mu: Tensor,
+    state: Tensor,
+    precision: Tensor,
+    *,
+    form: str,
+    causal: bool = False,
+    padding: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Emission softmax(u) and pi KL of the softmaxes, over the last axis."""
-    logits = mask_logits(wide(mu), causal, padding)
+    logits = mask_logits(wide(mu), causal, padding, segments)
     u = logits + state if form == "error" else state.masked_fill(logits == -torch.inf, -torch.inf)
     return log_softmax(u).exp().to(mu.dtype), precision * sum_samples(categorical_energy(u, logits), len(precision))
 
@@ -283,12 +293,13 @@ def categorical_step(
     moved: bool = False,
     causal: bool = False,
     padding: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Step:
     """dE/du = pi p (log p - log q - KL), dE/dmu = pi (q - p); the children's g returns to u as p (g - <p, g>).
 
     The state moves by g - <p, g>: logits count only up to a shift. Masked entries of d and of dF/dmu are 0.
     """
-    logits, g = mask_logits(wide(mu), causal, padding), _sent(grad, mu)
+    logits, g = mask_logits(wide(mu), causal, padding, segments), _sent(grad, mu)
     masked = logits == -torch.inf
     d = torch.zeros_like(logits) if state is None else (state if form == "error" else state - logits)
     d = d.masked_fill(masked, 0.0)
@@ -328,12 +339,13 @@ def attention_forward(
     scale: float,
     causal: bool = False,
     padding: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output softmax(u) v, pi KL of the softmaxes, and the facts of each row: log sum e^u, <p, d>, KL."""
     mu = _logits(q, k, scale)
     d = torch.zeros_like(mu) if state is None else state
-    p, energy = categorical_forward(mu, d, precision, form="error", causal=causal, padding=padding)
-    logits = mask_logits(mu, causal, padding)
+    logits = mask_logits(mu, causal, padding, segments)
+    p, energy = categorical_forward(logits, d, precision, form="error")
     kl = categorical_energy(logits + d, logits).sum(-1)
     lse = torch.logsumexp(logits + d, -1)
     facts = torch.stack([lse.masked_fill(lse == -torch.inf, 0.0), (p * d).sum(-1), kl])
@@ -355,10 +367,11 @@ def attention_step(
     scale: float,
     causal: bool = False,
     padding: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """The state moved by g = grad_out v', and dF/dq, dF/dk, dF/dv. It reads neither out nor facts: the kernels do."""
     mu, sent = _logits(q, k, scale), wide(grad_out)
-    logits, d = mask_logits(mu, causal, padding), torch.zeros_like(mu) if state is None else state
+    logits, d = mask_logits(mu, causal, padding, segments), torch.zeros_like(mu) if state is None else state
     p = log_softmax(logits + d).exp()
     g = sent @ _for_queries(v, q).mT
     new, grad_mu = categorical_step(logits, state, g, precision, keep, move, form="error")

@@ -29,9 +29,8 @@ class Documents:
     """The texts in a column of local files or of a set of the Hugging Face hub, in order, but for blank ones.
 
     source: local files, ``*`` and ``**`` as in a shell: .txt (a line is a document), .jsonl, .json, .csv or .parquet,
-    compressed ones too; or a set of the hub or a folder of one, as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (split "train"
-    if not given). Raises InputError, here or as they are read, for a source or column that is not there or cannot be
-    read.
+    compressed ones too; or a set of the hub or a folder of one, as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT ("train" if
+    not given). Raises InputError, here or as they are read, for a source or column that is not there or cannot be read.
     """
 
     def __init__(self, source: str, column: str) -> None:

@@ -57,8 +57,8 @@ class Settings:
     data: str | None = _setting(None, "UTF-8 text file to train on; Python's language reference if not given")
     stream: str | None = _setting(
         None,
-        "in place of --data, documents that are read as they are needed: .txt, .jsonl, .csv or .parquet files (* and ** "
-        "as in a shell, in quotes), or a set of the Hugging Face hub, NAME, NAME:CONFIG or NAME:CONFIG:SPLIT",
+        "in place of --data, documents that are read as they are needed: .txt, .jsonl, .csv or .parquet files (* and "
+        "** as in a shell, in quotes), or a set of the Hugging Face hub, NAME, NAME:CONFIG or NAME:CONFIG:SPLIT",
     )
     column: str = _setting("text", "column of --stream that holds the text")
     pool: int = _setting(1024, "sequences of --stream that are read ahead in each process, of which a batch is drawn")

@@ -37,6 +37,25 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
 
     Raises InputError for a file that is missing, unreadable, truncated, altered, or no checkpoint of this program.
     """
+    with _opened(path) as (archive, metadata):
+        tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+        if metadata.get("digest") != _digest(tensors, metadata.get("record", "")):
+            raise _Damaged
+        return tensors, json.loads(metadata["record"])
+
+
+def load_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record alone, quickly: that the file is not altered, `load` checks. Arguments and errors as there."""
+    with _opened(path) as (_, metadata):
+        return json.loads(metadata["record"])
+
+
+class _Damaged(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]]:
     file = Path(path)
     if file.is_dir():
         file = file / NAME
@@ -47,14 +66,11 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             metadata = archive.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise InputError(f"{file} is no checkpoint of `pc-triton train`: give one that is")
-            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
-        if metadata.get("digest") == _digest(tensors, metadata.get("record", "")):
-            return tensors, json.loads(metadata["record"])
-    except SafetensorError:
-        pass
+            yield archive, metadata
+    except (SafetensorError, _Damaged, KeyError, json.JSONDecodeError):
+        raise InputError(f"{file} is damaged or truncated: restore it from a copy, or train again") from None
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}: make it readable") from None
-    raise InputError(f"{file} is damaged or truncated: restore it from a copy, or train again")
 
 
 @contextlib.contextmanager

@@ -137,8 +137,7 @@ def _train(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out or f"runs/{given.get('method', 'pc')}")
     settings = Settings(**given)
     if arguments.resume:
-        _, record = checkpoint.load(out)
-        settings = dataclasses.replace(stored_settings(out, record), **given)
+        settings = dataclasses.replace(stored_settings(out, checkpoint.load_record(out)), **given)
     with parallel.joined():
         result = train(
             settings,

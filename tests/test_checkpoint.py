@@ -20,7 +20,7 @@ def test_round_trip(tmp_path):
     checkpoint.save(tmp_path / checkpoint.NAME, TENSORS, {"step": 3, "text": "ü"})
     for path in (tmp_path, tmp_path / checkpoint.NAME):
         tensors, record = checkpoint.load(path)
-        assert record == {"step": 3, "text": "ü"}
+        assert record == checkpoint.load_record(path) == {"step": 3, "text": "ü"}
         assert tensors.keys() == TENSORS.keys()
         for name, t in TENSORS.items():
             assert torch.equal(tensors[name], t)

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from . import parallel
 from .chain import chain_loss
 from .distributions import Distribution, Gaussian
-from .inference import Inference, hold_gathered, hold_statistics, leave_graphs
+from .inference import Inference, hold_gathered, hold_statistics, is_sharded, leave_graphs
 from .report import Report, report
 
 if TYPE_CHECKING:
@@ -156,6 +156,11 @@ class FreeEnergy(nn.Module):
         """Whether inference begins with a backward pass at the prediction."""
         return self.order == "error" or self.precision == "auto"
 
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the model or a part of it."""
+        return any(map(is_sharded, self.model.modules()))
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model, as inference calls it."""
         if self._traced_model is None:
@@ -219,10 +224,14 @@ class FreeEnergy(nn.Module):
         ``{"max_autotune": True}``.
 
         The model's forward must not depend on the values of its inputs. Raises ValueError here for
-        ``order="incremental"`` or a state_optimizer, at the first batch for dropout or, on a GPU, any random numbers.
+        ``order="incremental"``, a state_optimizer or a model that FSDP2 shards, at the first batch for dropout or, on a GPU, any random numbers.
         """
         if self.order == "incremental" or self.state_optimizer is not None:
             raise ValueError("compile() needs order error, sweep or simultaneous, and state_optimizer=None")
+        if self.sharded:
+            raise ValueError(
+                "compile() needs whole parameters: give a model that FSDP2 shards to torch.compile instead"
+            )
         from .compiled import CompiledSteps  # brings in much of torch that nothing else needs
 
         self._compiled = CompiledSteps(self, options)

@@ -223,7 +223,7 @@ class Inference:
         """
         self.mode, self.visits, self.learns, self.head, self.added = mode, 0, learns, None, []
         self.random.restore()  # dropout and noise are the same in every pass
-        weights = self.weights if self.owner.traced and not learns else []
+        weights = [] if learns or not self.owner.traced or self.owner.sharded else self.weights
         try:
             with torch.enable_grad(), self._visited(), hold_weights(weights):
                 args = self.args
@@ -575,7 +575,10 @@ def leave_graphs() -> None:
 
 @contextlib.contextmanager
 def hold_weights(weights: list[nn.Parameter]) -> Iterator[None]:
-    """Within it these require no gradient: a compiled backward computes all that its forward saw required."""
+    """Within it these require no gradient: a compiled backward computes all that its forward saw required.
+
+    Not for parameters that FSDP2 shards: what it gathers would keep that for good.
+    """
     for weight in weights:
         weight.requires_grad_(False)
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .inference import Inference, is_sharded
+from .inference import Inference
 from .reference import sum_samples
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _bar(value: float, full: float) -> str:
 
 def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
     """Measure a `Report` on one batch; see `FreeEnergy.report`."""
-    if any(map(is_sharded, owner.modules())):
+    if owner.sharded:
         raise ValueError("the report needs whole gradients, and FSDP2 shards this model: report on an unsharded copy")
     with torch.random.fork_rng():
         inference = Inference(owner, x, y)

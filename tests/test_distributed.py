@@ -93,6 +93,9 @@ def work(rank, store, folder):
     def around_shards(whole, order, **options):
         return pc.FreeEnergy(sharded(whole, **options), order=order, steps=STEPS)
 
+    def compiled_around_shards(whole, order):
+        return pc.FreeEnergy(torch.compile(sharded(whole), backend="aot_eager"), order=order, steps=STEPS)
+
     for dtype, order in itertools.product(DTYPES, ORDERS):
         alone = model(dtype)
         pc.FreeEnergy(alone, order=order, steps=STEPS)(x, y).backward()
@@ -102,6 +105,8 @@ def work(rank, store, folder):
             wraps["ddp static"] = replicated, {"static_graph": True}
             wraps["ddp unused"] = replicated, {"find_unused_parameters": True}
             wraps["fsdp kept"] = around_shards, {"reshard_after_forward": False}
+        if (dtype, order) == (torch.float64, "error"):
+            wraps["fsdp compiled"] = compiled_around_shards, {}
         for name, (wrap, options) in wraps.items():
             whole = model(dtype)
             learner = wrap(whole, order=order, **options)
@@ -159,6 +164,7 @@ def work(rank, store, folder):
     results["infer"] = difference([free_energy.infer(x[mine], y[mine]).free_energy], [alone])
     for name, refused in {
         "report": lambda: free_energy.report(x, y),
+        "compile": free_energy.compile,
         "inside": lambda: pc.FreeEnergy(DistributedDataParallel(model())),
         "static": lambda: pc.FreeEnergy(
             DistributedDataParallel(model(), static_graph=True), order="incremental", steps=STEPS
@@ -188,7 +194,7 @@ def results(tmp_path_factory):
 def test_gradients_are_those_of_one_process(results, dtype, order):
     """On the joined batch, but for the order of sums over it: precisions and steps are each sample's own."""
     found = {name: value for name, value in results.items() if name[1:] == (dtype, order)}
-    assert len(found) == {torch.float32: 2, torch.float64: 5}[dtype]
+    assert len(found) == {torch.float32: 2, torch.float64: 5 + (order == "error")}[dtype]
     for name, (largest, *_) in found.items():
         assert largest < ROUNDING * torch.finfo(dtype).eps, name
 
@@ -248,6 +254,7 @@ def test_what_is_refused(results):
     assert "write DistributedDataParallel(FreeEnergy(model))" in results["inside"]
     assert "leave both False" in results["static"]
     assert "report on an unsharded copy" in results["report"]
+    assert "needs whole parameters: give a model that FSDP2 shards to torch.compile" in results["compile"]
 
 
 def test_mixed_devices():

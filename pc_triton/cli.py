@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        return _fail("out of memory: train with a smaller --batch, --context, --width or --blocks")
+        return _fail("out of memory: train with a smaller --micro-batch, --batch, --context, --width or --blocks")
     return 0
 
 
@@ -87,7 +87,7 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
 
     train = command("train", _train, "train a language model on text; leaves a checkpoint and a PNG of the curves")
     for f in dataclasses.fields(settings):
-        kind = str if f.default is None else type(f.default)
+        kind = {"int": int, "float": float, "str": str}[str(f.type).removesuffix(" | None")]
         choices, text = f.metadata["choices"], f.metadata["help"]
         text += "" if f.default is None else f" (default {f.default})"
         metavar = None if choices else {int: "N", float: "X", str: "SOURCE" if f.default is None else "X"}[kind]
@@ -161,14 +161,14 @@ def _eval(arguments: argparse.Namespace) -> None:
     from .data import encode
     from .evaluate import perplexity, regime, unigram_perplexity
     from .text import read_text
-    from .train import BACKPROPAGATION, load, stored_settings
+    from .train import BACKPROPAGATION, at_once, load, stored_settings
 
     model, free_energy, tokenizer, counts, tokens, record = load(arguments.checkpoint, arguments.device)
     settings = stored_settings(arguments.checkpoint, record)
     if arguments.data is not None:
         tokens = encode(tokenizer, read_text(arguments.data), model.separator)
     measured, unigram = perplexity(model, tokens), unigram_perplexity(counts, tokens, settings.context)
-    report = regime(free_energy, tokens, settings.context, settings.batch) if free_energy else None
+    report = regime(free_energy, tokens, settings.context, at_once(settings)) if free_energy else None
     if arguments.html is not None:
         from .page import page
 

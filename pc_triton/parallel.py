@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -94,3 +95,8 @@ def replicate(model: nn.Module, free_energy: FreeEnergy | None) -> nn.Module:
         free_energy.model = DistributedDataParallel(free_energy.model)
         return free_energy
     return DistributedDataParallel(whole)
+
+
+def unsent(replica: nn.Module) -> AbstractContextManager[None]:
+    """Within it the gradients of what `replicate` made add up in each process, until a backward pass outside it."""
+    return replica.no_sync() if isinstance(replica, DistributedDataParallel) else contextlib.nullcontext()

@@ -33,7 +33,7 @@ from .text import InputError
 
 METHODS = ("pc", "bp", "gaussian-pc")
 ORDERS = ("error", "sweep", "simultaneous", "incremental")
-MAY_CHANGE = ("data", "stream", "column", "held_out", "steps", "eval_every")
+MAY_CHANGE = ("data", "stream", "column", "held_out", "micro_batch", "steps", "eval_every")
 """Settings that may change when a run is resumed; the text itself is compared by its digest."""
 BACKPROPAGATION = "backpropagation: no inference"
 RISE = 10
@@ -71,6 +71,9 @@ class Settings:
     context: int = _setting(64, "tokens the model sees at once")
     vocabulary: int = _setting(1024, "byte-pair tokens, at least 256")
     batch: int = _setting(16, "sequences per training step, of all processes together")
+    micro_batch: int | None = _setting(
+        None, "sequences that a process has in memory at once; if not given, all that it has of a batch"
+    )
     steps: int = _setting(600, "training steps")
     lr: float = _setting(2e-3, "peak learning rate of AdamW, which then falls by a cosine to a tenth")
     warmup: float = _setting(0.05, "part of the steps in which the learning rate rises to its peak")
@@ -82,7 +85,8 @@ class Settings:
     eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
 
     def __post_init__(self) -> None:
-        for name in ("width", "heads", "blocks", "context", "batch", "steps", "inference_steps", "eval_every", "pool"):
+        sizes = ["width", "heads", "blocks", "context", "batch", "steps", "inference_steps", "eval_every", "pool"]
+        for name in sizes if self.micro_batch is None else [*sizes, "micro_batch"]:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value < 2**31:
                 raise InputError(f"{name}={value}: give a whole number of at least 1, below 2**31")
@@ -104,6 +108,11 @@ class Settings:
         for name, choices in (("method", METHODS), ("order", ORDERS)):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
+        if self.micro_batch is not None and self.method != "bp" and self.order == "incremental":
+            raise InputError(
+                "micro_batch: order=incremental moves the weights at every inference step of the whole batch: use "
+                "another --order, or a smaller --batch"
+            )
 
 
 def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
@@ -144,6 +153,41 @@ def losses(learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Ten
     each = 1 if clamped is y else y.shape[1]  # the free energy of a Gaussian output is per sequence
     for loss in free_energy.incremental(x, clamped) if free_energy.order == "incremental" else [learner(x, clamped)]:
         yield loss / each
+
+
+def backward(
+    learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Tensor, micro_batch: int | None
+) -> Iterator[Tensor]:
+    """The `losses` of one training step, each once its gradients have been added to those that the parameters have.
+
+    micro_batch: None, or the sequences to have in memory at once: the one loss and its gradients are then the same but
+    for rounding, since inference is each sequence's own. Not in incremental order. Other arguments as in `losses`.
+    """
+    pieces = micro_batches(x, y, micro_batch)
+    if len(pieces) == 1:
+        for loss in losses(learner, free_energy, x, y):
+            loss.backward()
+            yield loss.detach()
+        return
+    shares = []
+    for k, piece in enumerate(pieces, 1):
+        with contextlib.nullcontext() if k == len(pieces) else parallel.unsent(learner):
+            loss = next(losses(learner, free_energy, *piece)) * (len(piece[0]) / len(x))
+            loss.backward()
+        shares.append(loss.detach())
+        del loss  # its graph holds the states
+    yield torch.stack(shares).sum()
+
+
+def at_once(settings: Settings) -> int:
+    """The sequences that a process has in memory at once."""
+    part = settings.batch // parallel.processes()
+    return min(part, settings.micro_batch or part)
+
+
+def micro_batches(x: Tensor, y: Tensor, size: int | None) -> list[tuple[Tensor, Tensor]]:
+    """x and y ``[B, N]`` in parts of so many sequences, the last of what is left; whole if size is None."""
+    return list(zip(x.split(size or len(x)), y.split(size or len(y))))
 
 
 def choose_device(name: str) -> torch.device:
@@ -252,7 +296,7 @@ def train(
         if not row["perplexity"] < settings.vocabulary**RISE:
             raise _diverged(done, f"held-out perplexity is {row['perplexity']:.4g}", "", settings, path)
         if free_energy is not None:
-            row |= regime(free_energy, held_out, settings.context, 4).scalars()
+            row |= regime(free_energy, held_out, settings.context, min(4, at_once(settings))).scalars()
         evaluations.append({"step": done, **row})
         log(row, done)
 
@@ -274,14 +318,14 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule(done, settings.steps, settings.warmup)
             x, y = (t.to(place) for t in data.batch())
-            for loss in losses(learner, free_energy, x, y):
-                optimizer.zero_grad()
-                loss.backward()
+            for loss in backward(learner, free_energy, x, y, settings.micro_batch):
                 norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                both = torch.stack([loss, norm])
                 if often == 1 and not norm.isfinite():
                     break  # with the weights that made it
                 optimizer.step()
-            fresh.append(torch.stack([loss.detach(), norm]))
+                optimizer.zero_grad()  # so that the next inference has their memory
+            fresh.append(both)
             done += 1
             bar.update()
             due = done % settings.eval_every == 0 or done == settings.steps
@@ -292,7 +336,8 @@ def train(
                 for k, (value, size) in enumerate(rows, done - len(fresh) + 1):
                     fault = _fault(value, size, loss_curve)
                     if fault is not None:
-                        node = "" if math.isfinite(value + size) else _faulty_node(free_energy, x, y)
+                        finite = math.isfinite(value + size)
+                        node = "" if finite else _faulty_node(free_energy, x, y, settings.micro_batch)
                         raise _diverged(k, fault, node, settings, path)
                     loss_curve.append(value)
                     log({"loss": value}, k)
@@ -316,7 +361,7 @@ def train(
     curves = folder / "curves.png"
     if writes:
         checkpoint.write(curves, plot(settings, loss_curve, evaluations, unigram))
-    final = regime(free_energy, held_out, settings.context, settings.batch) if free_energy is not None else None
+    final = regime(free_energy, held_out, settings.context, at_once(settings)) if free_energy is not None else None
     return {
         "settings": settings,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -416,16 +461,19 @@ def _fault(loss: float, norm: float, earlier: list[float]) -> str | None:
     return None
 
 
-def _faulty_node(free_energy: FreeEnergy | None, x: Tensor, y: Tensor) -> str:
+def _faulty_node(free_energy: FreeEnergy | None, x: Tensor, y: Tensor, micro_batch: int | None) -> str:
     """The first node of the forward pass whose prediction is not finite, for a message; empty where there is none."""
     if free_energy is None or not all(p.isfinite().all() for p in free_energy.parameters()):
         return ""  # weights that are not finite make every node so
-    inference = Inference(free_energy, x, target(free_energy, y))
-    energy = inference.forward("first")
-    names = [node.name for node in inference.nodes if not node.mu.isfinite().all()]
-    if not names and not energy.isfinite().all():
-        names = ["output"]
-    return f", first in node {names[0]!r}" if names else ""
+    for piece, labels in micro_batches(x, y, micro_batch):
+        inference = Inference(free_energy, piece, target(free_energy, labels))
+        energy = inference.forward("first")
+        names = [node.name for node in inference.nodes if not node.mu.isfinite().all()]
+        if not names and not energy.isfinite().all():
+            names = ["output"]
+        if names:
+            return f", first in node {names[0]!r}"
+    return ""
 
 
 def _diverged(step: int, fault: str, where: str, settings: Settings, path: Path) -> Diverged:

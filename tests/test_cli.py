@@ -258,6 +258,8 @@ def test_data_that_cannot_be_used(tmp_path, capsys, content, message):
         ("--steps many", "invalid int value"),
         ("--steps 0", "steps=0"),
         ("--batch -1", "batch=-1"),
+        ("--micro-batch 0", "micro_batch=0"),
+        ("--micro-batch 2 --order incremental", "every inference step of the whole batch: use another --order"),
         ("--inference-steps 0", "inference_steps=0"),
         ("--displacement 1.5", "displacement=1.5"),
         ("--precision much", "precision=much: give auto, or a positive"),
@@ -288,7 +290,9 @@ def test_too_little_memory(tmp_path, data, capsys, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(training, "build", build)
-    assert "out of memory: train with a smaller --batch" in failure(capsys, train_arguments(data, tmp_path))
+    assert "out of memory: train with a smaller --micro-batch, --batch" in failure(
+        capsys, train_arguments(data, tmp_path)
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -540,15 +544,16 @@ def test_a_process_killed_in_a_save(tmp_path, data, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux")
 def test_two_processes_one_of_which_is_killed(tmp_path, data, monkeypatch):
-    """torchrun goes on with a run of one process as that would have; it ends when a process dies; one goes on again."""
+    """torchrun goes on with a run of one process, in micro-batches, as that would have; it ends when a process dies."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
         assert main(train_arguments(data, tmp_path / "one", "--steps 1000 --eval-every 5")) == 130
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     resume = ["train", "--resume", "--device", "cpu", "--out"]
+    micro = ["--micro-batch", "1"]
 
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = command(*resume, tmp_path / "two", launcher=launcher)
+    process = command(*resume, tmp_path / "two", *micro, launcher=launcher)
     wait_for_checkpoint(tmp_path / "two", process, step=5)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
@@ -646,6 +651,55 @@ def test_a_held_out_text_of_its_own(tmp_path, data, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == trained
     held_out.write_text("a text that has changed\n" * 20, encoding="utf-8")
     assert "the text is not the one" in failure(capsys, ["train", "--resume", "--out", tmp_path / "run"])
+
+
+def gradients(settings, micro_batch):
+    """The loss of a training step in float64, and its gradients."""
+    torch.manual_seed(0)
+    model, free_energy = training.build(settings)
+    model.double()
+    x, y = torch.randint(300, (2, 7, settings.context), generator=torch.Generator().manual_seed(1))
+    learner = training.parallel.replicate(model, free_energy)
+    (loss,) = training.backward(learner, free_energy, x, y, micro_batch)
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 50])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "bp"},
+        {},
+        {"inference_steps": 5},
+        {"order": "sweep"},
+        {"order": "simultaneous"},
+        {"method": "gaussian-pc"},
+    ],
+    ids=str,
+)
+def test_micro_batches_are_the_whole_batch(options, size):
+    settings = Settings(width=16, heads=2, blocks=1, context=8, vocabulary=300, **options)
+    loss, grad = gradients(settings, size)
+    whole_loss, whole_grad = gradients(settings, None)
+    rounding = 32 * torch.finfo(torch.float64).eps  # the sums over the batch are made in another order
+    assert float(loss) == pytest.approx(float(whole_loss), rel=rounding)
+    assert float((grad - whole_grad).norm()) <= rounding * float(whole_grad.norm())
+
+
+def test_micro_batches_hold_fewer_sequences(tmp_path, data, monkeypatch):
+    """Each pass has as many as were asked for, also where they do not divide the batch, and in reports."""
+    original, seen = training.losses, []
+
+    def losses(learner, free_energy, x, y):
+        seen.append(len(x))
+        return original(learner, free_energy, x, y)
+
+    monkeypatch.setattr(training, "losses", losses)
+    monkeypatch.setattr(
+        training, "regime", lambda f, t, context, n: seen.append(n) or evaluate.regime(f, t, context, n)
+    )
+    assert main(train_arguments(data, tmp_path, "--micro-batch 3 --steps 2 --quiet")) == 0
+    assert seen == [3, 1, 3, 1, 3, 3]
 
 
 def test_a_fixed_precision():

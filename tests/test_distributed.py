@@ -13,8 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+pytest.importorskip("tokenizers", reason="the command line's extras: pip install 'pc_triton[train]'")
+
 import pc_triton as pc
+from pc_triton import parallel
 from pc_triton.models import Transformer
+from pc_triton.train import backward
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 
@@ -140,6 +144,12 @@ def work(rank, store, folder):
     replica = DistributedDataParallel(pc.FreeEnergy(whole))
     measure(("ddp", "no_sync"), whole, lambda: accumulate(replica), gradients(alone))
 
+    once, whole = model(), model()
+    pc.FreeEnergy(once)(x, y).backward()
+    replica = parallel.replicate(whole, pc.FreeEnergy(whole))
+    step = backward(replica, replica.module, x[mine], y[mine], micro_batch=3)
+    measure(("ddp", "micro-batches"), whole, lambda: next(step), gradients(once))
+
     whole = sharded(model())
     free_energy = pc.FreeEnergy(whole)
 
@@ -233,10 +243,15 @@ def test_incremental(results, name, operation, times):
 
 
 @pytest.mark.parametrize(
-    ("name", "operation", "times"), [("ddp", "allreduce", 1), ("fsdp", "reduce_scatter_base", 2 * (1 + BLOCKS))]
+    ("name", "how", "operation", "times"),
+    [
+        ("ddp", "no_sync", "allreduce", 1),
+        ("ddp", "micro-batches", "allreduce", 1),
+        ("fsdp", "no_sync", "reduce_scatter_base", 2 * (1 + BLOCKS)),
+    ],
 )
-def test_gradient_accumulation(results, name, operation, times):
-    largest, calls, _ = results[name, "no_sync"]
+def test_gradient_accumulation(results, name, how, operation, times):
+    largest, calls, _ = results[name, how]
     assert largest < ROUNDING * torch.finfo(torch.float64).eps
     assert calls[operation] == times
 

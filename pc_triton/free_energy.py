@@ -224,7 +224,8 @@ class FreeEnergy(nn.Module):
         ``{"max_autotune": True}``.
 
         The model's forward must not depend on the values of its inputs. Raises ValueError here for
-        ``order="incremental"``, a state_optimizer or a model that FSDP2 shards, at the first batch for dropout or, on a GPU, any random numbers.
+        ``order="incremental"``, a state_optimizer or a model that FSDP2 shards, at the first batch for dropout or, on a
+        GPU, any random numbers.
         """
         if self.order == "incremental" or self.state_optimizer is not None:
             raise ValueError("compile() needs order error, sweep or simultaneous, and state_optimizer=None")

@@ -221,9 +221,10 @@ def test_attention_over_long_rows(causal, padded, device):
     check_all("categorical", (2, 1, 2, 37), 2, (device, torch.float32), steps, causal=causal, padding=padding)
 
 
-@pytest.mark.parametrize("tokens", [7, 18])
-@pytest.mark.parametrize(("causal", "padded"), [(False, False), (True, True)], ids=["alone", "all"])
-def test_attention_within_segments(causal, padded, tokens, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "causal", "padded"), [(7, False, False), (7, True, True), (18, True, True)], ids=["alone", "all", "long"]
+)
+def test_attention_within_segments(tokens, causal, padded, device, monkeypatch):
     """A document's last tokens, and numbers that no 32 bits hold, mixed; rows of one tile and of two."""
     monkeypatch.setattr(categorical, "SHORT", 16)
     monkeypatch.setattr(categorical, "LONG", 16)

@@ -253,9 +253,10 @@ def chain(device: str, samples: int, width: int, layers: int) -> Case:
     return Case(f"chain {samples}: {layers} layers of {width}", device, elements, moved / elements, flops, build)
 
 
-def attention(device: str, n: int, head: int) -> Iterator[Case]:
+def attention(device: str, n: int, head: int, documents: int = 1) -> Iterator[Case]:
     """Causal attention with a state, fused; an element is a query and a key, of which causal hides half.
 
+    documents: those that each sequence is packed of, alike in length; their own pairs alone count in the floor.
     Floor: the state, read by the forward pass, read and written by the step. The step's two kernels read it twice, so
     that it can reach two thirds of its floor. Rivals: the products and the node's kernel, given the mu and p that
     autograd would have kept; and torch's attention, which has no state.
@@ -267,8 +268,13 @@ def attention(device: str, n: int, head: int) -> Iterator[Case]:
         q, k, v, grad_out = (torch.randn(items, heads, n, head, dtype=dtype, device=device) for _ in range(4))
         state = torch.randn(items, heads, n, n, device=device).mul_(0.1)
         pi, scale = torch.rand(items, device=device) + 0.5, head**-0.5
-        ours, node = backend(q), {"form": "error", "causal": True}
-        out, _, facts = ours.attention_forward(q, k, v, state, pi, scale=scale, causal=True)
+        segments, seen = None, {"is_causal": True}
+        if documents > 1:
+            segments = (torch.arange(n, device=device) * documents // n).expand(items, n).contiguous()
+            seen = {"attn_mask": reference.mask_logits(q.new_zeros(items, 1, n, n), True, None, segments)}
+        masks = {"causal": True, "segments": segments}
+        ours, node = backend(q), {"form": "error", **masks}
+        out, _, facts = ours.attention_forward(q, k, v, state, pi, scale=scale, **masks)
         mu = q @ k.mT * scale
         p, _ = ours.categorical_forward(mu, state, pi, **node)
 
@@ -281,23 +287,25 @@ def attention(device: str, n: int, head: int) -> Iterator[Case]:
             return moved, scale * (grad_mu @ k), scale * (grad_mu.mT @ q), p.mT @ grad_out
 
         if phase == "forward":
-            fused = partial(ours.attention_forward, q, k, v, state, pi, scale=scale, causal=True)
-            torchs = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+            fused = partial(ours.attention_forward, q, k, v, state, pi, scale=scale, **masks)
+            torchs = partial(F.scaled_dot_product_attention, q, k, v, **seen)
             return {"pc_triton": fused, "products": products_forward, "torch": torchs}
         inputs = (q, k, v, out, grad_out, state, pi, pi / 3, pi / 3, facts)
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            without = F.scaled_dot_product_attention(*leaves, is_causal=True)
+            without = F.scaled_dot_product_attention(*leaves, **seen)
         return {
-            "pc_triton": partial(ours.attention_step, *inputs, scale=scale, causal=True),
+            "pc_triton": partial(ours.attention_step, *inputs, scale=scale, **masks),
             "products": products_step,
             "torch": partial(torch.autograd.grad, without, leaves, grad_out, retain_graph=True),
         }
 
-    # Half of the pairs; forward 2 products and 40 operations, the step 7 products and 60.
+    packing = f", {documents} documents" if documents > 1 else ""
+    # Half of a document's pairs; forward 2 products and 40 operations, the step 7 products and 60.
     for phase, moved, flops in (("forward", 4, 4 * head + 40), ("step", 8, 14 * head + 60)):
-        name = f"fused attention {n} causal, head dimension {head}, {phase}"
-        yield Case(name, device, items * heads * n * n, moved / 2, flops // 2, partial(build, phase))
+        name = f"fused attention {n} causal{packing}, head dimension {head}, {phase}"
+        part = 2 * documents
+        yield Case(name, device, items * heads * n * n, moved / part, flops // part, partial(build, phase))
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -311,6 +319,7 @@ def cases(device: str) -> Iterator[Case]:
     yield from node(f"attention {n} causal", "categorical", device, elements // (8 * n * n), 8, n, n, causal=True)
     for head in (64, 128):
         yield from attention(device, n, head)
+    yield from attention(device, n, 64, documents=4)
     for columns in (2**15, 2**18):
         yield clamped(device, columns)
     for samples, width in ((512, 128), (2048, 256)):

@@ -3,7 +3,8 @@
 mu = scale q k', u = mu + e, p = softmax(u), q_ = softmax(mu), output p v, E = pi KL[p || q_] (Pinchetti et al. 2022,
 arXiv 2211.03481, section 4.3). Neither mu nor p nor their gradients reach memory, as in Dao et al. 2022 (arXiv
 2205.14135): e ``[B, H, N, K]`` alone does, and without a state (e = 0) nothing of that size. Tiles that causal hides
-are not visited, nor are those behind an item's last key that is no padding.
+are not visited, nor are those behind an item's last key that is no padding, nor before the first and behind the last
+token whose segment lies between those of a tile: none, in a sequence packed of documents, that hold no pair.
 
 A row's KL is gathered in one pass over the keys by the chain rule: for keys a and b seen apart, of weights w in p and
 v in q_, KL = w_a KL_a + w_b KL_b + KL[w || v]. Each term is taken as in ``categorical.py``, without cancellation, and
@@ -23,6 +24,7 @@ from .categorical import check_masks, kl_of, kl_parts, online_softmax, settle
 from .common import check, check_node, check_step, near_tail, on_device, packed, sum_partials
 
 WIDEST = 128  # the largest head dimension
+SCAN = tl.constexpr(512)  # segments that a program looks at together
 FUSED = {"enable_fp_fusion": True}  # launch option: what is to be exactly 0 is no difference of rounded products here
 
 
@@ -77,6 +79,28 @@ def end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL: tl.constexpr, PA
             last = tl.maximum(last, tl.max(tl.where(seen_keys(cols, item, padding_ptr, n_keys, PADDING), cols + 1, 0)))
         end = tl.minimum(end, last)
     return end
+
+
+@triton.jit
+def segments_of(tokens, item, segments_ptr, n_tokens):
+    """The segments of these tokens, beyond the last one its."""
+    return tl.load(segments_ptr + (item * n_tokens + tl.minimum(tokens, n_tokens - 1)))
+
+
+@triton.jit
+def near_segments(own, first, end, item, segments_ptr, n_tokens):
+    """From which to which of the tokens first .. end - 1 segments lie between the lowest and the highest of own."""
+    lowest = tl.min(own)
+    highest = tl.max(own)
+    begin = end
+    last = first
+    for start in range(first, end, SCAN):
+        tokens = start + tl.arange(0, SCAN)
+        segments = segments_of(tokens, item, segments_ptr, n_tokens)
+        near = (tokens < end) & (segments >= lowest) & (segments <= highest)
+        begin = tl.minimum(begin, tl.min(tl.where(near, tokens, end)))
+        last = tl.maximum(last, tl.max(tl.where(near, tokens + 1, first)))
+    return begin, last
 
 
 @triton.jit
@@ -143,6 +167,7 @@ def _forward(
     state_ptr,  # [B, H, N, K] float32
     precision_ptr,  # [S] float32
     padding_ptr,  # [B, K], non-zero where a key is padding
+    segments_ptr,  # [B, N], N = K, int32 or int64
     out_ptr,  # [B, N, H, HEAD], q's dtype
     energy_ptr,  # [B, H, N] float32
     facts_ptr,  # [3, B, H, N] float32: log sum e^u, <p, d>, KL
@@ -159,6 +184,7 @@ def _forward(
     HAS_STATE: tl.constexpr,
     CAUSAL: tl.constexpr,
     PADDING: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     HEAD: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -180,13 +206,20 @@ def _forward(
     row = (low, nil, low, nil, nil, nil)
     peak, total, mean_d, kl = low, nil, nil, nil
     out = tl.zeros([ROWS, DIM], tl.float32)
+    begin = 0
     end = end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING, ROWS, COLS)
-    for start in range(0, end, COLS):
+    if SEGMENTS:
+        own = segments_of(rows, item, segments_ptr, n_keys)
+        begin, end = near_segments(own, 0, end, item, segments_ptr, n_keys)
+        begin = begin // COLS * COLS
+    for start in range(begin, end, COLS):
         cols = start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
         mu = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
         live = visible(rows[:, None], cols[None, :], seen[None, :], n_queries, n_keys, CAUSAL)
+        if SEGMENTS:
+            live = live & (own[:, None] == segments_of(cols, item, segments_ptr, n_keys)[None, :])
         if HAS_STATE:
             pointers = state_ptr + (places[:, None] * n_keys + cols[None, :])
             d = load_state(pointers, inside[:, None] & (cols < n_keys)[None, :], live)
@@ -260,6 +293,7 @@ def _grad_queries(
     state_ptr,  # [B, H, N, K] float32
     precision_ptr,  # [S] float32
     padding_ptr,  # [B, K], non-zero where a key is padding
+    segments_ptr,  # [B, N], N = K, int32 or int64
     facts_ptr,  # [3, B, H, N] float32
     mean_g_ptr,  # [B, H, N] float32, written: <p, g>
     grad_q_ptr,  # [B, N, H, HEAD], q's dtype
@@ -276,6 +310,7 @@ def _grad_queries(
     HAS_STATE: tl.constexpr,
     CAUSAL: tl.constexpr,
     PADDING: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     HEAD: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -302,8 +337,13 @@ def _grad_queries(
     k_ptr += item * n_keys * k_stride + head // GROUP * HEAD
     v_ptr += item * n_keys * v_stride + head // GROUP * HEAD
     grad_q = tl.zeros([ROWS, DIM], tl.float32)
+    begin = 0
     end = end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING, ROWS, COLS)
-    for start in range(0, end, COLS):
+    if SEGMENTS:
+        own = segments_of(rows, item, segments_ptr, n_keys)
+        begin, end = near_segments(own, 0, end, item, segments_ptr, n_keys)
+        begin = begin // COLS * COLS
+    for start in range(begin, end, COLS):
         cols = start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
         v = load_rows(v_ptr, cols, n_keys, v_stride, HEAD, DIM)
@@ -311,6 +351,8 @@ def _grad_queries(
         g = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
         seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
         live = visible(rows[:, None], cols[None, :], seen[None, :], n_queries, n_keys, CAUSAL)
+        if SEGMENTS:
+            live = live & (own[:, None] == segments_of(cols, item, segments_ptr, n_keys)[None, :])
         mu = tl.where(live, mu, float("-inf"))
         d = tl.zeros_like(mu)
         if HAS_STATE:
@@ -332,6 +374,7 @@ def _step_keys(
     keep_ptr,  # [S] float32
     move_ptr,  # [S] float32
     padding_ptr,  # [B, K], non-zero where a key is padding
+    segments_ptr,  # [B, N], N = K, int32 or int64
     facts_ptr,  # [3, B, H, N] float32
     mean_g_ptr,  # [B, H, N] float32
     grad_k_ptr,  # [B, K, H / GROUP, HEAD], k's dtype
@@ -350,6 +393,7 @@ def _step_keys(
     MOVE: tl.constexpr,
     CAUSAL: tl.constexpr,
     PADDING: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     HEAD: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -381,15 +425,20 @@ def _step_keys(
         first = tl.maximum(block * COLS - (n_keys - n_queries), 0) // ROWS * ROWS
     if PADDING:
         first = tl.where(tl.max(seen.to(tl.int32)) > 0, first, n_queries)
+    end = n_queries
+    if SEGMENTS:
+        own = segments_of(cols, item, segments_ptr, n_keys)
+        first, end = near_segments(own, first, n_queries, item, segments_ptr, n_keys)
+        first = first // ROWS * ROWS
     for member in range(GROUP):
         head = kv_head * GROUP + member
         head_row = (item * n_heads + head) * n_queries
-        if MOVE and not HAS_STATE:
+        if MOVE and not HAS_STATE and not SEGMENTS:  # the launcher then gives zeros
             for start in range(0, tl.minimum(first, n_queries), ROWS):
                 rows = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
                 mask = (rows < n_queries) & (cols < n_keys)[None, :]
                 tl.store(state_ptr + ((head_row + rows) * n_keys + cols[None, :]), 0.0, mask=mask)
-        for start in range(first, n_queries, ROWS):
+        for start in range(first, end, ROWS):
             rows = start + tl.arange(0, ROWS)
             q = load_rows(q_ptr + (item * n_queries * q_stride + head * HEAD), rows, n_queries, q_stride, HEAD, DIM)
             grad_out = load_rows(
@@ -407,6 +456,8 @@ def _step_keys(
             lse, mean_d, kl = load_facts(facts_ptr, places, inside, n_rows, HAS_STATE)
             mean_g = tl.load(mean_g_ptr + places, mask=inside, other=0.0)[None, :]
             live = visible(rows[None, :], cols[:, None], seen[:, None], n_queries, n_keys, CAUSAL)
+            if SEGMENTS:
+                live = live & (own[:, None] == segments_of(rows, item, segments_ptr, n_keys)[None, :])
             mu = tl.where(live, mu, float("-inf"))
             offsets = places[None, :] * n_keys + cols[:, None]
             mask = inside[None, :] & (cols < n_keys)[:, None]
@@ -426,7 +477,14 @@ def _step_keys(
 
 
 def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, precision: Tensor, causal: bool, padding: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    precision: Tensor,
+    causal: bool,
+    padding: Tensor | None,
+    segments: Tensor | None,
 ) -> Tensor:
     """Refuse arguments that the kernels would misread; q spread to the shape of the logits, for further checks."""
     check("q", q, q, q.shape)
@@ -446,7 +504,7 @@ def check_attention(
             raise TypeError(f"{name} is {x.dtype} and q {q.dtype}: give them one dtype".replace("torch.", ""))
     mu = q[..., :1].expand(-1, -1, -1, k.shape[2])
     check_node(mu, state, precision, "error")
-    check_masks(mu, causal, padding)
+    check_masks(mu, causal, padding, segments)
     return mu
 
 
@@ -486,11 +544,13 @@ def plan(dtype: torch.dtype, dim: int, kernel: str) -> dict[str, int]:
     return options
 
 
-def shape_options(q: Tensor, k: Tensor, kernel: str, causal: bool, padding: Tensor | None) -> dict[str, int]:
+def shape_options(
+    q: Tensor, k: Tensor, kernel: str, causal: bool, padding: Tensor | None, segments: Tensor | None
+) -> dict[str, int]:
     """What a launch fixes at compile time."""
     dim = max(16, triton.next_power_of_2(q.shape[3]))
-    options = {"GROUP": q.shape[1] // k.shape[1], "CAUSAL": causal, "PADDING": padding is not None}
-    return {**options, "HEAD": q.shape[3], "DIM": dim, **plan(q.dtype, dim, kernel)}
+    masks = {"CAUSAL": causal, "PADDING": padding is not None, "SEGMENTS": segments is not None}
+    return {"GROUP": q.shape[1] // k.shape[1], **masks, "HEAD": q.shape[3], "DIM": dim, **plan(q.dtype, dim, kernel)}
 
 
 def attention_forward(
@@ -503,23 +563,25 @@ def attention_forward(
     scale: float,
     causal: bool = False,
     padding: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output softmax(u) v ``[B, H, N, D]`` in q's dtype, energy pi KL ``[S]``, and each row's facts for the step.
 
     u = scale q k' + state. q ``[B, H, N, D]``, k and v ``[B, heads, K, D]`` with H a multiple of heads and D at most
     128, of one dtype (float32, float16 or bfloat16) and any strides; state ``[B, H, N, K]`` float32, contiguous (None:
     0); precision ``[S]`` float32. Facts: ``[3, B, H, N]`` float32, log sum e^u, <p, d>, KL[p || q_].
-    causal: query i sees keys 0 .. i + K - N. padding ``[B, K]`` bool, True where a key is padding. A query that sees
-    no key has output 0 and energy 0.
+    causal: query i sees keys 0 .. i + K - N. padding ``[B, K]`` bool, True where a key is padding. segments ``[B, N]``
+    int32 or int64, N = K: a query sees the keys of its own number; where they do not fall, tiles of other documents
+    are not visited. A query that sees no key has output 0 and energy 0.
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype.
     """
-    mu = check_attention(q, k, v, state, precision, causal, padding)
+    mu = check_attention(q, k, v, state, precision, causal, padding, segments)
     out, facts = like_tokens(q), torch.empty(3, *q.shape[:3], device=q.device)
     if mu.numel() == 0:
         return out.zero_(), torch.zeros_like(precision), facts.zero_()
     (q, q_stride), (k, k_stride), (v, v_stride) = by_token(q), by_token(k), by_token(v)
     energy = torch.empty(q.shape[:3], device=q.device)
-    options = shape_options(q, k, "forward", causal, padding)
+    options = shape_options(q, k, "forward", causal, padding, segments)
     with on_device(q):
         _forward[(len(q) * q.shape[1] * triton.cdiv(q.shape[2], options["ROWS"]),)](
             q,
@@ -528,6 +590,7 @@ def attention_forward(
             state,
             precision.contiguous(),
             None if padding is None else padding.contiguous().view(torch.uint8),
+            packed(segments),
             out,
             energy,
             facts,
@@ -561,6 +624,7 @@ def attention_step(
     scale: float,
     causal: bool = False,
     padding: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """state <- keep state - (move / pi) (g - <p, g>) with g = grad_out v'; the state, and dF/dq, dF/dk, dF/dv before.
 
@@ -571,33 +635,33 @@ def attention_step(
     pass: the state stays. Every sum has its order: the same arguments give the same bits.
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype.
     """
-    mu = check_attention(q, k, v, state, precision, causal, padding)
+    mu = check_attention(q, k, v, state, precision, causal, padding, segments)
     check_step(mu, state, mu, precision, keep, move, "error")
     check("out", out, q, q.shape)
     check("grad_out", grad_out, q, q.shape)
     check("facts", facts, q, (3, *q.shape[:3]), coefficient=True)
     moves, has_state = keep is not None, state is not None
     if moves and state is None:
-        state = torch.empty(mu.shape, device=q.device)
+        state = (torch.empty if segments is None else torch.zeros)(mu.shape, device=q.device)
     grad_q, grad_k, grad_v = like_tokens(q), like_tokens(k), like_tokens(v)
     if mu.numel() == 0:
         return state, grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
     (q, q_stride), (k, k_stride), (v, v_stride) = by_token(q), by_token(k), by_token(v)
     out, grad_out = (x.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (out, grad_out))
     precision, facts = precision.contiguous(), facts.contiguous()
-    hidden = None if padding is None else padding.contiguous().view(torch.uint8)
+    masks = (None if padding is None else padding.contiguous().view(torch.uint8), packed(segments))
     mean_g = torch.empty(q.shape[:3], device=q.device)
     lengths = (q.shape[2], k.shape[2], q.shape[1], mean_g.numel(), len(q) // len(precision))
     sizes = (scale, q_stride, k_stride, v_stride, *lengths)
     with on_device(q):
-        options = shape_options(q, k, "queries", causal, padding)
+        options = shape_options(q, k, "queries", causal, padding, segments)
         _grad_queries[(len(q) * q.shape[1] * triton.cdiv(q.shape[2], options["ROWS"]),)](
-            q, k, v, out, grad_out, state, precision, hidden, facts, mean_g, grad_q, *sizes,
+            q, k, v, out, grad_out, state, precision, *masks, facts, mean_g, grad_q, *sizes,
             HAS_STATE=has_state, **options,
         )  # fmt: skip
-        options = shape_options(q, k, "keys", causal, padding)
+        options = shape_options(q, k, "keys", causal, padding, segments)
         _step_keys[(len(q) * k.shape[1] * triton.cdiv(k.shape[2], options["COLS"]),)](
-            q, k, v, grad_out, state, precision, packed(keep), packed(move), hidden, facts, mean_g, grad_k, grad_v,
+            q, k, v, grad_out, state, precision, packed(keep), packed(move), *masks, facts, mean_g, grad_k, grad_v,
             *sizes, HAS_STATE=has_state, MOVE=moves, **options,
         )  # fmt: skip
     return state, grad_q, grad_k, grad_v

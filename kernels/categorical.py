@@ -6,7 +6,7 @@ form is that of Goemaere et al. 2025 (arXiv 2505.20137), the online softmax Mila
 
 A row that fits one tile is read once and stays in registers. A longer one is read twice, first for an online
 log-sum-exp (thrice where the gradient is taken at the moved state). A logit of -inf is masked, p = q = d = 0, and so is
-what CAUSAL or PADDING hides.
+what CAUSAL, PADDING or SEGMENTS hides.
 """
 
 from __future__ import annotations
@@ -34,30 +34,49 @@ from .common import (
 
 SHORT = 4096  # columns of the longest row that is kept in registers
 LONG = 2048  # columns that a program takes at a time of a longer row
+INTEGERS = (torch.int32, torch.int64)
 
 
 @triton.jit
-def row_facts(rows, n_rows, n_columns, n_queries, rows_per_item, CAUSAL: tl.constexpr):
-    """The last column each row sees, the first that no row of the program sees, and each row's place in padding."""
+def row_facts(
+    rows, n_rows, n_columns, n_queries, rows_per_item, segments_ptr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr
+):
+    """The last column each row sees, the first that no row of the program sees, where the row's keys begin in padding
+    and segments, and its segment."""
     row = tl.where(rows < n_rows, rows, 0).to(tl.int32)  # a 64-bit division spills registers
     last = row % n_queries + (n_columns - n_queries)
     end = n_columns
     if CAUSAL:
         end = tl.minimum(tl.max(last) + 1, n_columns)
-    return last, end, (row // rows_per_item).to(tl.int64) * n_columns
+    first_key = (row // rows_per_item).to(tl.int64) * n_columns
+    segment = last
+    if SEGMENTS:
+        segment = tl.load(segments_ptr + (first_key + last))  # there are as many queries as keys
+    return last, end, first_key, segment
 
 
 @triton.jit
-def load_node(rows, cols, node, ERROR: tl.constexpr, READ: tl.constexpr, CAUSAL: tl.constexpr, PADDING: tl.constexpr):
+def load_node(
+    rows,
+    cols,
+    node,
+    ERROR: tl.constexpr,
+    READ: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PADDING: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
     """A tile: offsets, mask, which entries live, and u, mu and d = u - mu, 0 where not; READ: there is a state."""
-    mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, last, padding_row = node
+    mu_ptr, state_ptr, padding_ptr, segments_ptr, n_rows, n_columns, last, first_key, segment = node
     offsets = rows * n_columns + cols
     mask = (rows < n_rows) & (cols < n_columns)
     live = mask
     if CAUSAL:
         live = live & (cols <= last)
     if PADDING:
-        live = live & (tl.load(padding_ptr + (padding_row + cols), mask=live, other=1) == 0)
+        live = live & (tl.load(padding_ptr + (first_key + cols), mask=live, other=1) == 0)
+    if SEGMENTS:
+        live = live & (tl.load(segments_ptr + (first_key + cols), mask=live, other=0) == segment)
     mu = tl.load(mu_ptr + offsets, mask=live, other=float("-inf")).to(tl.float32)
     live = live & (mu != float("-inf"))
     mu = tl.where(live, mu, 0.0)
@@ -170,6 +189,7 @@ def _forward(
     state_ptr,  # [R, C] float32
     precision_ptr,  # [S] float32
     padding_ptr,  # [B, C], non-zero where a key is padding
+    segments_ptr,  # [B, C] int32 or int64
     emission_ptr,  # [R, C], mu's dtype
     energy_ptr,  # [R] float32
     n_rows,
@@ -180,6 +200,7 @@ def _forward(
     ERROR: tl.constexpr,
     CAUSAL: tl.constexpr,
     PADDING: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     ONE_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -192,23 +213,25 @@ def _forward(
     cols = tl.arange(0, COLS)[None, :]
     inside = rows < n_rows
     sample = (rows.to(tl.int32) // rows_per_sample).to(tl.int64)
-    last, end, padding_row = row_facts(rows, n_rows, n_columns, n_queries, rows_per_item, CAUSAL)
-    node = (mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, last, padding_row)
+    last, end, first_key, segment = row_facts(
+        rows, n_rows, n_columns, n_queries, rows_per_item, segments_ptr, CAUSAL, SEGMENTS
+    )
+    node = (mu_ptr, state_ptr, padding_ptr, segments_ptr, n_rows, n_columns, last, first_key, segment)
     sums = no_sums(ROWS)
     if ONE_TILE:
-        node_tile = load_node(rows, cols, node, ERROR, True, CAUSAL, PADDING)
+        node_tile = load_node(rows, cols, node, ERROR, True, CAUSAL, PADDING, SEGMENTS)
         row = finish(add_tile(sums, node_tile, node_tile[5]))
         kl = direct_kl(row)
         terms = write_emission(emission_ptr, node_tile, row, kl)
     else:
         for start in range(0, end, COLS):
-            node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING)
+            node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING, SEGMENTS)
             sums = add_tile(sums, node_tile, node_tile[5])
         row = finish(sums)
         kl = direct_kl(row)
         terms = tl.zeros([ROWS, 1], tl.float32)
         for start in range(0, n_columns, COLS):
-            node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING)
+            node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING, SEGMENTS)
             terms += write_emission(emission_ptr, node_tile, row, kl)
     pi = tl.load(precision_ptr + sample, mask=inside, other=1.0)
     tl.store(energy_ptr + rows, pi * kl_of(terms, kl), mask=inside)
@@ -260,6 +283,7 @@ def _step(
     keep_ptr,  # [S] float32
     move_ptr,  # [S] float32
     padding_ptr,  # [B, C], non-zero where a key is padding
+    segments_ptr,  # [B, C] int32 or int64
     grad_mu_ptr,  # [R, C], mu's dtype
     n_rows,
     n_columns,
@@ -272,6 +296,7 @@ def _step(
     MOVED: tl.constexpr,  # only in state form, and with MOVE
     CAUSAL: tl.constexpr,
     PADDING: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     ONE_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -285,13 +310,15 @@ def _step(
     cols = tl.arange(0, COLS)[None, :]
     inside = rows < n_rows
     sample = (rows.to(tl.int32) // rows_per_sample).to(tl.int64)
-    last, end, padding_row = row_facts(rows, n_rows, n_columns, n_queries, rows_per_item, CAUSAL)
-    node = (mu_ptr, state_ptr, padding_ptr, n_rows, n_columns, last, padding_row)
+    last, end, first_key, segment = row_facts(
+        rows, n_rows, n_columns, n_queries, rows_per_item, segments_ptr, CAUSAL, SEGMENTS
+    )
+    node = (mu_ptr, state_ptr, padding_ptr, segments_ptr, n_rows, n_columns, last, first_key, segment)
     coefficient = coefficients(precision_ptr, keep_ptr, move_ptr, sample, inside, MOVE)
     sums = no_sums(ROWS)
     moved = (sums[0], sums[1])
     if ONE_TILE:
-        node_tile = load_node(rows, cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
+        node_tile = load_node(rows, cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
         g = load_grad(grad_ptr, node_tile, ERROR or MOVE)
         row = finish(add_tile(sums, node_tile, g))
         if MOVED:
@@ -301,40 +328,44 @@ def _step(
         write_step(grad_mu_ptr, state_ptr, node_tile, g, row, moved, coefficient, ERROR, MOVE, MOVED)
     else:
         for start in range(0, end, COLS):
-            node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
+            node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
             sums = add_tile(sums, node_tile, load_grad(grad_ptr, node_tile, ERROR or MOVE))
         row = finish(sums)
         if MOVED:
             peak, total = moved
             for start in range(0, end, COLS):
-                node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
+                node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
                 x = node_tile[4] + move_d(node_tile, load_grad(grad_ptr, node_tile, True), row, coefficient)
                 peak, total, _, _ = online_softmax(x, node_tile[2], peak, total)
             moved = settle(peak, total)
         for start in range(0, n_columns, COLS):
-            node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING)
+            node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
             g = load_grad(grad_ptr, node_tile, ERROR or MOVE)
             write_step(grad_mu_ptr, state_ptr, node_tile, g, row, moved, coefficient, ERROR, MOVE, MOVED)
 
 
-def check_masks(mu: Tensor, causal: bool, padding: Tensor | None) -> None:
+def check_masks(mu: Tensor, causal: bool, padding: Tensor | None, segments: Tensor | None) -> None:
     """Refuse masks that do not fit attention's logits."""
     if causal and mu.dim() < 2:
         raise ValueError(f"mu has {mu.dim()} dimension: causal needs [..., queries, keys]")
-    if padding is None:
-        return
+    if padding is not None:
+        check_mask("padding", padding, mu, "a bool tensor, True where a key is padding", (torch.bool,))
+    if segments is not None:
+        check_mask("segments", segments, mu, "int32 or int64, a number for each document", INTEGERS)
+        if mu.shape[2] != mu.shape[3]:
+            raise ValueError(f"mu has shape {list(mu.shape)}: segments need as many queries as keys")
+
+
+def check_mask(name: str, mask: Tensor, mu: Tensor, wanted: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse what is not one number of these dtypes a key."""
     if mu.dim() != 4:
-        raise ValueError(f"mu has {mu.dim()} dimensions: padding needs [batch, heads, queries, keys]")
-    if padding.dtype != torch.bool:
-        raise TypeError(
-            f"padding is {str(padding.dtype).removeprefix('torch.')}: give a bool tensor, True where a key is padding"
-        )
-    if padding.shape != (mu.shape[0], mu.shape[3]):
-        raise ValueError(
-            f"padding has shape {list(padding.shape)}: give it {[mu.shape[0], mu.shape[3]]}, [batch, keys]"
-        )
-    if padding.device != mu.device:
-        raise ValueError(f"padding is on {padding.device} and mu on {mu.device}: move it there")
+        raise ValueError(f"mu has {mu.dim()} dimensions: {name} needs [batch, heads, queries, keys]")
+    if mask.dtype not in dtypes:
+        raise TypeError(f"{name} is {str(mask.dtype).removeprefix('torch.')}: give {wanted}")
+    if mask.shape != (mu.shape[0], mu.shape[3]):
+        raise ValueError(f"{name} has shape {list(mask.shape)}: give it {[mu.shape[0], mu.shape[3]]}, [batch, keys]")
+    if mask.device != mu.device:
+        raise ValueError(f"{name} is on {mask.device} and mu on {mu.device}: move it there")
 
 
 def plan(columns: int) -> tuple[bool, int, int, int]:
@@ -343,18 +374,26 @@ def plan(columns: int) -> tuple[bool, int, int, int]:
 
 
 def categorical_forward(
-    mu: Tensor, state: Tensor, precision: Tensor, *, form: str, causal: bool = False, padding: Tensor | None = None
+    mu: Tensor,
+    state: Tensor,
+    precision: Tensor,
+    *,
+    form: str,
+    causal: bool = False,
+    padding: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Emission softmax(u), in mu's shape and dtype, and energy pi KL ``[S]`` (Pinchetti et al. 2022, eq. 5).
 
     mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous: u, or
     in error form u - mu; precision ``[S]`` float32.
-    causal: mu is ``[..., N, K]`` and query i sees keys 0 .. i + K - N. padding ``[B, K]`` bool, True where a key is
-    padding, for mu ``[B, heads, N, K]``. p = 0 where masked.
+    causal: mu is ``[..., N, K]`` and query i sees keys 0 .. i + K - N. For mu ``[B, heads, N, K]`` padding ``[B, K]``
+    bool, True where a key is padding, and segments ``[B, N]``, N = K, int32 or int64: a query sees the keys of its own
+    number. p = 0 where masked.
     Raises ValueError for a form, shape or device that does not fit or more than 2^31 - 1 rows, TypeError for a dtype.
     """
     check_node(mu, state, precision, form)
-    check_masks(mu, causal, padding)
+    check_masks(mu, causal, padding, segments)
     samples, emission = len(precision), torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
         return emission, torch.zeros_like(precision)
@@ -368,16 +407,18 @@ def categorical_forward(
             state,
             precision.contiguous(),
             None if padding is None else padding.contiguous().view(torch.uint8),
+            packed(segments),
             emission,
             energy,
             n_rows,
             columns,
             n_rows // samples,
-            mu.shape[-2] if causal else 1,
-            1 if padding is None else n_rows // len(padding),
+            mu.shape[-2] if causal or segments is not None else 1,
+            1 if padding is None and segments is None else n_rows // len(mu),
             ERROR=form == "error",
             CAUSAL=causal,
             PADDING=padding is not None,
+            SEGMENTS=segments is not None,
             ONE_TILE=one_tile,
             ROWS=rows,
             COLS=cols,
@@ -399,6 +440,7 @@ def categorical_step(
     moved: bool = False,
     causal: bool = False,
     padding: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """d <- keep d - (move / pi) (grad - <p, grad>): the state and dF/dmu.
 
@@ -406,11 +448,11 @@ def categorical_step(
     mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous,
     moved in place (None: u = mu, and the new one is returned); precision, keep, move ``[S]`` float32. Without keep and
     move it is the learning pass: the state stays, and in state form grad may be None.
-    causal and padding as in `categorical_forward`; where masked, dF/dmu and the moved state are 0.
+    Masks as in `categorical_forward`; where masked, dF/dmu and the moved state are 0.
     Raises ValueError for a form, shape or device that does not fit or more than 2^31 - 1 rows, TypeError for a dtype.
     """
     check_step(mu, state, grad, precision, keep, move, form)
-    check_masks(mu, causal, padding)
+    check_masks(mu, causal, padding, segments)
     samples, error, moves, has_state = len(precision), form == "error", keep is not None, state is not None
     if moves and state is None:
         state = torch.empty(mu.shape, device=mu.device)
@@ -429,18 +471,20 @@ def categorical_step(
             packed(keep),
             packed(move),
             None if padding is None else padding.contiguous().view(torch.uint8),
+            packed(segments),
             grad_mu,
             n_rows,
             columns,
             n_rows // samples,
-            mu.shape[-2] if causal else 1,
-            1 if padding is None else n_rows // len(padding),
+            mu.shape[-2] if causal or segments is not None else 1,
+            1 if padding is None and segments is None else n_rows // len(mu),
             ERROR=error,
             HAS_STATE=has_state,
             MOVE=moves,
             MOVED=moved and moves and not error,
             CAUSAL=causal,
             PADDING=padding is not None,
+            SEGMENTS=segments is not None,
             ONE_TILE=one_tile,
             ROWS=rows,
             COLS=cols,

@@ -167,6 +167,8 @@ def launches():
     yield from node(categorical, 64, 10, only=HEAVIEST, dtype=torch.float32)
     masks = {"causal": True, "padding": tensor(2, 1024, dtype=torch.bool)}
     yield from node(categorical, 2, 8, 512, 1024, label=" causal padding", **masks)
+    documents = {"causal": True, "segments": tensor(2, 1024, dtype=torch.int64)}
+    yield from node(categorical, 2, 8, 1024, 1024, label=" causal segments", only=HEAVIEST[1:2], **documents)
     for head, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)):
         q, keys = tensor(2, 8, 1024, head, dtype=dtype), tensor(2, 4, 1024, head, dtype=dtype)
         state, pi = tensor(2, 8, 1024, 1024, dtype=torch.float32), tensor(2, dtype=torch.float32)
@@ -177,6 +179,9 @@ def launches():
             step = partial(attention.attention_step, q, keys, keys, q, q, e, pi, pi, pi, facts, **options)
             yield f"{label} forward{name}", forward
             yield f"{label} step{name}", step
+            if e is not None and dtype == torch.bfloat16:
+                yield f"{label} forward segments", partial(forward, **documents)
+                yield f"{label} step segments", partial(step, **documents)
     for module in (gaussian, categorical):
         yield from node(module, 1, 1, only=HEAVIEST[:1])
     for columns in (10, 131072):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_kernels import ON_CPU, assert_close, device, double, poison, spot  # noqa: F401
 from torch import nn
 
@@ -40,11 +42,17 @@ def hide(keys, items=2, device="cpu"):  # noqa: F811
     return padding.to(device)
 
 
+def number(tokens, device="cpu"):  # noqa: F811
+    """Segments: documents of seven tokens, each to its end; numbers that no 32 bits hold, mixed."""
+    at = torch.arange(tokens)
+    return torch.stack([(at + 3) // 7, (at * 5 % 3 - 1) * 2**40]).to(device)
+
+
 def check(q, k, v, grad_out, state, coefficients, *, learn=False, **options):
     """Forward and step against float64, with what plain torch at this dtype leaves for a tolerance."""
     precision, keep, move = coefficients if not learn else (coefficients[0], None, None)
     options = {"scale": q.shape[-1] ** -0.5, **options}
-    masks = {name: options.get(name) for name in ("causal", "padding")}
+    masks = (options.get("causal", False), options.get("padding"), options.get("segments"))
     known = (q, k, v, state, precision)
     start = None if state is None else state.clone()
     truth = reference.attention_forward(*map(double, known), **options)
@@ -66,7 +74,7 @@ def check(q, k, v, grad_out, state, coefficients, *, learn=False, **options):
     else:
         assert state is None or moved is start
         logits = moved.new_zeros(moved.shape)
-        hidden = reference.mask_logits(logits, masks["causal"] or False, masks["padding"]) == HIDDEN
+        hidden = reference.mask_logits(logits, *masks) == HIDDEN
         if state is None:
             assert (moved[hidden] == 0).all()
         # <p, g> is <out, grad_out>, and out is rounded to its dtype: an error of the row, which no softmax sees
@@ -100,6 +108,64 @@ def test_against_the_oracle(case, spot):  # noqa: F811
     q, k, v, grad_out, state, c = problem(spot, *sizes)
     padding = hide(sizes[3], device=spot[0]) if padded else None
     check(q, k, v, grad_out, state if has_state else None, c, learn=learn, causal=causal, padding=padding)
+
+
+SEGMENTED = [  # heads, key heads, tokens, head dimension, causal, padded, a state, the learning pass
+    (1, 1, 1, 16, False, False, True, False),
+    (2, 1, 17, 8, True, True, True, False),
+    (2, 1, 65, 16, False, True, False, True),
+    (2, 1, 70, 16, True, False, True, True),
+    (1, 1, 70, 40, True, True, False, False),
+    (1, 1, 97, 16, False, False, True, False),
+    (2, 2, 33, 66, True, False, False, False),
+]
+
+
+@pytest.mark.parametrize("case", SEGMENTED, ids=lambda case: "-".join(map(str, map(int, case))))
+def test_segments_against_the_oracle(case, spot):  # noqa: F811
+    heads, kv_heads, n, dim, causal, padded, has_state, learn = case
+    q, k, v, grad_out, state, c = problem(spot, heads, kv_heads, n, n, dim)
+    masks = {"padding": hide(n, device=spot[0]) if padded else None, "segments": number(n, spot[0])}
+    check(q, k, v, grad_out, state if has_state else None, c, learn=learn, causal=causal, **masks)
+
+
+@ON_CPU
+@pytest.mark.parametrize("causal", [False, True])
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=3), min_size=1, max_size=2), st.booleans())
+def test_a_packed_sequence_is_its_documents(causal, lengths, has_state):
+    """Outputs, facts, the states after a step and the gradients, whatever the documents' lengths; energies add up."""
+    n, items = max(map(sum, lengths)), len(lengths)
+    lengths = [[*row, n - sum(row)] for row in lengths]
+    q, k, v, grad_out, state, c = problem(("cpu", torch.float32), 2, 1, n, n, 8, items=items)
+    segments = torch.tensor([[i for i, size in enumerate(row) for _ in range(size)] for row in lengths])
+    options = {"scale": 0.5, "causal": causal}
+
+    def run(q, k, v, grad_out, state, coefficients, **masks):
+        state = state.contiguous() if has_state else None
+        out, energy, facts = attention.attention_forward(q, k, v, state, coefficients[0], **options, **masks)
+        step = attention.attention_step(q, k, v, out, grad_out, state, *coefficients, facts, **options, **masks)
+        return (energy, out, *step[1:], *facts), step[0]
+
+    packed, moved = run(q, k, v, grad_out, state.clone(), c, segments=segments.int())
+    for item, row in enumerate(lengths):
+        energy, end = 0.0, 0
+        for size in filter(None, row):
+            begin, end = end, end + size
+            cut = (slice(item, item + 1), slice(None), slice(begin, end))
+            inside = (*cut, slice(begin, end))
+            coefficients = [x[item : item + 1] for x in c]
+            alone, states = run(*(x[cut] for x in (q, k, v, grad_out)), state[inside].clone(), coefficients)
+            energy += alone[0]
+            for a, b in zip(packed[1:], alone[1:]):
+                torch.testing.assert_close(a[cut], b, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                moved[inside].tril() if causal else moved[inside],
+                states.tril() if causal else states,
+                rtol=1e-4,
+                atol=1e-5,
+            )
+        torch.testing.assert_close(packed[0][item], energy[0], rtol=1e-4, atol=1e-5)
 
 
 def test_samples_of_several_items(device):  # noqa: F811
@@ -254,6 +320,10 @@ BAD = [
     ({"facts": torch.zeros(2, 2, 4, 3)}, ValueError, r"facts has shape \[2, 2, 4, 3\]: give it \[3, 2, 4, 3\]"),
     ({"padding": torch.zeros(2, 4, dtype=torch.bool)}, ValueError, r"padding has shape \[2, 4\]: give it \[2, 5\]"),
     ({"padding": torch.zeros(2, 5)}, TypeError, "padding is float32: give a bool tensor"),
+    ({"segments": torch.zeros(2, 4).int()}, ValueError, r"segments has shape \[2, 4\]: give it \[2, 5\]"),
+    ({"segments": torch.zeros(2, 5).int()}, ValueError, "segments need as many queries as keys"),
+    ({"segments": torch.zeros(2, 5)}, TypeError, "segments is float32: give int32 or int64"),
+    ({"segments": torch.zeros(2, 5, device="meta").int()}, ValueError, "segments is on meta and mu on cpu"),
 ]
 
 
@@ -263,14 +333,18 @@ def test_bad_arguments(changes, error, words):
         attention.attention_step(**arguments(**changes))
 
 
-@pytest.mark.parametrize(("causal", "padded"), [(False, False), (True, True)])
-def test_the_oracle_is_autograd(causal, padded):
+@pytest.mark.parametrize(
+    ("causal", "padded", "segmented"), [(False, False, False), (True, True, False), (True, True, True)]
+)
+def test_the_oracle_is_autograd(causal, padded, segmented):
     """Its gradients are those of the energy plus <out, grad_out> at a held e; it moves by g - <p, g>."""
     q, k, v, grad_out, state, c = (
         [y.double() for y in x] if isinstance(x, list) else x.double()
-        for x in problem(("cpu", torch.float64), 4, 2, 6, 7, 8)
+        for x in problem(("cpu", torch.float64), 4, 2, 7 if segmented else 6, 7, 8)
     )
     masks = {"causal": causal, "padding": torch.arange(14).view(2, 7) % 3 == 1 if padded else None}
+    if segmented:
+        masks |= {"padding": torch.arange(7).expand(2, 7) == 6, "segments": number(7)}
     leaves = [x.requires_grad_() for x in (q, k, v)]
     mu = 0.3 * (q @ k.repeat_interleave(2, 1).mT)
     mu = mu.masked_fill(reference.mask_logits(torch.zeros_like(mu), **masks) == HIDDEN, -1e9)

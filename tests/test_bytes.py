@@ -155,6 +155,22 @@ def test_attention_reads_no_state_behind_the_padding(moved):
     assert 4 * seen <= moved.stored32 <= 4 * seen + few
 
 
+def test_attention_reads_no_state_of_other_documents(moved):
+    """Of a sequence packed of four documents a quarter of the pairs is read, in the tiles of each."""
+    items, heads, n, dim = 1, 2, 256, 16
+    q, k, v, grad = (torch.randn(items, heads, n, dim).half() for _ in range(4))
+    state, pi, kernels = torch.randn(items, heads, n, n) / 9, torch.ones(items), triton_kernels()
+    segments = (torch.arange(n, dtype=torch.int32) // 64)[None]
+    seen, rows = heads * n * n // 4, items * heads * n
+    few = 4 * rows * (8 + 4 * n // 64) + 4 * 3 * heads * (n // 64) * (512 + n)  # and the segments, by each block
+    out, _, facts = kernels.attention_forward(q, k, v, state, pi, scale=0.25, segments=segments)
+    assert 4 * seen <= moved.loaded32 <= 4 * seen + few
+    moved.loaded32 = moved.stored32 = 0
+    kernels.attention_step(q, k, v, out, grad, state, pi, pi / 3, pi / 3, facts, scale=0.25, segments=segments)
+    assert 8 * seen <= moved.loaded32 <= 8 * seen + few
+    assert 4 * seen <= moved.stored32 <= 4 * seen + few
+
+
 def test_a_linear_layer_moves_each_state_once(moved):
     """Float32 is the state and the energies: the product's tiles share the states of their rows."""
     rows, n, k = 256, 192, 160

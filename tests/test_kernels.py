@@ -221,6 +221,24 @@ def test_attention_over_long_rows(causal, padded, device):
     check_all("categorical", (2, 1, 2, 37), 2, (device, torch.float32), steps, causal=causal, padding=padding)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "causal", "padded"), [(7, False, False), (7, True, True), (18, True, True)], ids=["alone", "all", "long"]
+)
+def test_attention_within_segments(tokens, causal, padded, device, monkeypatch):
+    """A document's last tokens, and numbers that no 32 bits hold, mixed; rows of one tile and of two."""
+    monkeypatch.setattr(categorical, "SHORT", 16)
+    monkeypatch.setattr(categorical, "LONG", 16)
+    at = torch.arange(tokens, device=device)
+    masks = {"segments": torch.stack([(at + 3) // 7, (at * 5 % 3 - 1) * 2**40])}
+    if padded:
+        masks["padding"] = torch.arange(2 * tokens, device=device).view(2, tokens) % 3 == 0
+    spot = device, torch.float32
+    check_all("categorical", (2, 1 if tokens > 16 else 2, tokens, tokens), 2, spot, MAIN, causal=causal, **masks)
+    mu, state, _, c, _ = problem("categorical", (2, 1, tokens, tokens), 2, spot, "error")
+    p, _ = categorical.categorical_forward(mu, state, c[0], form="error", segments=masks["segments"])
+    assert torch.equal(p > 0, (masks["segments"][:, :, None] == masks["segments"][:, None, :])[:, None].expand_as(p))
+
+
 @pytest.mark.parametrize("columns", [13, 37])
 @pytest.mark.usefixtures("short_rows")
 def test_rows_masked_whole(columns, device):
@@ -424,6 +442,10 @@ def test_bad_noise_and_masks():
         categorical.categorical_step(**four, padding=torch.zeros(2, 4, dtype=torch.bool, device="meta"))
     with pytest.raises(ValueError, match="padding needs"):
         categorical.categorical_step(**arguments(), padding=torch.zeros(2, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match="segments is int16: give int32 or int64, a number for each document"):
+        categorical.categorical_step(**four, segments=torch.zeros(2, 4, dtype=torch.int16))
+    with pytest.raises(ValueError, match=r"mu has shape \[2, 1, 3, 4\]: segments need as many queries as keys"):
+        categorical.categorical_step(**four, segments=torch.zeros(2, 4, dtype=torch.int32))
     one = torch.zeros(4)
     with pytest.raises(ValueError, match="causal needs"):
         categorical.categorical_step(**arguments(mu=one, state=one.clone(), grad=one), causal=True)

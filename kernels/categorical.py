@@ -25,6 +25,7 @@ from .common import (
     count_rows,
     log1p,
     near_tail,
+    new_state,
     on_device,
     packed,
     row_tile,
@@ -64,7 +65,7 @@ def load_node(rows, cols, node, ERROR: tl.constexpr, READ: tl.constexpr, CAUSAL:
     u = mu
     d = tl.zeros_like(mu)
     if READ:
-        state = tl.load(state_ptr + offsets, mask=live, other=0.0)
+        state = tl.load(state_ptr + offsets, mask=live, other=0.0).to(tl.float32)
         u = mu + state if ERROR else state
         d = state if ERROR else state - mu
     return offsets, mask, live, u, mu, d
@@ -167,7 +168,7 @@ def write_emission(emission_ptr, node_tile, row, kl):
 @triton.jit
 def _forward(
     mu_ptr,  # [R, C]
-    state_ptr,  # [R, C] float32
+    state_ptr,  # [R, C] float32, in error form or bfloat16
     precision_ptr,  # [S] float32
     padding_ptr,  # [B, C], non-zero where a key is padding
     emission_ptr,  # [R, C], mu's dtype
@@ -186,7 +187,7 @@ def _forward(
 ):
     """p = softmax(u) and pi KL[p || q]. A program takes ROWS whole rows.
 
-    Floor, bytes per element: read mu and the state (4), write the emission; a row over one tile is read twice.
+    Floor, bytes per element: read mu and the state (4 or 2), write the emission; a row over one tile is read twice.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
@@ -254,7 +255,7 @@ def write_step(
 @triton.jit
 def _step(
     mu_ptr,  # [R, C]
-    state_ptr,  # [R, C] float32, moved in place
+    state_ptr,  # [R, C] float32, in error form or bfloat16; moved in place
     grad_ptr,  # [R, C]
     precision_ptr,  # [S] float32
     keep_ptr,  # [S] float32
@@ -278,8 +279,8 @@ def _step(
 ):
     """d <- keep d - (move / pi) (g - <p, g>); dF/dmu = pi (q - p), in error form + p (pi (d - <p, d>) + g - <p, g>).
 
-    A program takes ROWS whole rows. Floor, bytes per element: read mu, g and the state (4), write the state (4) and
-    dF/dmu; a row over one tile is read twice, under MOVED three times.
+    A program takes ROWS whole rows. Floor, bytes per element: read mu, g and the state (4 or 2), write the state (4 or
+    2) and dF/dmu; a row over one tile is read twice, under MOVED three times.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
@@ -347,8 +348,8 @@ def categorical_forward(
 ) -> tuple[Tensor, Tensor]:
     """Emission softmax(u), in mu's shape and dtype, and energy pi KL ``[S]`` (Pinchetti et al. 2022, eq. 5).
 
-    mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous: u, or
-    in error form u - mu; precision ``[S]`` float32.
+    mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, contiguous: u in float32, or
+    in error form u - mu in float32 or bfloat16; precision ``[S]`` float32.
     causal: mu is ``[..., N, K]`` and query i sees keys 0 .. i + K - N. padding ``[B, K]`` bool, True where a key is
     padding, for mu ``[B, heads, N, K]``. p = 0 where masked.
     Raises ValueError for a form, shape or device that does not fit or more than 2^31 - 1 rows, TypeError for a dtype.
@@ -397,15 +398,17 @@ def categorical_step(
     *,
     form: str,
     moved: bool = False,
+    state_dtype: torch.dtype | None = None,
     causal: bool = False,
     padding: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """d <- keep d - (move / pi) (grad - <p, grad>): the state and dF/dmu.
 
     dF/dmu = pi (q - p), in error form + p (pi (d - <p, d>) + grad - <p, grad>), in mu's shape and dtype.
-    mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous,
-    moved in place (None: u = mu, and the new one is returned); precision, keep, move ``[S]`` float32. Without keep and
-    move it is the learning pass: the state stays, and in state form grad may be None.
+    mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, contiguous, float32
+    or in error form bfloat16, moved in place (None: u = mu, and the new one is returned, of state_dtype; by default
+    float32); precision, keep, move ``[S]`` float32. Without keep and move it is the learning pass: the state stays, and
+    in state form grad may be None.
     causal and padding as in `categorical_forward`; where masked, dF/dmu and the moved state are 0.
     Raises ValueError for a form, shape or device that does not fit or more than 2^31 - 1 rows, TypeError for a dtype.
     """
@@ -413,7 +416,7 @@ def categorical_step(
     check_masks(mu, causal, padding)
     samples, error, moves, has_state = len(precision), form == "error", keep is not None, state is not None
     if moves and state is None:
-        state = torch.empty(mu.shape, device=mu.device)
+        state = new_state(mu, form, state_dtype)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
         return state, grad_mu

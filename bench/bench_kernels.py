@@ -60,15 +60,15 @@ class Case(NamedTuple):
         return float(self.elements) * self.flops_each
 
 
-def node_bytes(family: str, phase: str, form: str, size: int) -> tuple[int, int]:
-    """Bytes an element (gaussian_logvar: a pair) that must be read and written; mu has ``size``, the state 4."""
+def node_bytes(family: str, phase: str, form: str, size: int, state: int = 4) -> tuple[int, int]:
+    """Bytes an element (gaussian_logvar: a pair) that must be read and written; mu has ``size``, the state its own."""
     if family == "gaussian_logvar":
         if phase == "forward":
-            return 3 * size + 8, size
-        return (3 if form == "error" else 4) * size + 8, 2 * size + 8
+            return 3 * size + 2 * state, size
+        return (3 if form == "error" else 4) * size + 2 * state, 2 * size + 2 * state
     if phase == "forward":
-        return size + 4, size
-    return (size + 4, 4) if (family, form) == ("gaussian", "error") else (2 * size + 4, size + 4)
+        return size + state, size
+    return (size + state, state) if (family, form) == ("gaussian", "error") else (2 * size + state, size + state)
 
 
 def node(name: str, family: str, device: str, *shape: int, **options) -> Iterator[Case]:

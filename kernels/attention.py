@@ -164,7 +164,7 @@ def _forward(
     q_ptr,  # [B, N, H, HEAD], a row of heads every q_stride
     k_ptr,  # [B, K, H / GROUP, HEAD], every k_stride
     v_ptr,  # [B, K, H / GROUP, HEAD], every v_stride
-    state_ptr,  # [B, H, N, K] float32
+    state_ptr,  # [B, H, N, K] float32 or bfloat16
     precision_ptr,  # [S] float32
     padding_ptr,  # [B, K], non-zero where a key is padding
     segments_ptr,  # [B, N], N = K, int32 or int64
@@ -192,7 +192,7 @@ def _forward(
 ):
     """p v, pi KL[p || q_] and each row's facts. A program takes ROWS queries of a head.
 
-    Floor, bytes per pair of query and key: read the state (4); nothing without one.
+    Floor, bytes per pair of query and key: read the state (4 or 2); nothing without one.
     """
     item, head, block = place(tl.cdiv(n_queries, ROWS), n_heads)
     rows = block * ROWS + tl.arange(0, ROWS)
@@ -265,7 +265,7 @@ def load_facts(facts_ptr, places, mask, n_rows, HAS_STATE: tl.constexpr):
 @triton.jit
 def load_state(pointers, mask, live):
     """A tile of d, 0 where masked. The load itself minds the edges alone: causal would cut its vectors to pieces."""
-    return tl.where(live, tl.load(pointers, mask=mask, other=0.0), 0.0)
+    return tl.where(live, tl.load(pointers, mask=mask, other=0.0).to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -290,7 +290,7 @@ def _grad_queries(
     v_ptr,  # [B, K, H / GROUP, HEAD], every v_stride
     out_ptr,  # [B, N, H, HEAD]
     grad_out_ptr,  # [B, N, H, HEAD]
-    state_ptr,  # [B, H, N, K] float32
+    state_ptr,  # [B, H, N, K] float32 or bfloat16
     precision_ptr,  # [S] float32
     padding_ptr,  # [B, K], non-zero where a key is padding
     segments_ptr,  # [B, N], N = K, int32 or int64
@@ -318,7 +318,7 @@ def _grad_queries(
 ):
     """dF/dq = scale dF/dmu k, and <p, g> = <out, dF/dout>, which the keys' kernel reads. A program takes ROWS queries.
 
-    Floor, bytes per pair of query and key: read the state (4).
+    Floor, bytes per pair of query and key: read the state (4 or 2).
     """
     item, head, block = place(tl.cdiv(n_queries, ROWS), n_heads)
     rows = block * ROWS + tl.arange(0, ROWS)
@@ -369,7 +369,7 @@ def _step_keys(
     k_ptr,  # [B, K, H / GROUP, HEAD], every k_stride
     v_ptr,  # [B, K, H / GROUP, HEAD], every v_stride
     grad_out_ptr,  # [B, N, H, HEAD]
-    state_ptr,  # [B, H, N, K] float32, moved in place
+    state_ptr,  # [B, H, N, K] float32 or bfloat16, moved in place
     precision_ptr,  # [S] float32
     keep_ptr,  # [S] float32
     move_ptr,  # [S] float32
@@ -402,7 +402,7 @@ def _step_keys(
     """d <- keep d - (move / pi) (g - <p, g>); dF/dk = scale dF/dmu' q and dF/dv = p' dF/dout, at the old d.
 
     A program takes COLS keys of a head of theirs, and every query head of its group.
-    Floor, bytes per pair of query and key: read and write the state (8).
+    Floor, bytes per pair of query and key: read and write the state (8 or 4).
     """
     item, kv_head, block = place(tl.cdiv(n_keys, COLS), n_heads // GROUP)
     cols = block * COLS + tl.arange(0, COLS)
@@ -568,8 +568,8 @@ def attention_forward(
     """Output softmax(u) v ``[B, H, N, D]`` in q's dtype, energy pi KL ``[S]``, and each row's facts for the step.
 
     u = scale q k' + state. q ``[B, H, N, D]``, k and v ``[B, heads, K, D]`` with H a multiple of heads and D at most
-    128, of one dtype (float32, float16 or bfloat16) and any strides; state ``[B, H, N, K]`` float32, contiguous (None:
-    0); precision ``[S]`` float32. Facts: ``[3, B, H, N]`` float32, log sum e^u, <p, d>, KL[p || q_].
+    128, of one dtype (float32, float16 or bfloat16) and any strides; state ``[B, H, N, K]`` float32 or bfloat16,
+    contiguous (None: 0); precision ``[S]`` float32. Facts: ``[3, B, H, N]`` float32, log sum e^u, <p, d>, KL[p || q_].
     causal: query i sees keys 0 .. i + K - N. padding ``[B, K]`` bool, True where a key is padding. segments ``[B, N]``
     int32 or int64, N = K: a query sees the keys of its own number; where they do not fall, tiles of other documents
     are not visited. A query that sees no key has output 0 and energy 0.
@@ -630,7 +630,7 @@ def attention_step(
 
     dF/dmu = p (pi (d - <p, d>) + g - <p, g>) + pi (q_ - p). The arguments are those of `attention_forward`, with what
     it returned for this state (out, facts) and with grad_out ``[B, H, N, D]``, dF/dout; keep, move ``[S]`` float32.
-    The state is moved in place; None stands for 0, and the new one, which is 0 where masked, is returned. Of a state
+    The state is moved in place; None stands for 0, and the new one, float32 and 0 where masked, is returned. Of a state
     that was given what is masked may be left as it is: nothing reads it. Without keep and move it is the learning
     pass: the state stays. Every sum has its order: the same arguments give the same bits.
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype.

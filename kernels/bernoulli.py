@@ -19,6 +19,7 @@ from .common import (
     coefficients,
     expm1,
     log1p,
+    new_state,
     on_device,
     packed,
     row_tile,
@@ -69,7 +70,7 @@ def difference(p, p_not, q, q_not, d):
 @triton.jit
 def _forward(
     mu_ptr,  # [S, n]
-    state_ptr,  # [S, n] float32
+    state_ptr,  # [S, n] float32, in error form or bfloat16
     precision_ptr,  # [S] float32
     emission_ptr,  # [S, n], mu's dtype
     energy_ptr,  # [S, blocks] float32
@@ -81,14 +82,14 @@ def _forward(
 ):
     """p and pi KL[p || q]. A program takes COLS elements of ROWS samples.
 
-    Floor, bytes per element: read mu and the state (4), write the emission.
+    Floor, bytes per element: read mu and the state (4 or 2), write the emission.
     """
     rows, cols, partial = row_tile(n_samples, n, ROWS, COLS)
     inside = rows < n_samples
     mask = inside & (cols < n)
     offsets = rows * n + cols
     mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    state = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+    state = tl.load(state_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     u = mu + state if ERROR else state
     d = state if ERROR else state - mu
     p, p_not = sigmoids(u)
@@ -100,7 +101,7 @@ def _forward(
 @triton.jit
 def _step(
     mu_ptr,  # [S, n]
-    state_ptr,  # [S, n] float32, moved in place
+    state_ptr,  # [S, n] float32, in error form or bfloat16; moved in place
     grad_ptr,  # [S, n]
     precision_ptr,  # [S] float32
     keep_ptr,  # [S] float32
@@ -118,7 +119,7 @@ def _step(
     """d <- keep d - (move / pi) g; dF/dmu = pi (q - p), in error form + p (1 - p) (pi d + g).
 
     A program takes COLS elements of ROWS samples.
-    Floor, bytes per element: read mu, g and the state (4), write the state (4) and dF/dmu.
+    Floor, bytes per element: read mu, g and the state (4 or 2), write the state (4 or 2) and dF/dmu.
     """
     rows, cols, _ = row_tile(n_samples, n, ROWS, COLS)
     inside = rows < n_samples
@@ -130,7 +131,7 @@ def _step(
     u, p, p_not = mu, q, q_not
     d = tl.zeros([ROWS, COLS], tl.float32)
     if HAS_STATE:
-        d = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+        d = tl.load(state_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if ERROR:
             u = mu + d
         else:
@@ -154,8 +155,8 @@ def _step(
 def bernoulli_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
     """Emission sigmoid(u), in mu's shape and dtype, and energy pi KL ``[S]`` (Pinchetti et al. 2022, eq. 5).
 
-    mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous: u, or
-    in error form u - mu; precision ``[S]`` float32.
+    mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, contiguous: u in float32, or
+    in error form u - mu in float32 or bfloat16; precision ``[S]`` float32.
     Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
     """
     check_node(mu, state, precision, form)
@@ -194,19 +195,21 @@ def bernoulli_step(
     *,
     form: str,
     moved: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """d <- keep d - (move / pi) grad with d = u - mu: the state and dF/dmu.
 
     dF/dmu = pi (q - p), in error form + p (1 - p) (pi d + grad), in mu's shape and dtype.
-    mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous,
-    moved in place (None: u = mu, and the new one is returned); precision, keep, move ``[S]`` float32. Without keep and
-    move it is the learning pass: the state stays, and in state form grad may be None.
+    mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, contiguous, float32
+    or in error form bfloat16, moved in place (None: u = mu, and the new one is returned, of state_dtype; by default
+    float32); precision, keep, move ``[S]`` float32. Without keep and move it is the learning pass: the state stays, and
+    in state form grad may be None.
     Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
     """
     check_step(mu, state, grad, precision, keep, move, form)
     samples, error, moves, has_state = len(precision), form == "error", keep is not None, state is not None
     if moves and state is None:
-        state = torch.empty(mu.shape, device=mu.device)
+        state = new_state(mu, form, state_dtype)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
         return state, grad_mu

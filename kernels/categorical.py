@@ -25,6 +25,7 @@ from .common import (
     count_rows,
     log1p,
     near_tail,
+    new_state,
     on_device,
     packed,
     row_tile,
@@ -83,7 +84,7 @@ def load_node(
     u = mu
     d = tl.zeros_like(mu)
     if READ:
-        state = tl.load(state_ptr + offsets, mask=live, other=0.0)
+        state = tl.load(state_ptr + offsets, mask=live, other=0.0).to(tl.float32)
         u = mu + state if ERROR else state
         d = state if ERROR else state - mu
     return offsets, mask, live, u, mu, d
@@ -186,7 +187,7 @@ def write_emission(emission_ptr, node_tile, row, kl):
 @triton.jit
 def _forward(
     mu_ptr,  # [R, C]
-    state_ptr,  # [R, C] float32
+    state_ptr,  # [R, C] float32, in error form or bfloat16
     precision_ptr,  # [S] float32
     padding_ptr,  # [B, C], non-zero where a key is padding
     segments_ptr,  # [B, C] int32 or int64
@@ -207,7 +208,7 @@ def _forward(
 ):
     """p = softmax(u) and pi KL[p || q]. A program takes ROWS whole rows.
 
-    Floor, bytes per element: read mu and the state (4), write the emission; a row over one tile is read twice.
+    Floor, bytes per element: read mu and the state (4 or 2), write the emission; a row over one tile is read twice.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
@@ -277,7 +278,7 @@ def write_step(
 @triton.jit
 def _step(
     mu_ptr,  # [R, C]
-    state_ptr,  # [R, C] float32, moved in place
+    state_ptr,  # [R, C] float32, in error form or bfloat16; moved in place
     grad_ptr,  # [R, C]
     precision_ptr,  # [S] float32
     keep_ptr,  # [S] float32
@@ -303,8 +304,8 @@ def _step(
 ):
     """d <- keep d - (move / pi) (g - <p, g>); dF/dmu = pi (q - p), in error form + p (pi (d - <p, d>) + g - <p, g>).
 
-    A program takes ROWS whole rows. Floor, bytes per element: read mu, g and the state (4), write the state (4) and
-    dF/dmu; a row over one tile is read twice, under MOVED three times.
+    A program takes ROWS whole rows. Floor, bytes per element: read mu, g and the state (4 or 2), write the state (4 or
+    2) and dF/dmu; a row over one tile is read twice, under MOVED three times.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
@@ -385,8 +386,8 @@ def categorical_forward(
 ) -> tuple[Tensor, Tensor]:
     """Emission softmax(u), in mu's shape and dtype, and energy pi KL ``[S]`` (Pinchetti et al. 2022, eq. 5).
 
-    mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous: u, or
-    in error form u - mu; precision ``[S]`` float32.
+    mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, contiguous: u in float32, or
+    in error form u - mu in float32 or bfloat16; precision ``[S]`` float32.
     causal: mu is ``[..., N, K]`` and query i sees keys 0 .. i + K - N. For mu ``[B, heads, N, K]`` padding ``[B, K]``
     bool, True where a key is padding, and segments ``[B, N]``, N = K, int32 or int64: a query sees the keys of its own
     number. p = 0 where masked.
@@ -438,6 +439,7 @@ def categorical_step(
     *,
     form: str,
     moved: bool = False,
+    state_dtype: torch.dtype | None = None,
     causal: bool = False,
     padding: Tensor | None = None,
     segments: Tensor | None = None,
@@ -445,9 +447,10 @@ def categorical_step(
     """d <- keep d - (move / pi) (grad - <p, grad>): the state and dF/dmu.
 
     dF/dmu = pi (q - p), in error form + p (pi (d - <p, d>) + grad - <p, grad>), in mu's shape and dtype.
-    mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous,
-    moved in place (None: u = mu, and the new one is returned); precision, keep, move ``[S]`` float32. Without keep and
-    move it is the learning pass: the state stays, and in state form grad may be None.
+    mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, contiguous, float32
+    or in error form bfloat16, moved in place (None: u = mu, and the new one is returned, of state_dtype; by default
+    float32); precision, keep, move ``[S]`` float32. Without keep and move it is the learning pass: the state stays, and
+    in state form grad may be None.
     Masks as in `categorical_forward`; where masked, dF/dmu and the moved state are 0.
     Raises ValueError for a form, shape or device that does not fit or more than 2^31 - 1 rows, TypeError for a dtype.
     """
@@ -455,7 +458,7 @@ def categorical_step(
     check_masks(mu, causal, padding, segments)
     samples, error, moves, has_state = len(precision), form == "error", keep is not None, state is not None
     if moves and state is None:
-        state = torch.empty(mu.shape, device=mu.device)
+        state = new_state(mu, form, state_dtype)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
         return state, grad_mu

@@ -52,10 +52,23 @@ def check_precision(precision: Tensor, like: Tensor, beside: str = "mu") -> None
         )
 
 
-def check_state(state: Tensor) -> None:
+def check_in_place(state: Tensor) -> None:
     """Refuse a state that cannot be moved in place."""
     if not state.is_contiguous():
         raise ValueError("state is not contiguous and is moved in place: keep it as state.contiguous()")
+
+
+def check_state(state: Tensor, mu: Tensor, form: str) -> None:
+    """Refuse a state that a node's kernels would misread. Only an error may be bfloat16: u would lose u - mu in it."""
+    check("state", state, mu, mu.shape, coefficient=form == "state" or state.dtype != torch.bfloat16)
+    check_in_place(state)
+
+
+def new_state(mu: Tensor, form: str, dtype: torch.dtype | None) -> Tensor:
+    """The state that a first move writes, in that dtype; None is float32."""
+    state = torch.empty(mu.shape, dtype=dtype or torch.float32, device=mu.device)
+    check_state(state, mu, form)
+    return state
 
 
 def check_moves(keep: Tensor | None, move: Tensor | None, precision: Tensor, like: Tensor, beside: str = "mu") -> None:
@@ -80,8 +93,7 @@ def check_node(mu: Tensor, state: Tensor | None, precision: Tensor, form: str, n
             raise ValueError(f"mu has {mu.shape[-1]} columns: give it an even number, [mean | log variance]")
         check("noise", noise, mu, (*mu.shape[:-1], mu.shape[-1] // 2))
     if state is not None:
-        check("state", state, mu, mu.shape, coefficient=True)
-        check_state(state)
+        check_state(state, mu, form)
 
 
 def check_step(

@@ -11,13 +11,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import UNFUSED, check_node, check_step, coefficients, on_device, packed, row_tile, sum_partials, tile
+from .common import (
+    UNFUSED,
+    check_node,
+    check_step,
+    coefficients,
+    new_state,
+    on_device,
+    packed,
+    row_tile,
+    sum_partials,
+    tile,
+)
 
 
 @triton.jit
 def _forward(
     mu_ptr,  # [S, n]
-    state_ptr,  # [S, n] float32
+    state_ptr,  # [S, n] float32, in error form or bfloat16
     precision_ptr,  # [S] float32
     emission_ptr,  # [S, n], mu's dtype
     energy_ptr,  # [S, blocks] float32
@@ -29,14 +40,14 @@ def _forward(
 ):
     """u and pi d^2 / 2 with d = u - mu. A program takes COLS elements of ROWS samples.
 
-    Floor, bytes per element: read mu and the state (4), write the emission.
+    Floor, bytes per element: read mu and the state (4 or 2), write the emission.
     """
     rows, cols, partial = row_tile(n_samples, n, ROWS, COLS)
     inside = rows < n_samples
     mask = inside & (cols < n)
     offsets = rows * n + cols
     mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    state = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+    state = tl.load(state_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     u = mu + state if ERROR else state
     d = state if ERROR else state - mu
     pi = tl.load(precision_ptr + rows, mask=inside, other=1.0)
@@ -47,7 +58,7 @@ def _forward(
 @triton.jit
 def _step(
     mu_ptr,  # [S, n]; not read in error form
-    state_ptr,  # [S, n] float32, moved in place
+    state_ptr,  # [S, n] float32, in error form or bfloat16; moved in place
     grad_ptr,  # [S, n]; read by the move alone
     precision_ptr,  # [S] float32
     keep_ptr,  # [S] float32
@@ -64,7 +75,8 @@ def _step(
 ):
     """d <- keep d - (move / pi) g; dE/dmu = -pi d. A program takes COLS elements of ROWS samples.
 
-    Floor, bytes per element: error form read g and e (4), write e (4); state form also read mu and write dE/dmu.
+    Floor, bytes per element: error form read g and e (4 or 2), write e (4 or 2); state form, in float32, also read mu
+    and write dE/dmu.
     """
     rows, cols, _ = row_tile(n_samples, n, ROWS, COLS)
     inside = rows < n_samples
@@ -75,7 +87,7 @@ def _step(
     if not ERROR:
         mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_STATE:
-        d = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+        d = tl.load(state_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if not ERROR:
             d -= mu
     shown = d
@@ -92,8 +104,8 @@ def _step(
 def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
     """Emission u, in mu's shape and dtype, and energy pi |u - mu|^2 / 2 ``[S]`` (Pinchetti et al. 2022, eq. 5).
 
-    mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous: u, or
-    in error form u - mu; precision ``[S]`` float32.
+    mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, contiguous: u in float32, or
+    in error form u - mu in float32 or bfloat16; precision ``[S]`` float32.
     Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
     """
     check_node(mu, state, precision, form)
@@ -132,19 +144,21 @@ def gaussian_step(
     *,
     form: str,
     moved: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """d <- keep d - (move / pi) grad with d = u - mu: the state and dF/dmu = -pi d.
 
-    mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, float32, contiguous,
-    moved in place (None: u = mu, and the new one is returned); precision, keep, move ``[S]`` float32. Without keep and
-    move it is the learning pass: the state stays, and in state form grad may be None. dF/dmu has mu's shape and dtype;
+    mu, grad ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, contiguous, float32
+    or in error form bfloat16, moved in place (None: u = mu, and the new one is returned, of state_dtype; by default
+    float32); precision, keep, move ``[S]`` float32. Without keep and move it is the learning pass: the state stays, and
+    in state form grad may be None. dF/dmu has mu's shape and dtype;
     in error form it is ``grad`` itself.
     Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
     """
     check_step(mu, state, grad, precision, keep, move, form)
     samples, error, moves, has_state = len(precision), form == "error", keep is not None, state is not None
     if moves and state is None:
-        state = torch.empty(mu.shape, device=mu.device)
+        state = new_state(mu, form, state_dtype)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format) if grad is None or not error else grad
     if mu.numel() == 0 or (error and not moves):
         return state, grad_mu

@@ -20,6 +20,7 @@ from .common import (
     count_rows,
     exp_tail,
     expm1,
+    new_state,
     on_device,
     packed,
     row_tile,
@@ -31,7 +32,7 @@ from .common import (
 @triton.jit
 def _forward(
     mu_ptr,  # [R, 2 C]
-    state_ptr,  # [R, 2 C] float32
+    state_ptr,  # [R, 2 C] float32, in error form or bfloat16
     precision_ptr,  # [S] float32
     noise_ptr,  # [R, C]
     emission_ptr,  # [R, C], mu's dtype
@@ -45,7 +46,7 @@ def _forward(
 ):
     """m + e^(s/2) xi and pi/2 [e^ds - 1 - ds + dm^2 e^-s^]. A program takes COLS of the C pairs (m, s) of ROWS rows.
 
-    Floor, bytes per pair: read mu (two), the state (8) and xi, write the emission.
+    Floor, bytes per pair: read mu (two), the state (8 or 4) and xi, write the emission.
     """
     rows, cols, partial = row_tile(n_rows, n, ROWS, COLS)
     inside = rows < n_rows
@@ -54,8 +55,8 @@ def _forward(
     log_variance = mean + n
     m_hat = tl.load(mu_ptr + mean, mask=mask, other=0.0).to(tl.float32)
     s_hat = tl.load(mu_ptr + log_variance, mask=mask, other=0.0).to(tl.float32)
-    m = tl.load(state_ptr + mean, mask=mask, other=0.0)
-    s = tl.load(state_ptr + log_variance, mask=mask, other=0.0)
+    m = tl.load(state_ptr + mean, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(state_ptr + log_variance, mask=mask, other=0.0).to(tl.float32)
     xi = tl.load(noise_ptr + rows * n + cols, mask=mask, other=0.0).to(tl.float32)
     dm, ds = m, s
     if ERROR:
@@ -74,7 +75,7 @@ def _forward(
 @triton.jit
 def _step(
     mu_ptr,  # [R, 2 C]
-    state_ptr,  # [R, 2 C] float32, moved in place
+    state_ptr,  # [R, 2 C] float32, in error form or bfloat16; moved in place
     grad_ptr,  # [R, C]
     precision_ptr,  # [S] float32
     keep_ptr,  # [S] float32
@@ -97,7 +98,7 @@ def _step(
     dF/dmu = -pi (dm e^-s^, (e^ds - 1 + dm^2 e^-s^) / 2), or in error form (g, (h - pi dm^2 e^-s^) / 2).
 
     A program takes COLS of the C pairs (m, s) of ROWS rows.
-    Floor, bytes per pair: read mu (two), the state (8), g and xi, write the state (8) and dF/dmu (two).
+    Floor, bytes per pair: read mu (two), the state (8 or 4), g and xi, write the state (8 or 4) and dF/dmu (two).
     """
     rows, cols, _ = row_tile(n_rows, n, ROWS, COLS)
     inside = rows < n_rows
@@ -112,8 +113,8 @@ def _step(
     if not ERROR:
         m_hat = tl.load(mu_ptr + mean, mask=mask, other=0.0).to(tl.float32)
     if HAS_STATE:
-        dm = tl.load(state_ptr + mean, mask=mask, other=0.0)
-        ds = tl.load(state_ptr + log_variance, mask=mask, other=0.0)
+        dm = tl.load(state_ptr + mean, mask=mask, other=0.0).to(tl.float32)
+        ds = tl.load(state_ptr + log_variance, mask=mask, other=0.0).to(tl.float32)
         if not ERROR:
             dm -= m_hat
             ds -= s_hat
@@ -146,7 +147,7 @@ def gaussian_logvar_forward(
     """Emission m + e^(s/2) xi ``[..., C]``, in mu's dtype, and energy pi KL ``[S]`` (Pinchetti et al. 2022, eq. 5).
 
     mu ``[S * r, ..., 2 C]``, noise xi ``[S * r, ..., C]``, float32, float16 or bfloat16, of any strides; state mu's
-    shape, float32, contiguous: u, or in error form u - mu; precision ``[S]`` float32.
+    shape, contiguous: u in float32, or in error form u - mu in float32 or bfloat16; precision ``[S]`` float32.
     Raises ValueError for a form, shape or device that does not fit or more than 2^31 - 1 rows, TypeError for a dtype.
     """
     check_node(mu, state, precision, form, noise)
@@ -189,19 +190,21 @@ def gaussian_logvar_step(
     *,
     form: str,
     moved: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """The natural step of (m, s), written out in `_step`: the state and dF/dmu.
 
     mu ``[S * r, ..., 2 C]``, grad and noise xi ``[S * r, ..., C]``, float32, float16 or bfloat16, of any strides; state
-    mu's shape, float32, contiguous, moved in place (None: u = mu, and the new one is returned); precision, keep, move
-    ``[S]`` float32. Without keep and move it is the learning pass: the state stays, and in state form grad may be None.
+    mu's shape, contiguous, float32 or in error form bfloat16, moved in place (None: u = mu, and the new one is
+    returned, of state_dtype; by default float32); precision, keep, move ``[S]`` float32. Without keep and move it is
+    the learning pass: the state stays, and in state form grad may be None.
     dF/dmu has mu's shape and dtype.
     Raises ValueError for a form, shape or device that does not fit or more than 2^31 - 1 rows, TypeError for a dtype.
     """
     check_step(mu, state, grad, precision, keep, move, form, noise)
     samples, error, moves, has_state = len(precision), form == "error", keep is not None, state is not None
     if moves and state is None:
-        state = torch.empty(mu.shape, device=mu.device)
+        state = new_state(mu, form, state_dtype)
     grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
         return state, grad_mu

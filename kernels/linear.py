@@ -21,9 +21,9 @@ from triton.runtime.driver import driver
 from .common import (
     UNFUSED,
     check,
+    check_in_place,
     check_moves,
     check_precision,
-    check_state,
     coefficients,
     on_device,
     packed,
@@ -137,7 +137,7 @@ def _forward(
 ):
     """u = x W' + b + e, or d = u - x W' - b, and pi d^2 / 2. A program takes a tile [ROWS, COLS] of them.
 
-    Floor: read x, W and the state (R N, 4 bytes each), write u or d; 2 R N K FLOPs.
+    Floor: read x, W and the state (R N, 4 or 2 bytes each), write u or d; 2 R N K FLOPs.
     """
     n, k = n_units * N_UNIT, k_units * K_UNIT
     row, col = _place(n_rows, n, ROWS, COLS, GROUP)
@@ -190,7 +190,7 @@ def _backward(
     """g W, and e <- keep e - (move / pi) g. A program takes a tile [ROWS, COLS] of g W.
 
     The programs of the same ROWS move their states in turns, DEPTH columns each: that brings the g which all of them
-    then read into the L2. Floor: read g, W and e (R N, 4 bytes each), write e and g W; 2 R N K FLOPs.
+    then read into the L2. Floor: read g, W and e (R N, 4 or 2 bytes each), write e and g W; 2 R N K FLOPs.
     """
     n, k = n_units * N_UNIT, k_units * K_UNIT
     row, col = _place(n_rows, k, ROWS, COLS, GROUP)
@@ -436,4 +436,4 @@ def _check_state(name: str, x: Tensor, state: Tensor | None, shape: tuple[int, i
     check_precision(precision, x, name)
     if state is not None:
         check("state", state, x, shape, beside=name)
-        check_state(state)
+        check_in_place(state)

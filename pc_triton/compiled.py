@@ -39,7 +39,8 @@ class CompiledSteps:
     """The compiled training steps of a `FreeEnergy`, one for each shape of the batch; called as it is."""
 
     def __init__(self, owner: FreeEnergy, options: dict[str, Any]) -> None:
-        self.owner, self.options = owner, {**OPTIONS, **options}
+        rounds = {} if owner.state_dtype is None else {"emulate_precision_casts": True}  # where a state is kept, too
+        self.owner, self.options = owner, {**OPTIONS, **rounds, **options}
         self.steps: dict[Any, tuple[Callable[..., Sequence[Tensor | None]], Callable[[Any, Tensor | None], None]]] = {}
         self.pool: Any = None  # the memory that the CUDA graphs share: one runs at a time
 

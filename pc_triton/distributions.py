@@ -22,7 +22,9 @@ from .reference import (
     Step,
     bernoulli_energy,
     categorical_energy,
+    error_of,
     gaussian_logvar_energy,
+    kept,
     log_softmax,
     mask_logits,
     per_sample,
@@ -171,11 +173,16 @@ class Distribution(nn.Module):
         *,
         form: str,
         moved: bool = False,
+        state_dtype: torch.dtype | None = None,
         **frozen: Any,
     ) -> Step:
         """One inference step (state, dF/dmu); arguments as in ``reference.py``."""
         mu_ = wide(mu.detach()).requires_grad_()
-        d = torch.zeros_like(mu_) if state is None else (state if form == "error" else state - mu_.detach())
+        d = (
+            torch.zeros_like(mu_)
+            if state is None
+            else (error_of(state, mu) if form == "error" else state - mu_.detach())
+        )
         with torch.enable_grad():
             u = (mu_ + d).detach().requires_grad_()
             e_u, e_mu = torch.autograd.grad(self._in_units(u, mu_, unit).sum(), [u, mu_], materialize_grads=True)
@@ -189,7 +196,7 @@ class Distribution(nn.Module):
             new = d - v * (per_sample(1 - keep, mu_) * e_u + per_sample(move / pi, mu_) * push)
         pi_ = per_sample(pi, mu_)
         if form == "error":
-            return new, (pi_ * (e_u + e_mu) + push).to(mu.dtype)
+            return kept(new, state, state_dtype), (pi_ * (e_u + e_mu) + push).to(mu.dtype)
         if moved:
             return mu_ + new, self.node_step(mu, mu_ + new, grad, pi, unit, None, None, form=form, **frozen)[1]
         return mu_ + new, (pi_ * e_mu).to(mu.dtype)
@@ -251,12 +258,14 @@ class Gaussian(Distribution):
     def node_forward(self, mu, state, pi, unit, *, form):
         return backend(mu).gaussian_forward(mu, state, self._precision(pi, unit), form=form)
 
-    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False):
-        return backend(mu).gaussian_step(mu, state, grad, self._precision(pi, unit), keep, move, form=form, moved=moved)
+    def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
+        return backend(mu).gaussian_step(mu, state, grad, self._precision(pi, unit), keep, move, **options)
 
     def error_energy(self, state: Tensor, pi: Tensor, unit: Tensor | None) -> Tensor:
         """The energy ``[S]`` in error form, where it is one of e alone."""
-        return 0.5 * self._precision(pi, unit) * torch.linalg.vector_norm(state.view(len(pi), -1), dim=1) ** 2
+        dtype = torch.promote_types(state.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(state.view(len(pi), -1), dim=1, dtype=dtype)
+        return 0.5 * self._precision(pi, unit) * norm**2
 
     def linear_forward(self, x, weight, bias, state, pi, unit):
         """`node_forward` in error form for the prediction x W' + b, x ``[R, K]``: see ``reference.py``."""
@@ -336,9 +345,9 @@ class GaussianLogVar(Distribution):
             return super().node_forward(mu, state, pi, unit, form=form, noise=noise)
         return backend(mu).gaussian_logvar_forward(mu, state, pi, noise, form=form)
 
-    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, noise):
+    def node_step(self, mu, state, grad, pi, unit, keep, move, *, noise, **options):
         passes = reference if self.prior else backend(mu)
-        return passes.gaussian_logvar_step(mu, state, grad, pi, keep, move, noise, form=form, moved=moved)
+        return passes.gaussian_logvar_step(mu, state, grad, pi, keep, move, noise, **options)
 
     def fall(self, mu, grad, samples, unit, *, noise):
         if self.prior:
@@ -372,8 +381,8 @@ class Bernoulli(Distribution):
     def node_forward(self, mu, state, pi, unit, *, form):
         return backend(mu).bernoulli_forward(mu, state, pi, form=form)
 
-    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False):
-        return backend(mu).bernoulli_step(mu, state, grad, pi, keep, move, form=form, moved=moved)
+    def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
+        return backend(mu).bernoulli_step(mu, state, grad, pi, keep, move, **options)
 
     def fall(self, mu, grad, samples, unit):
         p, g = torch.sigmoid(wide(mu)), wide(grad)
@@ -476,8 +485,8 @@ class Categorical(Distribution):
     def node_forward(self, mu, state, pi, unit, *, form, **masks):
         return backend(mu).categorical_forward(mu, state, pi, form=form, **masks)
 
-    def node_step(self, mu, state, grad, pi, unit, keep, move, *, form, moved=False, **masks):
-        return backend(mu).categorical_step(mu, state, grad, pi, keep, move, form=form, moved=moved, **masks)
+    def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
+        return backend(mu).categorical_step(mu, state, grad, pi, keep, move, **options)
 
     def fall(self, mu, grad, samples, unit, **masks):
         p, g = self.emission(wide(mu), **masks), wide(grad)

@@ -78,6 +78,10 @@ class FreeEnergy(nn.Module):
             states, as in ``lambda states: torch.optim.SGD(states, lr=0.5, momentum=0.3)``; it is given the natural
             gradient, of which lr = 1 is Newton's step. Adam's moves have the size of its lr, in units of the states: it
             goes with a precision that you set. Not for "sweep" and "incremental", which move within the backward pass.
+        state_dtype: what the states are kept in between the passes. None or ``torch.float32``: float32, and float64 in
+            a float64 model. ``torch.bfloat16``: half the memory, and fewer bytes in every inference step; arithmetic
+            stays as it is, each move is rounded. For order "error" alone, whose errors are small beside u; a chain of
+            small layers that runs in one launch keeps its states on the chip, in float32 whatever this says.
 
     Several processes: ``DistributedDataParallel(FreeEnergy(model))`` averages the gradients once a training step;
     order "incremental" has no single call to wrap, and takes ``FreeEnergy(DistributedDataParallel(model))``. FSDP2's
@@ -98,6 +102,7 @@ class FreeEnergy(nn.Module):
         displacement: float = 0.003,
         step: float | None = None,
         state_optimizer: StateOptimizer | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -112,6 +117,18 @@ class FreeEnergy(nn.Module):
             raise ValueError(f"step={step!r}: between 0 and 1 (1 is Newton's step of an isolated node)")
         if state_optimizer is not None and order in ("sweep", "incremental"):
             raise ValueError(f"order={order!r} moves its states within the backward pass: leave state_optimizer=None")
+        if state_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"state_dtype={state_dtype!r}: give torch.float32, torch.bfloat16 or None")
+        if state_dtype == torch.bfloat16 and order != "error":
+            raise ValueError(
+                f"state_dtype=torch.bfloat16 with order={order!r}, whose states are u: rounded, they lose the small "
+                "u - mu; use order='error', or float32 states"
+            )
+        if state_dtype == torch.bfloat16 and state_optimizer is not None:
+            raise ValueError(
+                "state_dtype=torch.bfloat16 with a state_optimizer, which would do its arithmetic in it: leave "
+                "state_optimizer=None, or use float32 states"
+            )
         if output is not None and not isinstance(output, Distribution):
             raise ValueError(f"output={output!r}: give a pc_triton Distribution, for example pc_triton.Categorical()")
         if not isinstance(model, nn.Module):
@@ -143,6 +160,7 @@ class FreeEnergy(nn.Module):
         self.adaptive = step is None
         self.step = {"error": 0.25, "sweep": 0.5}.get(order, 0.2) if step is None else step
         self.state_optimizer = state_optimizer
+        self.state_dtype = None if state_dtype == torch.float32 else state_dtype  # None: that of the arithmetic
         self._compiled: CompiledSteps | None = None
         self._traced_model: Callable[..., Any] | None = None
 
@@ -181,7 +199,9 @@ class FreeEnergy(nn.Module):
 
     def extra_repr(self) -> str:
         displacement = f", displacement={self.displacement}" if self.precision == "auto" else ""
-        return f"steps={self.steps}, order={self.order!r}, precision={self.precision!r}{displacement}, step={self.step}"
+        states = "" if self.state_dtype is None else f", state_dtype={self.state_dtype}"
+        shown = f"steps={self.steps}, order={self.order!r}, precision={self.precision!r}{displacement}"
+        return f"{shown}, step={self.step}{states}"
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
         """Infer, and return the free energy per item: a scalar, in nats per label or, for other outputs, per sample.

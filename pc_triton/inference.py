@@ -201,7 +201,7 @@ class Inference:
         """Move the node's state by one step, which returns the new state, and what goes to the layer below."""
         assert node.state is not None
         by_gradient = self.optimizer is not None or self.mode == "probe"
-        state = node.state.clone() if by_gradient else node.state  # a kernel moves it in place
+        state = wide(node.state.clone()) if by_gradient else node.state  # a kernel moves it in place
         moved, grad_below = step(state)
         assert moved is not None
         if not by_gradient:
@@ -410,8 +410,9 @@ class Inference:
                 node.state = torch.zeros_like(wide(node.mu))
             else:
                 node.state, _ = node.family.node_step(
-                    node.mu, None, grad, node.pi, node.unit, self.keep, self.move, form="error", **node.frozen
-                )
+                    node.mu, None, grad, node.pi, node.unit, self.keep, self.move,
+                    form="error", state_dtype=self.owner.state_dtype, **node.frozen,
+                )  # fmt: skip
                 self.moves = 1
             node.mu = node.emission = node.mu.new_empty(0)  # read no more: let them go
         if self.owner.traced and self.form == "error" and self.owner.state_optimizer is None and not self.shows_output:

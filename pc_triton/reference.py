@@ -10,7 +10,8 @@ the state, fused. It returns (state, dF/dmu).
 
 **form** says what the state tensor holds. ``"state"``: u itself; dF/dmu is then the local gradient pi dKL/dmu, at the
 old state, or with ``moved=True`` at the moved one (the sweep). ``"error"``: e = u - mu, so that u follows mu; dF/dmu is
-then the total derivative with e held. In error form ``state=None`` stands for e = 0.
+then the total derivative with e held. In error form ``state=None`` stands for e = 0. An error may be kept in bfloat16:
+it is small beside u, and so is its rounding. The moved one has the dtype of the old, or after e = 0 ``state_dtype``.
 
 **The move** is a natural-gradient step: with d = u - mu and V the inverse of the energy's curvature at u = mu (for the
 exponential families the Fisher information of the state), V dF/du = pi d + grad, and
@@ -47,6 +48,17 @@ def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.view(-1, *[1] * (like.dim() - 1))
 
 
+def error_of(state: Tensor, mu: Tensor) -> Tensor:
+    """The error that a state of error form holds, in the dtype of the arithmetic."""
+    return state.to(torch.promote_types(mu.dtype, torch.float32))
+
+
+def kept(new: Tensor, state: Tensor | None, state_dtype: torch.dtype | None) -> Tensor:
+    """A moved error in the dtype that the state is kept in; None for that of the arithmetic."""
+    dtype = state_dtype if state is None else state.dtype
+    return new if dtype is None else new.to(dtype)
+
+
 def sum_samples(x: Tensor, samples: int) -> Tensor:
     """The sum of x ``[S * r, ...]`` over everything but the samples: ``[S]``."""
     return x.reshape(samples, -1).sum(1)
@@ -69,7 +81,7 @@ def _moved(d: Tensor | None, push: Tensor, keep: Tensor, move_over_precision: Te
 def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
     """Emission u and energy pi |u - mu|^2 / 2 of a Gaussian of fixed variance."""
     if form == "error":
-        u, d = mu + state.to(mu.dtype), state
+        u, d = mu + state.to(mu.dtype), error_of(state, mu)
     else:
         u, d = state.to(mu.dtype), state - wide(mu)
     return u, 0.5 * precision * sum_samples(d * d, len(precision))
@@ -85,18 +97,22 @@ def gaussian_step(
     *,
     form: str,
     moved: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Step:
     """dE/du = pi d, dE/dmu = -pi d; what the children send returns to u as it is."""
     error = form == "error"
-    d = state if error or state is None else state - wide(mu)
+    if error and keep is None:
+        assert grad is not None
+        return state, grad
+    d = None if state is None else (error_of(state, mu) if error else state - wide(mu))
     new = d
     if keep is not None and move is not None:
         new = _moved(d, _sent(grad, mu), keep, move / precision)
     shown = new if moved else d
+    assert new is not None
     if error:
         assert grad is not None
-        return new, grad
-    assert new is not None
+        return kept(new, state, state_dtype), grad
     assert shown is not None
     return wide(mu) + new, (-per_sample(precision, mu) * shown).to(mu.dtype)
 
@@ -163,6 +179,7 @@ def gaussian_logvar_step(
     *,
     form: str,
     moved: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Step:
     """dE/du = pi ((m - m^) e^-s^, (e^(s-s^) - 1) / 2), dE/dmu = -pi (dm e^-s^, (e^ds - 1 + dm^2 e^-s^) / 2).
 
@@ -175,7 +192,7 @@ def gaussian_logvar_step(
     g_u = None
     if g.shape[-1:] == (3 * xi.shape[-1],):
         g, g_u = g.split([xi.shape[-1], mu.shape[-1]], -1)
-    d = torch.zeros_like(mu_) if state is None else (state if form == "error" else state - mu_)
+    d = torch.zeros_like(mu_) if state is None else (error_of(state, mu) if form == "error" else state - mu_)
     (dm, ds), (_, s_hat) = d.chunk(2, -1), mu_.chunk(2, -1)
     variance, g_s = s_hat.exp(), g * xi * (0.5 * (s_hat + ds)).exp()  # g_s is 2 dm(u)/ds g
     if g_u is not None:
@@ -188,7 +205,7 @@ def gaussian_logvar_step(
     pi = per_sample(precision, mu_)
     if form == "error":
         grad_mu = torch.cat([g, 0.5 * (g_s - pi * dm * dm / variance)], -1)
-        return new, grad_mu.to(mu.dtype)
+        return kept(new, state, state_dtype), grad_mu.to(mu.dtype)
     dm, ds = (new if moved else d).chunk(2, -1)
     grad_mu = pi * torch.cat([-dm / variance, -0.5 * (torch.expm1(ds) + dm * dm / variance)], -1)
     return mu_ + new, grad_mu.to(mu.dtype)
@@ -218,16 +235,17 @@ def bernoulli_step(
     *,
     form: str,
     moved: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Step:
     """dE/du = pi p (1 - p) d, dE/dmu = pi (q - p); what the children send returns to u as p (1 - p) g."""
     mu_, g = wide(mu), _sent(grad, mu)
-    d = torch.zeros_like(mu_) if state is None else (state if form == "error" else state - mu_)
+    d = torch.zeros_like(mu_) if state is None else (error_of(state, mu) if form == "error" else state - mu_)
     p, q, pi = torch.sigmoid(mu_ + d), torch.sigmoid(mu_), per_sample(precision, mu_)
     new = d
     if keep is not None and move is not None:
         new = _moved(d, g, keep, move / precision)
     if form == "error":
-        return new, (p * (1 - p) * (pi * d + g) + pi * (q - p)).to(mu.dtype)
+        return kept(new, state, state_dtype), (p * (1 - p) * (pi * d + g) + pi * (q - p)).to(mu.dtype)
     if moved:
         p = torch.sigmoid(mu_ + new)
     return mu_ + new, (pi * (q - p)).to(mu.dtype)
@@ -291,6 +309,7 @@ def categorical_step(
     *,
     form: str,
     moved: bool = False,
+    state_dtype: torch.dtype | None = None,
     causal: bool = False,
     padding: Tensor | None = None,
     segments: Tensor | None = None,
@@ -301,7 +320,7 @@ def categorical_step(
     """
     logits, g = mask_logits(wide(mu), causal, padding, segments), _sent(grad, mu)
     masked = logits == -torch.inf
-    d = torch.zeros_like(logits) if state is None else (state if form == "error" else state - logits)
+    d = torch.zeros_like(logits) if state is None else (error_of(state, mu) if form == "error" else state - logits)
     d = d.masked_fill(masked, 0.0)
     p, q, pi = log_softmax(logits + d).exp(), log_softmax(logits).exp(), per_sample(precision, logits)
     push = (g - (p * g).sum(-1, keepdim=True)).masked_fill(masked, 0.0)
@@ -310,7 +329,7 @@ def categorical_step(
         new = _moved(d, push, keep, move / precision)
     if form == "error":
         total = p * (pi * (d - (p * d).sum(-1, keepdim=True)) + push) + pi * (q - p)
-        return new, total.to(mu.dtype)
+        return kept(new, state, state_dtype), total.to(mu.dtype)
     if moved:
         p = log_softmax(logits + new).exp()
     u = (logits + new).masked_fill(masked, 0.0)
@@ -343,7 +362,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output softmax(u) v, pi KL of the softmaxes, and the facts of each row: log sum e^u, <p, d>, KL."""
     mu = _logits(q, k, scale)
-    d = torch.zeros_like(mu) if state is None else state
+    d = torch.zeros_like(mu) if state is None else error_of(state, mu)
     logits = mask_logits(mu, causal, padding, segments)
     p, energy = categorical_forward(logits, d, precision, form="error")
     kl = categorical_energy(logits + d, logits).sum(-1)

@@ -141,8 +141,8 @@ def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
             for node in inference.nodes:
                 node.state = None if node.state is None else torch.zeros_like(node.state)
         last = inference.probe()
-        settler = copy.copy(owner)  # the same nodes and precisions, settled by the guarded error order
-        settler.order, settler.state_optimizer = "error", None
+        settler = copy.copy(owner)  # the same nodes and precisions, settled by the guarded error order in float32
+        settler.order, settler.state_optimizer, settler.state_dtype = "error", None, None
         random.restore()
         start = Inference(settler, x, y)
         start.calibrate(start.forward("first"))

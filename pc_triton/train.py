@@ -33,6 +33,7 @@ from .text import InputError
 
 METHODS = ("pc", "bp", "gaussian-pc")
 ORDERS = ("error", "sweep", "simultaneous", "incremental")
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAY_CHANGE = ("data", "stream", "column", "held_out", "micro_batch", "steps", "eval_every")
 """Settings that may change when a run is resumed; the text itself is compared by its digest."""
 BACKPROPAGATION = "backpropagation: no inference"
@@ -82,6 +83,7 @@ class Settings:
     order: str = _setting("error", "order of inference", ORDERS)
     displacement: float = _setting(0.003, "fraction of the free energy that inference may explain away")
     precision: str = _setting("auto", "precision of the hidden nodes: auto, by the displacement, or a number")
+    state_dtype: str = _setting("float32", "what the states of inference are kept in", tuple(STATE_DTYPES))
     eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ class Settings:
                 fine = False
             if not fine:
                 raise InputError(f"precision={self.precision}: give auto, or a positive finite number")
-        for name, choices in (("method", METHODS), ("order", ORDERS)):
+        for name, choices in (("method", METHODS), ("order", ORDERS), ("state_dtype", STATE_DTYPES)):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         if self.micro_batch is not None and self.method != "bp" and self.order == "incremental":
@@ -135,6 +137,7 @@ def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
         output = Gaussian(1.0) if gaussian else None
         options: dict[str, Any] = {"order": s.order, "displacement": s.displacement}
         options["precision"] = s.precision if s.precision == "auto" else float(s.precision)
+        options["state_dtype"] = STATE_DTYPES[s.state_dtype]
         return model, FreeEnergy(whole, output, steps=s.inference_steps, **options)
     except ValueError as error:
         raise InputError(str(error)) from None

@@ -95,6 +95,8 @@ STEPS = {
     "step state learn": ("state", True, False, False),
 }
 HEAVIEST = ("forward error", "step error", "step state moved")
+ERRORS = ("forward error", "step error")
+HALF = {"label": " bfloat16 state", "only": ERRORS, "state_dtype": torch.bfloat16}
 
 
 def launches():
@@ -104,10 +106,19 @@ def launches():
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def node(module, *shape: int, label="", only=None, samples=None, dtype=torch.bfloat16, **options):
+    def node(
+        module,
+        *shape: int,
+        label="",
+        only=None,
+        samples=None,
+        dtype=torch.bfloat16,
+        state_dtype=torch.float32,
+        **options,
+    ):
         family = module.__name__.rpartition(".")[2]
         forward, step = getattr(module, f"{family}_forward"), getattr(module, f"{family}_step")
-        mu, state = tensor(*shape, dtype=dtype), tensor(*shape, dtype=torch.float32)
+        mu, state = tensor(*shape, dtype=dtype), tensor(*shape, dtype=state_dtype)
         pi, grad, extra = tensor(samples or shape[0], dtype=torch.float32), mu, ()
         if module is gaussian_logvar:
             grad = tensor(*shape[:-1], shape[-1] // 2, dtype=dtype)
@@ -122,10 +133,10 @@ def launches():
         for name in only or calls:
             yield f"{family} {'x'.join(map(str, shape))}{label} {name}", calls[name]
 
-    def layer(n: int, k: int, only=None, dtype=torch.bfloat16):
+    def layer(n: int, k: int, only=None, dtype=torch.bfloat16, state_dtype=torch.float32):
         rows = 64 if n == 64 else 16384
         x, weight, bias, grad = (tensor(*size, dtype=dtype) for size in ((rows, k), (n, k), (n,), (rows, n)))
-        state, pi = tensor(rows, n, dtype=torch.float32), tensor(rows, dtype=torch.float32)
+        state, pi = tensor(rows, n, dtype=state_dtype), tensor(rows, dtype=torch.float32)
         calls = {
             f"forward {form}": partial(linear.linear_forward, x, weight, bias, state, pi, form=form)
             for form in ("error", "state")
@@ -135,6 +146,7 @@ def launches():
         calls["backward learn"] = partial(linear.linear_backward, grad, weight, None, pi, None, None)
         calls["weight gradient"] = partial(linear.linear_weight_gradient, grad, x)
         kind = " float32" if dtype == torch.float32 else ""
+        kind += " bfloat16 state" if state_dtype == torch.bfloat16 else ""
         for name in only or calls:
             yield f"linear {rows}x{n}x{k}{kind} {name}", calls[name]
 
@@ -165,6 +177,10 @@ def launches():
     yield from node(categorical, 64, 131072, only=HEAVIEST)
     yield from node(categorical, 64, 4096, only=HEAVIEST)
     yield from node(categorical, 64, 10, only=HEAVIEST, dtype=torch.float32)
+    for module in (gaussian, bernoulli):
+        yield from node(module, 512, 16384, **HALF)
+    yield from node(gaussian_logvar, 512, 2048, samples=64, **HALF)
+    yield from node(categorical, 64, 4096, **HALF)
     masks = {"causal": True, "padding": tensor(2, 1024, dtype=torch.bool)}
     yield from node(categorical, 2, 8, 512, 1024, label=" causal padding", **masks)
     documents = {"causal": True, "segments": tensor(2, 1024, dtype=torch.int64)}
@@ -174,7 +190,10 @@ def launches():
         state, pi = tensor(2, 8, 1024, 1024, dtype=torch.float32), tensor(2, dtype=torch.float32)
         facts, options = tensor(3, 2, 8, 1024, dtype=torch.float32), {"scale": 0.125, **masks}
         label = f"attention {head} {str(dtype).removeprefix('torch.')}"
-        for name, e in (("", state), (" fresh", None)):
+        states = {"": state, " fresh": None}
+        if dtype == torch.bfloat16:
+            states[" bfloat16 state"] = state.bfloat16()
+        for name, e in states.items():
             forward = partial(attention.attention_forward, q, keys, keys, e, pi, **options)
             step = partial(attention.attention_step, q, keys, keys, q, q, e, pi, pi, pi, facts, **options)
             yield f"{label} forward{name}", forward
@@ -194,6 +213,7 @@ def launches():
         yield from layer(n, k)
     yield from layer(4096, 4096, dtype=torch.float32)
     yield from layer(64, 64, only=("forward error", "backward", "weight gradient"))
+    yield from layer(4096, 4096, only=("forward error", "backward"), state_dtype=torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16):
         yield from network(128, 64, 128, 128, 10, dtype=dtype)
         yield from network(16384, 256, 256, 256, labels=False, dtype=dtype)

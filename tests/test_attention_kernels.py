@@ -168,6 +168,15 @@ def test_a_packed_sequence_is_its_documents(causal, lengths, has_state):
         torch.testing.assert_close(packed[0][item], energy[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("learn", [False, True], ids=["move", "learn"])
+def test_a_state_in_bfloat16(learn, device):  # noqa: F811
+    for dtype in (torch.float32, torch.float16):
+        q, k, v, grad_out, state, c = problem((device, dtype), 4, 2, 18, 33, 16)
+        padding = hide(33, device=device)
+        moved = check(q, k, v, grad_out, state.bfloat16(), c, learn=learn, causal=True, padding=padding)[1]
+        assert moved.dtype == torch.bfloat16
+
+
 def test_samples_of_several_items(device):  # noqa: F811
     """Precision per sample where a sample has two rows of the batch."""
     check(*problem((device, torch.float32), 2, 1, 5, 7, 8, items=4, samples=2), causal=True)

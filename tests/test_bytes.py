@@ -26,9 +26,9 @@ ROWS = 8
 
 
 class Moved:
-    """Bytes that kernels loaded and stored, and those of them in elements of 32 bits."""
+    """Bytes that kernels loaded and stored, and those of them in elements of 32 and of 16 bits."""
 
-    loaded = stored = loaded32 = stored32 = 0
+    loaded = stored = loaded32 = stored32 = loaded16 = stored16 = 0
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def moved(monkeypatch) -> Iterator[Moved]:
     return count
 
 
-def launch(family: str, phase: str, form: str, *shape: int, **options) -> None:
+def launch(family: str, phase: str, form: str, *shape: int, state_dtype=torch.float32, **options) -> None:
     """One launch of a node's kernel in float16, whose two bytes are bfloat16's."""
-    mu, state, pi = torch.randn(shape).half(), torch.randn(shape), torch.ones(shape[0])
+    mu, state, pi = torch.randn(shape).half(), torch.randn(shape).to(state_dtype), torch.ones(shape[0])
     half = (*shape[:-1], shape[-1] // 2)
     extra = (torch.randn(half).half(),) if family == "gaussian_logvar" else ()
     grad = torch.randn(half if extra else shape).half()
@@ -67,12 +67,16 @@ def launch(family: str, phase: str, form: str, *shape: int, **options) -> None:
 
 
 @pytest.mark.parametrize("phase", ["forward", "step"])
-@pytest.mark.parametrize("form", ["error", "state"])
+@pytest.mark.parametrize(
+    ("form", "state_dtype"),
+    [("error", torch.float32), ("state", torch.float32), ("error", torch.bfloat16)],
+    ids=["error", "state", "error in bfloat16"],
+)
 @pytest.mark.parametrize("family", ["gaussian", "gaussian_logvar", "bernoulli", "categorical"])
-def test_every_tensor_once(family, form, phase, moved):
+def test_every_tensor_once(family, form, state_dtype, phase, moved):
     columns = 2048
-    launch(family, phase, form, ROWS, columns)
-    read, written = node_bytes(family, phase, form, 2)
+    launch(family, phase, form, ROWS, columns, state_dtype=state_dtype)
+    read, written = node_bytes(family, phase, form, 2, state_dtype.itemsize)
     elements = ROWS * columns // (2 if family == "gaussian_logvar" else 1)
     assert read * elements <= moved.loaded <= SLACK * read * elements
     assert written * elements <= moved.stored <= SLACK * written * elements
@@ -169,6 +173,30 @@ def test_attention_reads_no_state_of_other_documents(moved):
     kernels.attention_step(q, k, v, out, grad, state, pi, pi / 3, pi / 3, facts, scale=0.25, segments=segments)
     assert 8 * seen <= moved.loaded32 <= 8 * seen + few
     assert 4 * seen <= moved.stored32 <= 4 * seen + few
+
+
+def test_states_in_bfloat16_are_half_the_bytes(moved):
+    """Of attention and of a linear layer in float32, where nothing else has 16 bits."""
+    items, heads, n, dim = 1, 2, 64, 16
+    q, k, v, grad = torch.randn(4, items, heads, n, dim)
+    state, pi, kernels, pairs = (
+        torch.randn(items, heads, n, n).bfloat16(),
+        torch.ones(items),
+        triton_kernels(),
+        2 * n * n,
+    )
+    out, _, facts = kernels.attention_forward(q, k, v, state, pi, scale=0.25)
+    assert (moved.loaded16, moved.stored16) == (2 * pairs, 0)
+    moved.loaded16 = 0
+    kernels.attention_step(q, k, v, out, grad, state, pi, pi / 3, pi / 3, facts, scale=0.25)
+    assert (moved.loaded16, moved.stored16) == (4 * pairs, 2 * pairs)
+    moved.loaded16 = moved.stored16 = 0
+    x, weight, state, pi = torch.randn(64, 48), torch.randn(32, 48), torch.randn(64, 32).bfloat16(), torch.ones(64)
+    kernels.linear_forward(x, weight, None, state, pi, form="error")
+    assert (moved.loaded16, moved.stored16) == (2 * state.numel(), 0)
+    moved.loaded16 = 0
+    kernels.linear_backward(torch.randn(64, 32), weight, state, pi, pi / 3, pi / 3)
+    assert (moved.loaded16, moved.stored16) == (2 * state.numel(), 2 * state.numel())
 
 
 def test_a_linear_layer_moves_each_state_once(moved):

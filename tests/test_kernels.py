@@ -185,6 +185,26 @@ def test_a_quarter_million_columns(device):
     check_step("categorical", mu, state, grad, c, extra, "error", False)
 
 
+@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_errors_in_bfloat16(family, dtype, device):
+    """Read as they are, and rounded once when they have moved (the interpreter truncates)."""
+    mu, e, grad, c, extra = problem(family, (4, 41), 2, (device, dtype), "error")
+    e = e.bfloat16()
+    check_forward(family, mu, e, c, extra, "error")
+    check_step(family, mu, e, grad, c, extra, "error", False)
+    check_step(family, mu, None, grad, c, extra, "error", False, state_dtype=torch.bfloat16)
+    check_step(family, mu, e, grad, (c[0], None, None), extra, "error", False)
+
+
+@pytest.mark.usefixtures("short_rows")
+def test_errors_in_bfloat16_over_long_rows_with_masks(device):
+    mu, e, grad, c, _ = problem("categorical", (2, 3, 5, 41), 2, (device, torch.float32), "error")
+    masks = {"causal": True, "padding": torch.arange(41, device=device)[None].repeat(2, 1) % 3 == 0}
+    check_forward("categorical", mu, e.bfloat16(), c, (), "error", **masks)
+    check_step("categorical", mu, e.bfloat16(), grad, c, (), "error", False, **masks)
+
+
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("family", MODULES)
 def test_random_shapes(family, seed, device):
@@ -408,6 +428,9 @@ BAD = [
     ({"keep": torch.ones(4)}, ValueError, r"keep has shape \[4\]: give it \[2\]"),
     ({"move": torch.ones(2).double()}, TypeError, "move is float64"),
     ({"state": torch.zeros(4, 6).half()}, TypeError, "state is float16: cast it to float32"),
+    ({"state": torch.zeros(4, 6).bfloat16(), "form": "state"}, TypeError, "state is bfloat16: cast it to float32"),
+    ({"state": None, "form": "state", "state_dtype": torch.bfloat16}, TypeError, "state is bfloat16: cast it"),
+    ({"state": None, "state_dtype": torch.float16}, TypeError, "state is float16: cast it to float32"),
     ({"state": torch.zeros(6)}, ValueError, r"state has shape \[6\]"),
     ({"state": torch.zeros(6, 4).t()}, ValueError, "state is not contiguous and is moved in place"),
 ]

@@ -161,6 +161,8 @@ def test_every_element_of_the_state_moves_once(device):
 def test_states_of_half_precision(device):
     check_all(65, 17, 40, 5, (device, torch.float16), state_dtype=torch.float16)
     check_all(9, 17, 40, 3, (device, torch.float32), state_dtype=torch.float16)
+    check_all(65, 17, 40, 5, (device, torch.float32), state_dtype=torch.bfloat16)
+    check_all(65, 17, 40, 5, (device, torch.float16), state_dtype=torch.bfloat16)
 
 
 def test_strided_inputs(device):

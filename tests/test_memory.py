@@ -49,7 +49,7 @@ def test_incremental_inference_is_freed():
     assert sum(type(o) is pc.free_energy.Inference for o in gc.get_objects()) == before
 
 
-def held(blocks, width, tokens, heads, *, order=None, steps=3, state=True):
+def held(blocks, width, tokens, heads, *, order=None, state=True, **options):
     """Values per token that a transformer's training step holds as its backward pass begins, but for parameters."""
     model = Transformer(50, width, heads, blocks, tokens, attention=state)
     x, y = torch.randint(50, (2, 2, tokens))
@@ -63,7 +63,7 @@ def held(blocks, width, tokens, heads, *, order=None, steps=3, state=True):
         if order is None:
             loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
         else:
-            free_energy = pc.FreeEnergy(model, order=order, steps=steps)
+            free_energy = pc.FreeEnergy(model, order=order, **options)
             inference = Inference(free_energy, x, y)
             free_energy.settle(inference, free_energy.moves)
             storages.clear()  # the passes before have freed theirs
@@ -84,6 +84,8 @@ def held(blocks, width, tokens, heads, *, order=None, steps=3, state=True):
         ({}, lambda d, n, h: 16 * d + h + 4),
         ({"order": "error"}, lambda d, n, h: 28 * d + 3 * h * n + 4),
         ({"order": "error", "steps": 4}, lambda d, n, h: 34 * d + 4 * h * n + 4),
+        ({"order": "error", "state_dtype": torch.bfloat16}, lambda d, n, h: 25 * d + 2.5 * h * n + 4),
+        ({"order": "error", "state_dtype": torch.bfloat16, "steps": 4}, lambda d, n, h: 28 * d + 3 * h * n + 4),
         ({"order": "sweep"}, lambda d, n, h: 29 * d + 4 * h * n + 4),
         ({"order": "simultaneous"}, lambda d, n, h: 29 * d + 4 * h * n + 4),
         ({"order": "error", "state": False}, lambda d, n, h: 28 * d + h + 4),

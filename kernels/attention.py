@@ -212,6 +212,7 @@ def _forward(
         own = segments_of(rows, item, segments_ptr, n_keys)
         begin, end = near_segments(own, 0, end, item, segments_ptr, n_keys)
         begin = begin // COLS * COLS
+        end = tl.maximum(end, begin + 1)  # a loop that runs: around one that may not, ptxas serialises wgmma's
     for start in range(begin, end, COLS):
         cols = start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
@@ -343,6 +344,7 @@ def _grad_queries(
         own = segments_of(rows, item, segments_ptr, n_keys)
         begin, end = near_segments(own, 0, end, item, segments_ptr, n_keys)
         begin = begin // COLS * COLS
+        end = tl.maximum(end, begin + 1)  # a loop that runs: around one that may not, ptxas serialises wgmma's
     for start in range(begin, end, COLS):
         cols = start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
@@ -525,7 +527,7 @@ def like_tokens(x: Tensor) -> Tensor:
     return torch.empty(b, length, heads, head, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
-def plan(dtype: torch.dtype, dim: int, kernel: str) -> dict[str, int]:
+def plan(dtype: torch.dtype, dim: int, kernel: str, segments: bool) -> dict[str, int]:
     """ROWS, COLS, num_warps and num_stages of a kernel: the largest tiles that spill on none of aot.py's targets."""
     wide = dim > 64
     if dtype == torch.float32:
@@ -539,7 +541,7 @@ def plan(dtype: torch.dtype, dim: int, kernel: str) -> dict[str, int]:
     else:
         rows, cols, warps, stages = 64, 32 if wide else 64, 8, 2
     options = {"ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": stages, **FUSED}
-    if not torch.version.hip and (kernel == "queries" if not wide else kernel == "forward"):
+    if not torch.version.hip and (segments or (kernel == "queries" if not wide else kernel == "forward")):
         options["maxnreg"] = 248  # unasked, ptxas takes all 255 on sm_80; in 248 it spills nothing worth the name
     return options
 
@@ -550,7 +552,8 @@ def shape_options(
     """What a launch fixes at compile time."""
     dim = max(16, triton.next_power_of_2(q.shape[3]))
     masks = {"CAUSAL": causal, "PADDING": padding is not None, "SEGMENTS": segments is not None}
-    return {"GROUP": q.shape[1] // k.shape[1], **masks, "HEAD": q.shape[3], "DIM": dim, **plan(q.dtype, dim, kernel)}
+    tiles = plan(q.dtype, dim, kernel, segments is not None)
+    return {"GROUP": q.shape[1] // k.shape[1], **masks, "HEAD": q.shape[3], "DIM": dim, **tiles}
 
 
 def attention_forward(

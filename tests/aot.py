@@ -199,8 +199,8 @@ def launches():
             yield f"{label} forward{name}", forward
             yield f"{label} step{name}", step
             if e is not None and dtype == torch.bfloat16:
-                yield f"{label} forward segments", partial(forward, **documents)
-                yield f"{label} step segments", partial(step, **documents)
+                yield f"{label} forward segments", partial(forward, padding=None, **documents)
+                yield f"{label} step segments", partial(step, padding=None, **documents)
     for module in (gaussian, categorical):
         yield from node(module, 1, 1, only=HEAVIEST[:1])
     for columns in (10, 131072):

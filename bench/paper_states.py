@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from paper_lm import DEFAULT, PAPER, TINY, run
 from runs import Record, complete, markdown, mean_and_std, regime, score, spread
 
-STEPS = {3: 300, 8: 100}  # of training, by T
+STEPS = {3: 300, 8: 60}  # of training, by T
 KINDS = ("float32", "bfloat16")
 SEEDS = (0, 1, 2)
 LR = 4e-3

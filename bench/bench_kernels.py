@@ -30,6 +30,7 @@ from pc_triton.head import HeadEnergy
 Call = Callable[[], object]
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+STATES = {torch.float32: "", torch.bfloat16: ", bfloat16 state"}
 PHASES = (("forward", "error"), ("step", "error"), ("step", "state"))
 FLOPS = {  # an element, by phase
     "gaussian": (3, 5, 8),
@@ -72,13 +73,15 @@ def node_bytes(family: str, phase: str, form: str, size: int, state: int = 4) ->
 
 
 def node(name: str, family: str, device: str, *shape: int, **options) -> Iterator[Case]:
-    """A family's forward, and its step in error form and in state form, with plain torch for a rival."""
+    """A family's forward, and its step in error form and in state form, with plain torch for a rival.
+
+    In error form with a state in bfloat16, too.
+    """
     dtype = DTYPE[device]
 
-    def build(phase: str, form: str) -> dict[str, Call]:
+    def build(phase: str, form: str, state_dtype: torch.dtype) -> dict[str, Call]:
         mu, state = torch.randn(shape, dtype=dtype, device=device), torch.randn(shape, device=device).mul_(0.1)
-        if form == "state":
-            state += mu
+        state = state + mu if form == "state" else state.to(state_dtype)
         pi = torch.rand(shape[0], device=device) + 0.5
         half = (*shape[:-1], shape[-1] // 2)
         noise = (torch.randn(half, dtype=dtype, device=device),) if family == "gaussian_logvar" else ()
@@ -95,11 +98,15 @@ def node(name: str, family: str, device: str, *shape: int, **options) -> Iterato
             calls["torch"] = partial(torch.softmax, mu, -1)
         return calls
 
-    for (phase, form), flops in zip(PHASES, FLOPS[family]):
-        read, written = node_bytes(family, phase, form, dtype.itemsize)
-        bytes_each = read * (0.5 if options.get("causal") else 1.0) + written  # what causal hides is written, not read
-        elements = ELEMENTS[device] // (2 if family == "gaussian_logvar" else 1)
-        yield Case(f"{name} {phase}, {form} form", device, elements, bytes_each, flops, partial(build, phase, form))
+    for state_dtype, kind in STATES.items():
+        for (phase, form), flops in zip(PHASES, FLOPS[family]):
+            if form == "state" and kind:
+                continue
+            read, written = node_bytes(family, phase, form, dtype.itemsize, state_dtype.itemsize)
+            bytes_each = read * (0.5 if options.get("causal") else 1.0) + written  # what causal hides is not read
+            elements = ELEMENTS[device] // (2 if family == "gaussian_logvar" else 1)
+            call = partial(build, phase, form, state_dtype)
+            yield Case(f"{name} {phase}, {form} form{kind}", device, elements, bytes_each, flops, call)
 
 
 def clamped(device: str, columns: int) -> Case:
@@ -253,7 +260,9 @@ def chain(device: str, samples: int, width: int, layers: int) -> Case:
     return Case(f"chain {samples}: {layers} layers of {width}", device, elements, moved / elements, flops, build)
 
 
-def attention(device: str, n: int, head: int, documents: int = 1) -> Iterator[Case]:
+def attention(
+    device: str, n: int, head: int, state_dtype: torch.dtype = torch.float32, documents: int = 1
+) -> Iterator[Case]:
     """Causal attention with a state, fused; an element is a query and a key, of which causal hides half.
 
     documents: those that each sequence is packed of, alike in length; their own pairs alone count in the floor.
@@ -266,7 +275,7 @@ def attention(device: str, n: int, head: int, documents: int = 1) -> Iterator[Ca
 
     def build(phase: str) -> dict[str, Call]:
         q, k, v, grad_out = (torch.randn(items, heads, n, head, dtype=dtype, device=device) for _ in range(4))
-        state = torch.randn(items, heads, n, n, device=device).mul_(0.1)
+        state = torch.randn(items, heads, n, n, device=device).mul_(0.1).to(state_dtype)
         pi, scale = torch.rand(items, device=device) + 0.5, head**-0.5
         segments, seen = None, {"is_causal": True}
         if documents > 1:
@@ -300,10 +309,10 @@ def attention(device: str, n: int, head: int, documents: int = 1) -> Iterator[Ca
             "torch": partial(torch.autograd.grad, without, leaves, grad_out, retain_graph=True),
         }
 
-    packing = f", {documents} documents" if documents > 1 else ""
+    packing, size = f", {documents} documents" if documents > 1 else "", state_dtype.itemsize
     # Half of a document's pairs; forward 2 products and 40 operations, the step 7 products and 60.
-    for phase, moved, flops in (("forward", 4, 4 * head + 40), ("step", 8, 14 * head + 60)):
-        name = f"fused attention {n} causal{packing}, head dimension {head}, {phase}"
+    for phase, moved, flops in (("forward", size, 4 * head + 40), ("step", 2 * size, 14 * head + 60)):
+        name = f"fused attention {n} causal{packing}, head dimension {head}, {phase}{STATES[state_dtype]}"
         part = 2 * documents
         yield Case(name, device, items * heads * n * n, moved / part, flops // part, partial(build, phase))
 
@@ -318,7 +327,8 @@ def cases(device: str) -> Iterator[Case]:
     n = 1024 if device == "cuda" else 256
     yield from node(f"attention {n} causal", "categorical", device, elements // (8 * n * n), 8, n, n, causal=True)
     for head in (64, 128):
-        yield from attention(device, n, head)
+        for state_dtype in STATES:
+            yield from attention(device, n, head, state_dtype)
     yield from attention(device, n, 64, documents=4)
     for columns in (2**15, 2**18):
         yield clamped(device, columns)

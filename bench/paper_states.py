@@ -1,8 +1,8 @@
 """What inference states in bfloat16 change: the same trainings with states in float32 and in bfloat16.
 
-The model of ``pc-triton train`` by PC in error order, whose states are the errors e = u - mu, with T = 3 and T = 8 at
-one learning rate; every pair of runs has its seed, and with it weights and batches, in common. ``--data`` as in
-``paper_lm.py``.
+The model of ``pc-triton train`` by PC in error order, whose states are the errors e = u - mu, with T = 3, and shorter
+with T = 8, at one learning rate; every pair of runs has its seed, and with it weights and batches, in common.
+``--data`` as in ``paper_lm.py``.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ from matplotlib.figure import Figure
 from paper_lm import DEFAULT, PAPER, TINY, run
 from runs import Record, complete, markdown, mean_and_std, regime, score, spread
 
-T = (3, 8)
+STEPS = {3: 300, 8: 60}  # of training, by T
 KINDS = ("float32", "bfloat16")
 SEEDS = (0, 1, 2)
 LR = 4e-3
-STEPS = 300
 
 
 def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     """Make the runs that ``out`` lacks; Markdown of them, and a PNG of what the states' dtype changes in training."""
-    common = TINY | {"steps": 20} if quick else (DEFAULT if data is None else PAPER) | {"steps": STEPS}
-    common |= {"method": "pc", "order": "error", "lr": LR, "tuning": False}
+    model = TINY if quick else DEFAULT if data is None else PAPER
+    common = model | {"method": "pc", "order": "error", "lr": LR, "tuning": False}
     wanted = [
-        common | {"inference_steps": t, "state_dtype": kind, "seed": seed}
-        for t in T
+        common | {"steps": 20 if quick else steps, "inference_steps": t, "state_dtype": kind, "seed": seed}
+        for t, steps in STEPS.items()
         for seed in (SEEDS[:1] if quick else SEEDS)
         for kind in KINDS
     ]
@@ -48,13 +47,15 @@ def table(records: list[Record]) -> str:
     """Markdown: held-out perplexity by T and dtype, what bfloat16 changes in it seed by seed, and the regime."""
     seeds = sorted({record["settings"]["seed"] for record in records})
     rows = []
-    for t in T:
+    for t in STEPS:
         for kind in KINDS:
             some, other = of(records, t, kind), of(records, t, KINDS[0])
             changes = [100 * (score(a) / score(b) - 1) for a, b in zip(some, other)]
             change = "" if kind == KINDS[0] else mean_and_std(changes, 2, "+") + " %"
-            rows.append([f"{t}", kind, *(spread([r]) for r in some), spread(some), change, regime(some)])
-    heads = ["T", "states", *(f"seed {seed}" for seed in seeds), "mean ± std", "of float32's", "regime"]
+            steps = str(some[0]["settings"]["steps"])
+            rows.append([f"{t}", steps, kind, *(spread([r]) for r in some), spread(some), change, regime(some)])
+    each = [f"seed {seed}" for seed in seeds]
+    heads = ["T", "training steps", "states", *each, "mean ± std", "change by bfloat16", "regime"]
     return markdown(heads, rows)
 
 
@@ -62,16 +63,16 @@ def plot(records: list[Record], png: Path) -> None:
     """Left held-out perplexity, means over the seeds; right how far the losses of a pair of runs part."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for t in T:
+    for number, t in enumerate(STEPS):
         for kind, style in zip(KINDS, ("-", "--")):
             each: list[Any] = [record["evaluations"] for record in of(records, t, kind) if "evaluations" in record]
             values = [mean(row["perplexity"] for row in rows) for rows in zip(*each)]
             left.plot([row["step"] for row in each[0]], values, style, marker=".", label=f"T = {t}, {kind}")
-        for number, pair in enumerate(zip(*(of(records, t, kind) for kind in KINDS))):
+        for seed, pair in enumerate(zip(*(of(records, t, kind) for kind in KINDS))):
             a, b = (record["losses_every_10th"] for record in pair)
-            parts = [abs(x - y) / y for x, y in zip(b, a)]
-            label = f"T = {t}" if number == 0 else None
-            right.plot([10 * k for k in range(len(parts))], parts, color=f"C{T.index(t)}", label=label)
+            parts = [abs(x - y) / x for x, y in zip(a, b)]
+            label = None if seed else f"T = {t}, each seed"
+            right.plot([10 * k for k in range(len(parts))], parts, color=f"C{number}", label=label)
     left.set(xlabel="training step", ylabel="held-out perplexity per token", yscale="log")
     right.set(xlabel="training step", ylabel="relative difference of the loss to float32's", yscale="log")
     left.legend()

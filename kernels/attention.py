@@ -68,7 +68,10 @@ def seen_keys(cols, item, padding_ptr, n_keys, PADDING: tl.constexpr):
 @triton.jit
 def end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL: tl.constexpr, PADDING: tl.constexpr,
            ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """Where the keys end that this block of queries sees."""
+    """Where the keys end that this block of queries sees; 1 if it sees none.
+
+    Around a loop that may not run at all ptxas serialises the wgmma's of a bfloat16 state.
+    """
     end = n_keys
     if CAUSAL:
         end = tl.minimum(n_keys, (block + 1) * ROWS + n_keys - n_queries)
@@ -78,7 +81,7 @@ def end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL: tl.constexpr, PA
             cols = start + tl.arange(0, COLS)
             last = tl.maximum(last, tl.max(tl.where(seen_keys(cols, item, padding_ptr, n_keys, PADDING), cols + 1, 0)))
         end = tl.minimum(end, last)
-    return end
+    return tl.maximum(end, 1)
 
 
 @triton.jit

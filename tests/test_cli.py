@@ -264,6 +264,8 @@ def test_data_that_cannot_be_used(tmp_path, capsys, content, message):
         ("--displacement 1.5", "displacement=1.5"),
         ("--precision much", "precision=much: give auto, or a positive"),
         ("--precision -1", "precision=-1"),
+        ("--state-dtype float16", "invalid choice"),
+        ("--state-dtype bfloat16 --order sweep", "use order='error', or float32 states"),
         ("--held-out missing.txt", "No such file"),
         ("--lr nan", "lr=nan"),
         ("--lr 0", "lr=0.0"),
@@ -700,6 +702,18 @@ def test_micro_batches_hold_fewer_sequences(tmp_path, data, monkeypatch):
     )
     assert main(train_arguments(data, tmp_path, "--micro-batch 3 --steps 2 --quiet")) == 0
     assert seen == [3, 1, 3, 1, 3, 3]
+
+
+def test_states_in_bfloat16(tmp_path, data, run):
+    """They train; a checkpoint from before the setting was there has float32's and is used as ever."""
+    assert main(train_arguments(data, tmp_path / "run", "--state-dtype bfloat16 --steps 2")) == 0
+    _, free_energy, *_ = training.load(tmp_path / "run", "cpu")
+    assert free_energy.state_dtype == torch.bfloat16
+    tensors, record = checkpoint.load(run)
+    del record["settings"]["state_dtype"]
+    checkpoint.save(tmp_path / checkpoint.NAME, tensors, record)
+    assert training.load(tmp_path, "cpu")[1].state_dtype is None
+    assert main(["train", "--resume", "--out", str(tmp_path), "--steps", "21"]) == 0
 
 
 def test_a_fixed_precision():

@@ -115,8 +115,12 @@ def test_divergence_is_recorded():
     assert runs.spread([record]) == "diverged"
 
 
-@pytest.mark.parametrize("name", ["paper_early", "paper_depth", "paper_displacement"])
-def test_language_models(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [(name, ("| bp", "| pc")) for name in ("paper_early", "paper_depth", "paper_displacement")]
+    + [("paper_states", ("| float32", "| bfloat16"))],
+)
+def test_language_models(name, rows, tmp_path, monkeypatch):
     """As `test_quick_run_and_resume`, on a short text."""
     paper_lm, experiment = pytest.importorskip("paper_lm"), pytest.importorskip(name)
     text = " ".join(f"{a}{b} of {b}{a}" for a in ("fox", "dog", "owl") for b in map(str, range(100))) * 3
@@ -131,9 +135,7 @@ def test_language_models(name, tmp_path, monkeypatch):
         assert experiment.reproduce(None, True, out, 1) == first
     records = json.loads(out.read_text())["runs"]
     assert all(1 < record["score"] < runs.DIVERGED for record in records)
-    assert "| bp" in first
-    assert "| pc" in first
-    assert "settled" in first
+    assert all(row in first for row in (*rows, "settled"))
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
@@ -166,7 +168,8 @@ def test_language_models_of_the_documentation_are_the_files():
 
 
 @pytest.mark.parametrize(
-    ("name", "data"), [("paper_early", None), ("paper_depth", "wikitext-2"), ("paper_displacement", None)]
+    ("name", "data"),
+    [("paper_early", None), ("paper_depth", "wikitext-2"), ("paper_displacement", None), ("paper_states", None)],
 )
 def test_what_deep_pc_does_in_the_documentation_is_the_files(name, data, monkeypatch):
     experiment = pytest.importorskip(name)

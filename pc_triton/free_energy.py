@@ -243,7 +243,7 @@ class FreeEnergy(nn.Module):
         energy = inference.forward("first", learns=not self.calibrates)
         if self.calibrates:
             inference.calibrate(energy)
-            del energy  # see `settle`
+            del energy  # as in `settle`
             energy = inference.forward("incremental", learns=True)
         for step in range(self.steps):
             inference.mode = "incremental"
@@ -290,12 +290,15 @@ class FreeEnergy(nn.Module):
 
     def settle(self, inference: Inference, moves: int) -> None:
         """Move every state ``moves`` times from the prediction."""
-        energy: Tensor | None = inference.forward("first")
+        first = inference.forward("first")
         if self.calibrates:
-            inference.calibrate(energy)
-            energy = None  # lets go of what calibration needed nothing of: the graph below the first node
+            inference.calibrate(first)
             if self.order == "error" and self.state_optimizer is None:
                 moves -= 1
+            energy = None
+        else:
+            energy = first
+        del first  # calibration leaves the graph below the first node
         for _ in range(moves):
             inference.infer(energy)
             energy = None

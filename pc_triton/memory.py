@@ -41,9 +41,8 @@ class Memory:
         return self.parameters + self.blocks + self.head
 
     def __str__(self) -> str:
-        total, parameters, blocks, head = (
-            f"{size / 1e9:.3g}" for size in (self.total, self.parameters, self.blocks, self.head)
-        )
+        sizes = (self.total, self.parameters, self.blocks, self.head)
+        total, parameters, blocks, head = (f"{float(f'{size / 1e9:.2g}'):g}" for size in sizes)
         return (
             f"about {total} GB in each process: {parameters} parameters, gradients and AdamW, "
             f"{blocks} activations and states, {head} head"
@@ -86,7 +85,7 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
     gaussian = s.method == "gaussian-pc"
     logits = min(tokens, max(LEAST, -(-tokens // CHUNKS))) * s.vocabulary  # made at once
     weight = s.vocabulary * d
-    head = max((1 if triton else 2) * logits + weight, logits + 2 * weight) + 3 * tokens * d
+    head: float = max((1 if triton else 2) * logits + weight, logits + 2 * weight) + 3 * tokens * d
     if gaussian:
         head = 7 * tokens * s.vocabulary + 3 * tokens * d
 

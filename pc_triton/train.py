@@ -311,9 +311,9 @@ def train(
     say(f"memory of a step: {needs}")
     free = free_memory(place)
     if free is not None and free < needs.total:
-        say(
-            f"warning: {place.type} has {free / 1e9:.3g} GB free: give a smaller --micro-batch or --context, or fewer --blocks"
-        )
+        say(f"warning: that is more than the {free / 1e9:.2g} GB free on {place.type}: give a smaller --micro-batch")
+    if place.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(place)
     silent = quiet or not writes or not sys.stderr.isatty()
     bar = tqdm(total=settings.steps, initial=done, unit="step", disable=silent)
     often = 1 if place.type == "cpu" else 10  # reading the loss waits for a GPU, so not at every step

@@ -161,14 +161,14 @@ def _eval(arguments: argparse.Namespace) -> None:
     from .data import encode
     from .evaluate import perplexity, regime, unigram_perplexity
     from .text import read_text
-    from .train import BACKPROPAGATION, at_once, load, stored_settings
+    from .train import BACKPROPAGATION, load, stored_settings
 
     model, free_energy, tokenizer, counts, tokens, record = load(arguments.checkpoint, arguments.device)
     settings = stored_settings(arguments.checkpoint, record)
     if arguments.data is not None:
         tokens = encode(tokenizer, read_text(arguments.data), model.separator)
     measured, unigram = perplexity(model, tokens), unigram_perplexity(counts, tokens, settings.context)
-    report = regime(free_energy, tokens, settings.context, at_once(settings)) if free_energy else None
+    report = regime(free_energy, tokens, settings.context, settings.at_once(1)) if free_energy else None
     if arguments.html is not None:
         from .page import page
 

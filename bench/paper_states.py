@@ -17,7 +17,7 @@ from paper_lm import DEFAULT, PAPER, TINY, run
 from runs import Record, Settings, complete, markdown, mean_and_std, regime, score, spread
 
 TRAINING: dict[int, Settings] = {3: {"steps": 300}, 8: {"steps": 60, "warmup": 0.25}}
-"""By T; the rate rises for 15 training steps in both. Where it rises faster the loss jumps, and magnifies any rounding."""
+"""By T; in both the rate rises for 15 training steps. Where it rises faster the loss jumps, and any rounding grows."""
 KINDS = ("float32", "bfloat16")
 SEEDS = (0, 1, 2)
 LR = 4e-3

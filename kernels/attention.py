@@ -544,7 +544,7 @@ def plan(dtype: torch.dtype, dim: int, kernel: str, segments: bool) -> dict[str,
     else:
         rows, cols, warps, stages = 64, 32 if wide else 64, 8, 2
     options = {"ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": stages, **FUSED}
-    if not torch.version.hip and (segments or (kernel == "queries" if not wide else kernel == "forward")):
+    if not torch.version.hip and (segments or kernel == "forward" or (kernel == "queries" and not wide)):
         options["maxnreg"] = 248  # unasked, ptxas takes all 255 on sm_80; in 248 it spills nothing worth the name
     return options
 

@@ -158,7 +158,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from . import checkpoint
     from .evaluate import perplexity, regime, unigram_perplexity
     from .text import read_text
-    from .train import BACKPROPAGATION, at_once, encode, load, own_text, stored_settings
+    from .train import BACKPROPAGATION, encode, load, own_text, stored_settings
 
     model, free_energy, tokenizer, counts, record = load(arguments.checkpoint, arguments.device)
     settings = stored_settings(arguments.checkpoint, record)
@@ -168,7 +168,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         text = read_text(arguments.data)
     tokens = encode(tokenizer, text)
     measured, unigram = perplexity(model, tokens), unigram_perplexity(counts, tokens, settings.context)
-    report = regime(free_energy, tokens, settings.context, at_once(settings)) if free_energy else None
+    report = regime(free_energy, tokens, settings.context, settings.at_once(1)) if free_energy else None
     if arguments.html is not None:
         from .page import page
 

@@ -243,6 +243,7 @@ class FreeEnergy(nn.Module):
         energy = inference.forward("first", learns=not self.calibrates)
         if self.calibrates:
             inference.calibrate(energy)
+            del energy  # as in `settle`
             energy = inference.forward("incremental", learns=True)
         for step in range(self.steps):
             inference.mode = "incremental"
@@ -297,6 +298,7 @@ class FreeEnergy(nn.Module):
             energy = None
         else:
             energy = first
+        del first  # calibration leaves the graph below the first node
         for _ in range(moves):
             inference.infer(energy)
             energy = None

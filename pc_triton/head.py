@@ -71,6 +71,7 @@ class HeadEnergy(torch.autograd.Function):
                 _add_product(grad_weight, grad.T, x[rows])
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=grad_bias.dtype)
+            del grad  # before the next rows' logits are made
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         ctx.dtype = weight.dtype
         return energy

@@ -23,11 +23,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoint, parallel
+from . import checkpoint, parallel, reference
+from .dispatch import backend
 from .distributions import Gaussian
 from .evaluate import perplexity, regime, target, unigram_perplexity
 from .free_energy import FreeEnergy
 from .inference import Inference
+from .memory import free_memory, step_memory
 from .models import Transformer
 from .text import InputError, read_text, split, train_tokenizer
 
@@ -103,6 +105,11 @@ class Settings:
                 "another --order, or a smaller --batch"
             )
 
+    def at_once(self, processes: int) -> int:
+        """The sequences that one of so many processes has in memory at once."""
+        part = self.batch // processes
+        return min(part, self.micro_batch or part)
+
 
 def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
     """The model, float32 on the CPU, and the free energy it is trained by (None for backpropagation).
@@ -149,13 +156,12 @@ def backward(
     micro_batch: None, or the sequences to have in memory at once: the one loss and its gradients are then the same but
     for rounding, since inference is each sequence's own. Not in incremental order. Other arguments as in `losses`.
     """
-    pieces = micro_batches(x, y, micro_batch)
-    if len(pieces) == 1:
+    if free_energy is not None and free_energy.order == "incremental":
         for loss in losses(learner, free_energy, x, y):
             loss.backward()
             yield loss.detach()
         return
-    shares = []
+    pieces, shares = micro_batches(x, y, micro_batch), []
     for k, piece in enumerate(pieces, 1):
         with contextlib.nullcontext() if k == len(pieces) else parallel.unsent(learner):
             loss = next(losses(learner, free_energy, *piece)) * (len(piece[0]) / len(x))
@@ -163,12 +169,6 @@ def backward(
         shares.append(loss.detach())
         del loss  # its graph holds the states
     yield torch.stack(shares).sum()
-
-
-def at_once(settings: Settings) -> int:
-    """The sequences that a process has in memory at once."""
-    part = settings.batch // parallel.processes()
-    return min(part, settings.micro_batch or part)
 
 
 def micro_batches(x: Tensor, y: Tensor, size: int | None) -> list[tuple[Tensor, Tensor]]:
@@ -290,7 +290,9 @@ def train(
         if not row["perplexity"] < settings.vocabulary**RISE:
             raise _diverged(done, f"held-out perplexity is {row['perplexity']:.4g}", "", settings, path)
         if free_energy is not None:
-            row |= regime(free_energy, held_out, settings.context, min(4, at_once(settings))).scalars()
+            row |= regime(
+                free_energy, held_out, settings.context, min(4, settings.at_once(parallel.processes()))
+            ).scalars()
         evaluations.append({"step": done, **row})
         log(row, done)
 
@@ -305,6 +307,13 @@ def train(
         f"{len(tokens):,} training and {len(held_out):,} held-out tokens of {characters:.1f} characters"
     )
     say(f"held-out perplexity of the unigram model: {unigram:.1f} per token")
+    needs = step_memory(settings, parallel.processes(), triton=backend(model.head.weight) is not reference)
+    say(f"memory of a step: {needs}")
+    free = free_memory(place)
+    if free is not None and free < needs.total:
+        say(f"warning: that is more than the {free / 1e9:.2g} GB free on {place.type}: give a smaller --micro-batch")
+    if place.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(place)
     silent = quiet or not writes or not sys.stderr.isatty()
     bar = tqdm(total=settings.steps, initial=done, unit="step", disable=silent)
     often = 1 if place.type == "cpu" else 10  # reading the loss waits for a GPU, so not at every step
@@ -326,6 +335,8 @@ def train(
             done += 1
             bar.update()
             due = done % settings.eval_every == 0 or done == settings.steps
+            if due and place.type == "cuda" and not evaluations:
+                say(f"memory of a step, measured: {torch.cuda.max_memory_allocated(place) / 1e9:.3g} GB")
             stop = False
             if due or len(fresh) == often or (parallel.processes() == 1 and pressed()):
                 stop = bool(parallel.total(torch.tensor(int(pressed()))))  # all stop at the same step
@@ -358,7 +369,11 @@ def train(
     curves = folder / "curves.png"
     if writes:
         checkpoint.write(curves, plot(settings, loss_curve, evaluations, unigram))
-    final = regime(free_energy, held_out, settings.context, at_once(settings)) if free_energy is not None else None
+    final = (
+        regime(free_energy, held_out, settings.context, settings.at_once(parallel.processes()))
+        if free_energy is not None
+        else None
+    )
     return {
         "settings": settings,
         "parameters": sum(p.numel() for p in model.parameters()),

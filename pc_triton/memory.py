@@ -91,9 +91,13 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
 
     # The first pass, by autograd, and all there is where T = 1.
     learns = s.order == "error" and s.inference_steps == 1
-    plain = 18 * d + 3 * pairs
+    plain, work = 18 * d + 3 * pairs, 0.0
     yield plain, 0, 0, head
-    yield plain, 0, 1.2 * pairs + 3 * d if learns or gaussian else 4 * pairs if triton else 10.25 * pairs - 2 * d, 0
+    if learns or gaussian:
+        work = 1.2 * pairs + 3 * d
+    else:
+        work = 4 * pairs if triton else 10.25 * pairs - 2 * d
+    yield plain, 0, work, 0
     if learns:
         return
 

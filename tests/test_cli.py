@@ -701,6 +701,17 @@ def test_micro_batches_hold_fewer_sequences(tmp_path, data, monkeypatch):
     assert seen == [3, 1, 3, 1, 3, 3]
 
 
+def test_memory_is_told_before_the_first_step(tmp_path, data, capsys, monkeypatch):
+    monkeypatch.setattr(training, "free_memory", lambda place: 10**5)
+    assert main(train_arguments(data, tmp_path, "--steps 1")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("memory of a step: about 0.00")
+    assert lines[2].endswith(" head")
+    assert lines[3] == "warning: that is more than the 0.0001 GB free on cpu: give a smaller --micro-batch"
+    assert main(train_arguments(data, tmp_path, "--steps 1 --quiet --overwrite")) == 0
+    assert "memory of" not in capsys.readouterr().out
+
+
 def test_a_fixed_precision():
     _, free_energy = training.build(training.Settings(width=16, heads=2, blocks=1, vocabulary=300, precision="10"))
     assert free_energy.precision == 10

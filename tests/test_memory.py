@@ -1,4 +1,4 @@
-"""A training step leaves nothing behind, and holds no more than docs/large_runs.md says."""
+"""A training step leaves nothing behind, and holds no more than docs/large_runs.md and `step_memory` say."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import pc_triton as pc
+from pc_triton import memory
 from pc_triton.inference import Inference
 from pc_triton.models import Transformer
 
@@ -95,3 +97,102 @@ def test_what_a_block_holds(options, formula):
     """The formulas of docs/large_runs.md, exactly."""
     for size in ((32, 16, 2), (64, 16, 2), (32, 32, 2), (32, 16, 4)):
         assert held(2, *size, **options) - held(1, *size, **options) == formula(*size)
+
+
+METHODS = {
+    "bp": {"method": "bp"},
+    "T = 1": {"inference_steps": 1},
+    "T = 3": {},
+    "T = 5": {"inference_steps": 5},
+    "sweep": {"order": "sweep"},
+    "simultaneous": {"order": "simultaneous"},
+    "incremental": {"order": "incremental"},
+    "gaussian-pc": {"method": "gaussian-pc"},
+    "gaussian-pc, sweep": {"method": "gaussian-pc", "order": "sweep"},
+}
+SIZES = {
+    "parameters": {"width": 64, "heads": 2, "blocks": 3, "context": 16, "vocabulary": 1000, "batch": 2},
+    "pairs": {"width": 32, "heads": 4, "blocks": 1, "context": 96, "vocabulary": 256, "batch": 3},
+    "width": {"width": 96, "heads": 2, "blocks": 2, "context": 8, "vocabulary": 256, "batch": 64},
+    "logits": {"width": 32, "heads": 2, "blocks": 2, "context": 16, "vocabulary": 3000, "batch": 32},
+    "micro-batches": {"width": 32, "heads": 4, "blocks": 2, "context": 16, "vocabulary": 256, "batch": 7},
+}
+
+
+def peak(settings, backend, replicate=lambda model, free_energy: free_energy or model):
+    """The most bytes of tensors that live at once in a training step, with the parameters and AdamW's state."""
+    training = pytest.importorskip("pc_triton.train", reason="pip install 'pc_triton[train]'")
+    x, y = torch.randint(settings.vocabulary, (2, settings.batch, settings.context))
+    with pc.use_backend(backend), torch.profiler.profile(profile_memory=True) as profile:
+        model, free_energy = training.build(settings)
+        learner = replicate(model, free_energy)
+        optimizer = training.adamw(model, settings.lr)
+        optimizer.defaults["foreach"] = optimizer.param_groups[0]["foreach"] = backend == "triton"  # as on a GPU
+        for step in range(2):
+            with torch.profiler.record_function(f"training step {step}"):
+                for _ in training.backward(learner, free_energy, x, y, settings.micro_batch):
+                    optimizer.step()
+                    optimizer.zero_grad()
+    events = profile.profiler.kineto_results.events()
+    begin = next(e.start_ns() for e in events if e.name() == "training step 1")  # AdamW's state is there
+    live, most = 0, 0
+    for when, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        live += size
+        most = max(most, live if when >= begin else 0)
+    return most
+
+
+@pytest.fixture
+def no_launches(monkeypatch):
+    """What the kernels compute is not computed: what a step allocates does not depend on it."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *arguments, **options: None)
+
+
+def check(method, size, backend):
+    from pc_triton.train import Settings
+
+    options = {**METHODS[method], **SIZES[size]}
+    if size == "micro-batches" and method != "incremental":
+        options["micro_batch"] = 3
+    settings = Settings(**options)
+    told = memory.step_memory(settings, triton=backend == "triton")
+    assert told.total == pytest.approx(peak(settings, backend), rel=0.1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_step_is_told_to_need(method, size):
+    """Within a tenth of what is measured."""
+    check(method, size, "torch")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPU tensors")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("bp", "simultaneous")])
+def test_what_a_step_on_triton_is_told_to_need(no_launches, method, size):
+    check(method, size, "triton")
+
+
+def test_what_a_process_of_two_is_told_to_need(tmp_path):
+    """DistributedDataParallel has a copy of the gradients, here in a group of one."""
+    from pc_triton.parallel import replicate
+    from pc_triton.train import Settings
+
+    sizes = {"width": 64, "heads": 2, "blocks": 3, "context": 16, "vocabulary": 1000}
+    told = memory.step_memory(Settings(batch=4, **sizes), processes=2)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert told.total == pytest.approx(peak(Settings(batch=2, **sizes), "torch", replicate), rel=0.1)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_states_bytes():
+    """In bfloat16 they take half, and nothing else changes."""
+    from pc_triton.train import Settings
+
+    settings = Settings(width=64, heads=2, blocks=3, context=16, vocabulary=256, batch=32)
+    wide, narrow = (memory.step_memory(settings, state_bytes=size) for size in (4, 2))
+    assert wide.blocks - narrow.blocks == 2 * 32 * 16 * 3 * (6 * 64 + 2 * 16)
+    assert (wide.parameters, wide.head) == (narrow.parameters, narrow.head)

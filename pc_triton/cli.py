@@ -168,7 +168,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.data is not None:
         tokens = encode(tokenizer, read_text(arguments.data), model.separator)
     measured, unigram = perplexity(model, tokens), unigram_perplexity(counts, tokens, settings.context)
-    report = regime(free_energy, tokens, settings.context, settings.at_once(1)) if free_energy else None
+    report = regime(free_energy, tokens, settings.context, settings.reported(1)) if free_energy else None
     if arguments.html is not None:
         from .page import page
 

@@ -16,6 +16,9 @@ from .models import Transformer
 from .report import Report
 from .text import InputError
 
+LOGITS = 2**24
+"""`perplexity` makes about so many at once, or those of one sequence: 64 MB in float32, which a step needs not have."""
+
 
 def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
     """The text cut into sequences: x ``[S, context]`` and y, the token that follows each; the last few are left out.
@@ -41,7 +44,8 @@ def perplexity(model: Transformer, tokens: Tensor) -> float:
     device = model.head.weight.device
     total = torch.zeros((), dtype=torch.float64)
     x, y = windows(tokens, model.context)
-    for some_x, some_y in zip(parallel.part(x).split(64), parallel.part(y).split(64)):
+    size = min(64, max(1, LOGITS // (model.context * model.head.out_features)))
+    for some_x, some_y in zip(parallel.part(x).split(size), parallel.part(y).split(size)):
         logits = model(some_x.to(device))
         total += F.cross_entropy(logits.flatten(0, 1), some_y.to(device).flatten(), reduction="sum").cpu()
     return float((parallel.total(total) / y.numel()).exp())

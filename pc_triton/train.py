@@ -123,6 +123,11 @@ class Settings:
         part = self.batch // processes
         return min(part, self.micro_batch or part)
 
+    def reported(self, processes: int) -> int:
+        """The sequences of a report, which holds two inferences: with micro-batches half as many as a step."""
+        part = self.at_once(processes)
+        return part if self.micro_batch is None else max(1, part // 2)
+
 
 def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
     """The model, float32 on the CPU, and the free energy it is trained by (None for backpropagation).
@@ -267,6 +272,7 @@ def train(
     if resume:
         _restore(path, tensors, model, optimizer)
     learner, writes = parallel.replicate(model, free_energy), parallel.rank() == 0
+    reported = settings.reported(parallel.processes())
     done: int = record.get("step", 0)
     loss_curve: list[float] = record.get("losses", [])
     evaluations: list[dict[str, Any]] = record.get("evaluations", [])
@@ -299,9 +305,7 @@ def train(
         if not row["perplexity"] < settings.vocabulary**RISE:
             raise _diverged(done, f"held-out perplexity is {row['perplexity']:.4g}", "", settings, path)
         if free_energy is not None:
-            row |= regime(
-                free_energy, held_out, settings.context, min(4, settings.at_once(parallel.processes()))
-            ).scalars()
+            row |= regime(free_energy, held_out, settings.context, min(4, reported)).scalars()
         evaluations.append({"step": done, **row})
         log(row, done)
 
@@ -375,11 +379,7 @@ def train(
     curves = folder / "curves.png"
     if writes:
         checkpoint.write(curves, plot(settings, loss_curve, evaluations, unigram))
-    final = (
-        regime(free_energy, held_out, settings.context, settings.at_once(parallel.processes()))
-        if free_energy is not None
-        else None
-    )
+    final = regime(free_energy, held_out, settings.context, reported) if free_energy is not None else None
     return {
         "settings": settings,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -220,6 +220,17 @@ def test_evaluation_of_another_text(tmp_path, run, capsys):
     assert "held-out perplexity per token" in capsys.readouterr().out
 
 
+def test_perplexity_makes_few_logits_at_once(monkeypatch):
+    model = training.build(Settings(width=16, heads=2, blocks=1, context=8, vocabulary=300))[0]
+    tokens = torch.randint(300, (100,))
+    seen = []
+    model.register_forward_hook(lambda module, inputs, logits: seen.append(len(logits)))
+    whole = evaluate.perplexity(model, tokens)
+    monkeypatch.setattr(evaluate, "LOGITS", 2 * 8 * 300)
+    assert evaluate.perplexity(model, tokens) == pytest.approx(whole, rel=12 * torch.finfo(torch.float32).eps)
+    assert seen == [12, 2, 2, 2, 2, 2, 2]
+
+
 def test_the_unigram_model():
     counts = torch.tensor([3, 0, 1])
     q = (counts + 1) / 7
@@ -701,7 +712,18 @@ def test_micro_batches_hold_fewer_sequences(tmp_path, data, monkeypatch):
         training, "regime", lambda f, t, context, n: seen.append(n) or evaluate.regime(f, t, context, n)
     )
     assert main(train_arguments(data, tmp_path, "--micro-batch 3 --steps 2 --quiet")) == 0
-    assert seen == [3, 1, 3, 1, 3, 3]
+    assert seen == [3, 1, 3, 1, 1, 1]
+
+
+def test_memory_is_told_before_the_first_step(tmp_path, data, capsys, monkeypatch):
+    monkeypatch.setattr(training, "free_memory", lambda place: 10**5)
+    assert main(train_arguments(data, tmp_path, "--steps 1")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("memory of a step: about 0.00")
+    assert lines[2].endswith(" head")
+    assert lines[3] == "warning: that is more than the 0.0001 GB free on cpu: give a smaller --micro-batch"
+    assert main(train_arguments(data, tmp_path, "--steps 1 --quiet --overwrite")) == 0
+    assert "memory of" not in capsys.readouterr().out
 
 
 def test_states_in_bfloat16(tmp_path, data, run):

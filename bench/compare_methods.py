@@ -19,7 +19,8 @@ from typing import Any
 from paper_lm import plot
 from runs import DIVERGED, complete, load
 
-from pc_triton.train import METHODS, Diverged, Settings, train
+from pc_triton.settings import METHODS, Settings
+from pc_triton.train import Diverged, train
 
 LEARNING_RATES: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TUNING_SEED = 3

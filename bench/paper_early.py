@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from pc_triton import FreeEnergy
 from pc_triton.data import draw, encode
 from pc_triton.evaluate import perplexity
+from pc_triton.settings import Settings as TrainSettings
 from pc_triton.text import train_tokenizer
-from pc_triton.train import Settings as TrainSettings
 from pc_triton.train import adamw, build, schedule
 
 LR = 4e-3

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from runs import TUNING_SEED, Record, Settings, load, markdown, regime, score, spread, standing, tuned
 
+from pc_triton.settings import Settings as TrainSettings
 from pc_triton.text import InputError, read_text, split
 from pc_triton.train import Diverged, train
-from pc_triton.train import Settings as TrainSettings
 
 DEFAULT: Settings = {"width": 128, "heads": 4, "blocks": 2, "context": 64, "vocabulary": 1024, "batch": 16}
 PAPER: Settings = {"width": 128, "heads": 1, "blocks": 1, "context": 32, "vocabulary": 8001, "batch": 32}

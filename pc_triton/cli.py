@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from .text import InputError
 
 if TYPE_CHECKING:
-    from .train import Settings
+    from .settings import Settings
 
 EXTRAS = ("matplotlib", "safetensors", "tokenizers", "tqdm")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # generated text may hold what a terminal cannot show
     try:
-        from .train import Settings
+        from .settings import Settings
 
         arguments = _parser(Settings).parse_args(argv)
         arguments.command(arguments)
@@ -129,7 +129,8 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> None:
     from . import checkpoint, parallel
-    from .train import Settings, stored_settings, train
+    from .settings import Settings, stored_settings
+    from .train import train
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs, the one line of an error says
@@ -160,8 +161,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     from . import checkpoint
     from .data import encode
     from .evaluate import perplexity, regime, unigram_perplexity
+    from .settings import stored_settings
     from .text import read_text
-    from .train import BACKPROPAGATION, load, stored_settings
+    from .train import BACKPROPAGATION, load
 
     model, free_energy, tokenizer, counts, tokens, record = load(arguments.checkpoint, arguments.device)
     settings = stored_settings(arguments.checkpoint, record)

@@ -25,7 +25,7 @@ from .stream import Documents, Reader, encode_documents, is_held_out
 from .text import InputError, read_text, split, train_tokenizer
 
 if TYPE_CHECKING:
-    from .train import Settings
+    from .settings import Settings
 
 SAMPLE, MEASURED = 10_000_000, 400_000
 """Characters of a stream from which its tokenizer is trained, and of its held-out documents at most."""

@@ -16,9 +16,10 @@ import torch
 
 from .head import CHUNKS, LEAST
 from .models import Transformer
+from .settings import STATE_DTYPES
 
 if TYPE_CHECKING:
-    from .train import Settings
+    from .settings import Settings
 
 VALUE = 4
 """Bytes of every value but the states': the command line trains in float32."""
@@ -49,16 +50,15 @@ class Memory:
         )
 
 
-def step_memory(settings: Settings, processes: int = 1, *, triton: bool = False, state_bytes: int = 4) -> Memory:
+def step_memory(settings: Settings, processes: int = 1, *, triton: bool = False) -> Memory:
     """The `Memory` of a training step; not that of evaluations, of Python and its libraries, or lost to fragmentation.
 
     processes: how many share a batch. triton: whether Triton's kernels compute, as on a GPU, or plain torch.
-    state_bytes: of a value of the states.
     """
     s = settings
     with torch.device("meta"):
         sizes = [p.numel() for p in Transformer(s.vocabulary, s.width, s.heads, s.blocks, s.context).parameters()]
-    p, sequences = sum(sizes), s.at_once(processes)
+    p, sequences, state_bytes = sum(sizes), s.at_once(processes), STATE_DTYPES[s.state_dtype].itemsize
     held = 3 * p + (p if processes > 1 else 0)  # DistributedDataParallel keeps what it sends
     summed = p if sequences * processes < s.batch else 0  # the gradients of the micro-batches before
     roots = p if triton else 2 * max(sizes)  # AdamW's: of all parameters at once, or of one after another

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +30,9 @@ from .free_energy import FreeEnergy
 from .inference import Inference
 from .memory import free_memory, step_memory
 from .models import Transformer
+from .settings import STATE_DTYPES, Settings, check_resumed, stored_settings
 from .text import InputError
 
-METHODS = ("pc", "bp", "gaussian-pc")
-ORDERS = ("error", "sweep", "simultaneous", "incremental")
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MAY_CHANGE = ("data", "stream", "column", "held_out", "micro_batch", "steps", "eval_every")
-"""Settings that may change when a run is resumed; the text itself is compared by its digest."""
 BACKPROPAGATION = "backpropagation: no inference"
 RISE = 10
 """A loss above so many times the run's first is divergence: the first is about that of a model that knows nothing.
@@ -46,87 +41,6 @@ So is a held-out cross-entropy above so many times the logarithm of the vocabula
 
 class Diverged(InputError):
     """The loss is not finite, or far above where it began."""
-
-
-def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What defines a run. Raises InputError where a value is out of range."""
-
-    method: str = _setting("pc", "predictive coding, backpropagation, or PC with every energy Gaussian", METHODS)
-    data: str | None = _setting(None, "UTF-8 text file to train on; Python's language reference if not given")
-    stream: str | None = _setting(
-        None,
-        "in place of --data, documents that are read as they are needed: .txt, .jsonl, .csv or .parquet files (* and "
-        "** as in a shell, in quotes), or a set of the Hugging Face hub, NAME, NAME:CONFIG or NAME:CONFIG:SPLIT",
-    )
-    column: str = _setting("text", "column of --stream that holds the text")
-    pool: int = _setting(1024, "sequences of --stream that are read ahead in each process, of which a batch is drawn")
-    held_out: str | None = _setting(
-        None, "what to measure on, given as --data or --stream is; by default a part of that, which is not trained on"
-    )
-    width: int = _setting(128, "units of the residual stream, a multiple of heads")
-    heads: int = _setting(4, "attention heads")
-    blocks: int = _setting(2, "transformer blocks")
-    context: int = _setting(64, "tokens the model sees at once")
-    vocabulary: int = _setting(1024, "byte-pair tokens, at least 256")
-    batch: int = _setting(16, "sequences per training step, of all processes together")
-    micro_batch: int | None = _setting(
-        None, "sequences that a process has in memory at once; if not given, all that it has of a batch"
-    )
-    steps: int = _setting(600, "training steps")
-    lr: float = _setting(2e-3, "peak learning rate of AdamW, which then falls by a cosine to a tenth")
-    warmup: float = _setting(0.05, "part of the steps in which the learning rate rises to its peak")
-    seed: int = _setting(0, "seed of the weights and the batches")
-    inference_steps: int = _setting(3, "T, the inference steps of predictive coding")
-    order: str = _setting("error", "order of inference", ORDERS)
-    displacement: float = _setting(0.003, "fraction of the free energy that inference may explain away")
-    precision: str = _setting("auto", "precision of the hidden nodes: auto, by the displacement, or a number")
-    state_dtype: str = _setting("float32", "what the states of inference are kept in", tuple(STATE_DTYPES))
-    eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
-
-    def __post_init__(self) -> None:
-        sizes = ["width", "heads", "blocks", "context", "batch", "steps", "inference_steps", "eval_every", "pool"]
-        for name in sizes if self.micro_batch is None else [*sizes, "micro_batch"]:
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value < 2**31:
-                raise InputError(f"{name}={value}: give a whole number of at least 1, below 2**31")
-        if self.data is not None and self.stream is not None:
-            raise InputError("data and stream are both given: leave one out")
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"lr={self.lr}: give a positive finite learning rate, such as 2e-3")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup={self.warmup}: give a part of the steps, at least 0 and below 1, such as 0.05")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed={self.seed}: give a whole number of at least 0, below 2**63")
-        if self.precision != "auto":
-            try:
-                fine = 0 < float(self.precision) < math.inf
-            except ValueError:
-                fine = False
-            if not fine:
-                raise InputError(f"precision={self.precision}: give auto, or a positive finite number")
-        for name, choices in (("method", METHODS), ("order", ORDERS), ("state_dtype", STATE_DTYPES)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
-        if self.micro_batch is not None and self.method != "bp" and self.order == "incremental":
-            raise InputError(
-                "micro_batch: order=incremental moves the weights at every inference step of the whole batch: use "
-                "another --order, or a smaller --batch"
-            )
-
-    def at_once(self, processes: int) -> int:
-        """The sequences that one of so many processes has in memory at once."""
-        part = self.batch // processes
-        return min(part, self.micro_batch or part)
-
-    def reported(self, processes: int) -> int:
-        """The sequences of a report, which holds two inferences: with micro-batches half as many as a step."""
-        part = self.at_once(processes)
-        return part if self.micro_batch is None else max(1, part // 2)
 
 
 def build(settings: Settings) -> tuple[Transformer, FreeEnergy | None]:
@@ -258,7 +172,7 @@ def train(
             raise InputError("tensorboard is not installed: pip install tensorboard") from None
     if resume:
         tensors, record = checkpoint.load(path)
-        _check_same(path, settings, record)
+        check_resumed(path, settings, record)
     else:
         tensors, record = {}, {}
     data = (TextData if settings.stream is None else StreamData)(settings, path, tensors, record)
@@ -420,14 +334,6 @@ def load(path: str | Path, device: str = "auto") -> Run:
     return Run(model.to(place), free_energy, tokenizer, tensors["unigram"], held_out, record)
 
 
-def stored_settings(path: str | Path, record: dict[str, Any]) -> Settings:
-    """The settings in a checkpoint's record. Raises InputError if they are not those of this version."""
-    try:
-        return Settings(**record["settings"])
-    except (TypeError, KeyError):
-        raise InputError(f"{path} is of another version of pc_triton: use that version, or train again") from None
-
-
 def plot(settings: Settings, losses: list[float], evaluations: list[dict[str, Any]], unigram: float) -> bytes:
     """A PNG of both curves: the training loss of each step, and the held-out perplexity beside the unigram model's.
 
@@ -521,18 +427,6 @@ def _restore(
                     state.setdefault(int(number), {})[entry] = t
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
             torch.set_rng_state(tensors["rng.torch"])
-
-
-def _check_same(path: Path, settings: Settings, record: dict[str, Any]) -> None:
-    """Raise InputError if a run with these settings would not be the checkpoint's, going on."""
-    stored = stored_settings(path, record)
-    for name in (f.name for f in dataclasses.fields(Settings) if f.name not in MAY_CHANGE):
-        old, new = getattr(stored, name), getattr(settings, name)
-        if old != new:
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"{path} was made with {option} {old}, not {new}: leave it out, or train in another --out")
-    if record["step"] > settings.steps:
-        raise InputError(f"{path} is at step {record['step']} already: give --steps of at least that")
 
 
 def _make_folder(folder: Path) -> None:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from pc_triton import checkpoint, evaluate, report
 from pc_triton import train as training
 from pc_triton.cli import EXTRAS, main
+from pc_triton.settings import Settings
 from pc_triton.text import InputError
-from pc_triton.train import Settings
 
 SENTENCES = (
     "the cat sat on the mat",
@@ -713,17 +713,6 @@ def test_micro_batches_hold_fewer_sequences(tmp_path, data, monkeypatch):
     )
     assert main(train_arguments(data, tmp_path, "--micro-batch 3 --steps 2 --quiet")) == 0
     assert seen == [3, 1, 3, 1, 1, 1]
-
-
-def test_memory_is_told_before_the_first_step(tmp_path, data, capsys, monkeypatch):
-    monkeypatch.setattr(training, "free_memory", lambda place: 10**5)
-    assert main(train_arguments(data, tmp_path, "--steps 1")) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("memory of a step: about 0.00")
-    assert lines[2].endswith(" head")
-    assert lines[3] == "warning: that is more than the 0.0001 GB free on cpu: give a smaller --micro-batch"
-    assert main(train_arguments(data, tmp_path, "--steps 1 --quiet --overwrite")) == 0
-    assert "memory of" not in capsys.readouterr().out
 
 
 def test_states_in_bfloat16(tmp_path, data, run):

@@ -111,6 +111,8 @@ METHODS = {
     "incremental": {"order": "incremental"},
     "gaussian-pc": {"method": "gaussian-pc"},
     "gaussian-pc, sweep": {"method": "gaussian-pc", "order": "sweep"},
+    "states in bfloat16": {"state_dtype": "bfloat16"},
+    "packed": {"stream": "documents"},
 }
 SIZES = {
     "parameters": {"width": 64, "heads": 2, "blocks": 3, "context": 16, "vocabulary": 1000, "batch": 2},
@@ -152,7 +154,7 @@ def no_launches(monkeypatch):
 
 
 def check(method, size, backend):
-    from pc_triton.train import Settings
+    from pc_triton.settings import Settings
 
     options = {**METHODS[method], **SIZES[size]}
     if size == "micro-batches" and method != "incremental":
@@ -179,7 +181,7 @@ def test_what_a_step_on_triton_is_told_to_need(no_launches, method, size):
 def test_what_a_process_of_two_is_told_to_need(tmp_path):
     """DistributedDataParallel has a copy of the gradients, here in a group of one."""
     from pc_triton.parallel import replicate
-    from pc_triton.train import Settings
+    from pc_triton.settings import Settings
 
     sizes = {"width": 64, "heads": 2, "blocks": 3, "context": 16, "vocabulary": 1000}
     told = memory.step_memory(Settings(batch=4, **sizes), processes=2)
@@ -192,9 +194,9 @@ def test_what_a_process_of_two_is_told_to_need(tmp_path):
 
 def test_the_states_bytes():
     """In bfloat16 they take half, and nothing else changes."""
-    from pc_triton.train import Settings
+    from pc_triton.settings import Settings
 
-    settings = Settings(width=64, heads=2, blocks=3, context=16, vocabulary=256, batch=32)
-    wide, narrow = (memory.step_memory(settings, state_bytes=size) for size in (4, 2))
+    sizes = {"width": 64, "heads": 2, "blocks": 3, "context": 16, "vocabulary": 256, "batch": 32}
+    wide, narrow = (memory.step_memory(Settings(state_dtype=dtype, **sizes)) for dtype in ("float32", "bfloat16"))
     assert wide.blocks - narrow.blocks == 2 * 32 * 16 * 3 * (6 * 64 + 2 * 16)
     assert (wide.parameters, wide.head) == (narrow.parameters, narrow.head)

@@ -19,9 +19,10 @@ from pc_triton import checkpoint, parallel, report, stream
 from pc_triton.cli import main
 from pc_triton.data import StreamData
 from pc_triton.evaluate import generate
+from pc_triton.settings import Settings
 from pc_triton.stream import Documents, Reader, is_held_out
 from pc_triton.text import InputError, train_tokenizer
-from pc_triton.train import Settings, load
+from pc_triton.train import load
 
 TEXTS = [f"document {k} of the {'long' if k % 3 else 'short'} ones{', and so on' * (k % 7)}" for k in range(90)]
 TOKENIZER = train_tokenizer("\n".join(TEXTS), 280)

@@ -20,7 +20,7 @@ from pc_triton.dispatch import use_fused
 from pc_triton.inference import Inference
 
 BF16 = torch.bfloat16
-RELATIVE = 2.0**-8  # bfloat16's spacing, twice what its rounding can be off by
+RELATIVE = 2.0**-8  # what rounding to bfloat16 may be off by
 MODELS = ["mlp", "mixed", "transformer"]
 
 

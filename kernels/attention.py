@@ -210,14 +210,14 @@ def _forward(
     peak, total, mean_d, kl = low, nil, nil, nil
     out = tl.zeros([ROWS, DIM], tl.float32)
     begin = 0
-    end = end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING, ROWS, COLS)
+    span = end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING, ROWS, COLS)
     if SEGMENTS:
         own = segments_of(rows, item, segments_ptr, n_keys)
-        begin, end = near_segments(own, 0, end, item, segments_ptr, n_keys)
+        begin, end = near_segments(own, 0, span, item, segments_ptr, n_keys)
         begin = begin // COLS * COLS
-        end = tl.maximum(end, begin + 1)  # a loop that runs: around one that may not, ptxas serialises wgmma's
-    for start in range(begin, end, COLS):
-        cols = start + tl.arange(0, COLS)
+        span = tl.maximum(end - begin, 1)  # a loop that is seen to run: around another ptxas serialises wgmma's
+    for start in range(0, span, COLS):
+        cols = begin + start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
         mu = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
@@ -342,14 +342,14 @@ def _grad_queries(
     v_ptr += item * n_keys * v_stride + head // GROUP * HEAD
     grad_q = tl.zeros([ROWS, DIM], tl.float32)
     begin = 0
-    end = end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING, ROWS, COLS)
+    span = end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING, ROWS, COLS)
     if SEGMENTS:
         own = segments_of(rows, item, segments_ptr, n_keys)
-        begin, end = near_segments(own, 0, end, item, segments_ptr, n_keys)
+        begin, end = near_segments(own, 0, span, item, segments_ptr, n_keys)
         begin = begin // COLS * COLS
-        end = tl.maximum(end, begin + 1)  # a loop that runs: around one that may not, ptxas serialises wgmma's
-    for start in range(begin, end, COLS):
-        cols = start + tl.arange(0, COLS)
+        span = tl.maximum(end - begin, 1)  # a loop that is seen to run: around another ptxas serialises wgmma's
+    for start in range(0, span, COLS):
+        cols = begin + start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
         v = load_rows(v_ptr, cols, n_keys, v_stride, HEAD, DIM)
         mu = tl.dot(q, tl.trans(k), input_precision="ieee") * scale

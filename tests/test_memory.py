@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,3 +201,13 @@ def test_the_states_bytes():
     wide, narrow = (memory.step_memory(Settings(state_dtype=dtype, **sizes)) for dtype in ("float32", "bfloat16"))
     assert wide.blocks - narrow.blocks == 2 * 32 * 16 * 3 * (6 * 64 + 2 * 16)
     assert (wide.parameters, wide.head) == (narrow.parameters, narrow.head)
+
+
+def test_slopes_of_a_soak(monkeypatch):
+    """A line has one slope, after the first tenth."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    pytest.importorskip("matplotlib")
+    import soak
+
+    samples = [(step, 1e3 if step < 100 else 400 + 0.002 * step) for step in range(0, 1000, 10)]
+    assert soak.slopes(samples) == pytest.approx((2.0, 2.0, 2.0))

@@ -104,7 +104,7 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
     # The passes under the states. A node holds its emission until the model has returned, which is when the head works.
     visits_attention = triton and s.order == "error" and not gaussian  # its logits and weights never reach memory
     keeps_accepted = s.order in ("sweep", "simultaneous") or (s.order == "error" and s.inference_steps > 3)
-    activations = 22 * d + (3 * s.heads if visits_attention else 2 * pairs) + 4
+    activations = (16 if s.order == "error" else 22) * d + (3 * s.heads if visits_attention else 2 * pairs) + 4
     states = (2 if keeps_accepted else 1) * (6 * d + pairs)
     emissions = 2 * d
     if triton or gaussian:

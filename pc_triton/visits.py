@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend
+from .distributions import Gaussian
 from .reference import per_sample
 
 if TYPE_CHECKING:
@@ -51,14 +52,15 @@ class Visit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mu, anchor, node, inference):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mu)
         ctx.node, ctx.inference = node, inference
+        reads_mu = inference.form == "state" or type(node.family) is not Gaussian  # of which the error is all
+        ctx.save_for_backward(mu if reads_mu else None)
         emission, energy = node.family.node_forward(
             mu, node.state, node.pi, node.unit, form=inference.form, **node.frozen
         )
         if emission is node.state:
             emission = emission.detach()  # autograd marks what a Function returns; the state itself stays a leaf
-        ctx.shape = emission.shape
+        ctx.shape, ctx.dtype = emission.shape, mu.dtype
         if inference.mode == "learn" and inference.form == "state":
             ctx.mark_non_differentiable(emission)  # learning is local: nothing returns through a state
         return emission, energy
@@ -73,7 +75,8 @@ class Visit(torch.autograd.Function):
             return None, None, None, None  # at its prediction, and nothing has come down to it
         node.reached = True
         if grad is None and (inference.form == "error" or inference.mode != "learn"):
-            grad = mu.new_zeros(ctx.shape)
+            grad = torch.zeros(ctx.shape, dtype=ctx.dtype, device=node.pi.device)
+        mu = grad if mu is None else mu
         # F is linear in its energies, so a loss scaled by its user (mean over items, GradScaler) scales pi.
         if inference.mode == "learn":
             _, grad_mu = node.family.node_step(

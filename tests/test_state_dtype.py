@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pc_triton as pc
 from pc_triton import reference
-from pc_triton.dispatch import use_fused
+from pc_triton.dispatch import use_chain, use_fused
 from pc_triton.inference import Inference
 
 BF16 = torch.bfloat16
@@ -212,6 +212,17 @@ def test_the_kernels(name, fused, device):
     assert all(state.dtype == BF16 for state in kept.values())
     assert loss_ == pytest.approx(loss, rel=1e-4)
     assert (found - plain).norm() < 2 * RELATIVE * plain.norm()
+
+
+def test_a_chain_in_one_launch_has_its_states_on_the_chip(device):
+    """In float32, whatever the states' dtype."""
+    pytest.importorskip("triton")
+    if device == "cpu" and not interpreted():
+        pytest.skip("a CPU needs the interpreter")
+    model, x, y = make_model("mlp", device, samples=2)
+    with pc.use_backend("triton"), use_chain(True):
+        (_, wide), (_, narrow) = (learn(model, x, y, state_dtype=d) for d in (None, BF16))
+    assert torch.equal(wide, narrow)
 
 
 def test_a_compiled_model_adds_the_same_errors():

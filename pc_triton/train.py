@@ -185,6 +185,7 @@ def train(
     optimizer = adamw(model, settings.lr)
     if resume:
         _restore(path, tensors, model, optimizer)
+    del tensors  # as large as the model and AdamW's state
     learner, writes = parallel.replicate(model, free_energy), parallel.rank() == 0
     reported = settings.reported(parallel.processes())
     done: int = record.get("step", 0)

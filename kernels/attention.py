@@ -215,7 +215,7 @@ def _forward(
         own = segments_of(rows, item, segments_ptr, n_keys)
         begin, end = near_segments(own, 0, span, item, segments_ptr, n_keys)
         begin = begin // COLS * COLS
-        span = tl.maximum(end - begin, 1)  # a loop that is seen to run: around another ptxas serialises wgmma's
+        span = tl.maximum(end - begin, 1)  # as `end_of`: a loop that is seen to run
     for start in range(0, span, COLS):
         cols = begin + start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
@@ -347,7 +347,7 @@ def _grad_queries(
         own = segments_of(rows, item, segments_ptr, n_keys)
         begin, end = near_segments(own, 0, span, item, segments_ptr, n_keys)
         begin = begin // COLS * COLS
-        span = tl.maximum(end - begin, 1)  # a loop that is seen to run: around another ptxas serialises wgmma's
+        span = tl.maximum(end - begin, 1)  # as `end_of`: a loop that is seen to run
     for start in range(0, span, COLS):
         cols = begin + start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)

@@ -78,8 +78,9 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
     Values of a token in each block, activations and states, and in the one that is at work; and values of the head.
     """
     d, pairs = s.width, s.heads * s.context
+    masks = 0 if s.stream is None else s.context  # of documents, which all heads share
     if s.method == "bp":
-        yield 16 * d + s.heads + 4, 0, 0, 3 * tokens * s.vocabulary + 2 * tokens * d
+        yield 16 * d + s.heads + 4 + masks, 0, 0, 3 * tokens * s.vocabulary + 2 * tokens * d
         return
 
     gaussian = s.method == "gaussian-pc"
@@ -97,7 +98,7 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
         work = 1.2 * pairs + 3 * d
     else:
         work = 4 * pairs if triton else 10.25 * pairs - 2 * d
-    yield plain, 0, work, 0
+    yield plain, 0, work + masks / 2, 0
     if learns:
         return
 

@@ -114,6 +114,7 @@ METHODS = {
     "gaussian-pc, sweep": {"method": "gaussian-pc", "order": "sweep"},
     "states in bfloat16": {"state_dtype": "bfloat16"},
     "packed": {"stream": "documents"},
+    "packed, bp": {"stream": "documents", "method": "bp"},
 }
 SIZES = {
     "parameters": {"width": 64, "heads": 2, "blocks": 3, "context": 16, "vocabulary": 1000, "batch": 2},

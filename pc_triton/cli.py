@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -133,12 +132,15 @@ def _train(arguments: argparse.Namespace) -> None:
     from .train import train
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs, the one line of an error says
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs, the one line of an error says
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings) if hasattr(arguments, f.name)}
     out = Path(arguments.out or f"runs/{given.get('method', 'pc')}")
     settings = Settings(**given)
     if arguments.resume:
-        settings = dataclasses.replace(stored_settings(out, checkpoint.load_record(out)), **given)
+        stored = stored_settings(out, checkpoint.load_record(out))
+        if stored.stream is not None and "data" in given:
+            raise InputError(f"{out} was made with --stream: leave --data out, or give the --stream again")
+        settings = dataclasses.replace(stored, **given)
     with parallel.joined():
         result = train(
             settings,

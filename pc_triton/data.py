@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 SAMPLE, MEASURED = 10_000_000, 400_000
-"""Characters of a stream from which its tokenizer is trained, and of its held-out documents at most."""
+"""Characters of a stream, up to the end of a document, that its tokenizer is trained on, and that are measured on."""
+MARKED = 100
+"""Documents by which a stream is known again when a run is resumed."""
 
 
 class TextData:
@@ -80,7 +82,7 @@ class StreamData:
     every batch, so that the run is the same, but for rounding, with any number of processes that divides theirs. The
     tokenizer is trained on the first ten million characters. Unless there are held-out documents of their own, one
     document in a hundred is held out (of a set below four million characters one in ten), and of those in the first ten
-    million characters the model is measured on 400,000 characters at most.
+    million characters the model is measured on the first 400,000 characters.
 
     tensors, record and what is raised: as in `TextData`.
     """
@@ -88,9 +90,9 @@ class StreamData:
     def __init__(self, settings: Settings, path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         assert settings.stream is not None
         documents = Documents(settings.stream, settings.column)
-        self._digest = _digest(*islice(documents, 100))
         self.separator = settings.vocabulary - 1  # a token that the tokenizer does not know
         if record:
+            self._digest = self._mark(documents, islice(documents, MARKED))
             if record["text"] != self._digest:
                 options = "--stream and --column"
                 raise InputError(f"the documents are not those {path} was trained on: give the same {options}")
@@ -128,6 +130,9 @@ class StreamData:
     def _sample(self, documents: Documents, settings: Settings) -> None:
         """Read the beginning of the documents: the tokenizer, the held-out tokens and the counts."""
         sample, ended = _first(documents, SAMPLE)
+        if not sample:
+            raise InputError(f"{documents.source} holds no document: give one with text")
+        self._digest = self._mark(documents, sample[:MARKED])
         if settings.held_out is not None:
             self._every = 0
             held_out, _ = _first(Documents(settings.held_out, settings.column), MEASURED)
@@ -135,11 +140,16 @@ class StreamData:
             self._every = 10 if ended and sum(map(len, sample)) < 10 * MEASURED else 100
             held_out, _ = _first((text for text in sample if is_held_out(text, self._every)), MEASURED)
         training = [text for text in sample if not is_held_out(text, self._every)]
-        self.tokenizer = train_tokenizer("\n".join(training), settings.vocabulary - 1)
+        self.tokenizer = train_tokenizer("\n".join(training), settings.vocabulary, special=1)
         tokens = encode_documents(self.tokenizer, training, self.separator)
         self.held_out = encode_documents(self.tokenizer, held_out, self.separator).to(torch.int64)
         _check_length(tokens, self.held_out, settings.context)
         self.counts = torch.bincount(tokens, minlength=settings.vocabulary)
+
+    @staticmethod
+    def _mark(documents: Documents, first: Iterable[str]) -> str:
+        """By what documents are known again: their files' number, which decides how they are shared, and the first."""
+        return _digest(str(documents.dataset.num_shards), *first)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         rows = torch.cat([reader.draw(self._rows) for reader in self._readers])
@@ -178,7 +188,8 @@ def _check_length(training: Tensor, held_out: Tensor, context: int) -> None:
     for name, tokens in (("training", training), ("held-out", held_out)):
         if len(tokens) <= context:
             few = f"{len(tokens)} tokens of {name} text for a context of {context}"
-            raise InputError(f"{few}: give more text or a smaller --context")
+            more = "more text, --held-out" if name == "held-out" else "more text"
+            raise InputError(f"{few}: give {more} or a smaller --context")
 
 
 def _digest(*texts: str) -> str:

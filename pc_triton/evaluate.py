@@ -44,7 +44,7 @@ def perplexity(model: Transformer, tokens: Tensor) -> float:
     device = model.head.weight.device
     total = torch.zeros((), dtype=torch.float64)
     x, y = windows(tokens, model.context)
-    size = min(64, max(1, LOGITS // (model.context * model.head.out_features)))
+    size = min(64, max(1, LOGITS // (model.context * (model.head.out_features + model.context))))
     for some_x, some_y in zip(parallel.part(x).split(size), parallel.part(y).split(size)):
         logits = model(some_x.to(device))
         total += F.cross_entropy(logits.flatten(0, 1), some_y.to(device).flatten(), reduction="sum").cpu()

@@ -42,12 +42,17 @@ class Memory:
         return self.parameters + self.blocks + self.head
 
     def __str__(self) -> str:
-        sizes = (self.total, self.parameters, self.blocks, self.head)
-        total, parameters, blocks, head = (f"{float(f'{size / 1e9:.2g}'):g}" for size in sizes)
-        return (
-            f"about {total} GB in each process: {parameters} parameters, gradients and AdamW, "
-            f"{blocks} activations and states, {head} head"
-        )
+        parts = {
+            "parameters, gradients and AdamW": self.parameters,
+            "activations and states": self.blocks,
+            "head": self.head,
+        }
+        told = ", ".join(f"{_gigabytes(size)} {name}" for name, size in parts.items() if size > 0)
+        return f"about {_gigabytes(self.total)} GB at its peak in each process: {told}"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{float(f'{size / 1e9:.2g}'):g}"
 
 
 def step_memory(settings: Settings, processes: int = 1, *, triton: bool = False) -> Memory:

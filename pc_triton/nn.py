@@ -244,9 +244,10 @@ def attend(
     if bias is not None:
         mu = (mu + bias).masked_fill(bias == -torch.inf, -torch.inf)  # where no gradient is to come from either
     if isinstance(node, Categorical):
-        p = node(mu, causal=causal, padding=padding, segments=segments)
+        masks = {"padding": padding, "segments": segments}
+        p = node(mu, causal=causal, **{name: mask for name, mask in masks.items() if mask is not None})
     else:
-        p = node(mask_logits(mu, causal, padding, segments).softmax(-1))
+        p = node(mask_logits(mu, causal, padding, segments).softmax(-1).nan_to_num(0.0))  # 0 where no key is seen
     return F.dropout(p, dropout) @ v, p
 
 

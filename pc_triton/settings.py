@@ -37,7 +37,8 @@ class Settings:
     column: str = _setting("text", "column of --stream that holds the text")
     pool: int = _setting(1024, "sequences of --stream that are read ahead in each process, of which a batch is drawn")
     held_out: str | None = _setting(
-        None, "what to measure on, given as --data or --stream is; by default a part of that, which is not trained on"
+        None,
+        "what to measure on, of the kind of --data or --stream; by default a part of that, not trained on",
     )
     width: int = _setting(128, "units of the residual stream, a multiple of heads")
     heads: int = _setting(4, "attention heads")
@@ -95,9 +96,8 @@ class Settings:
         return min(part, self.micro_batch or part)
 
     def reported(self, processes: int) -> int:
-        """The sequences of a report, which holds two inferences: with micro-batches half as many as a step."""
-        part = self.at_once(processes)
-        return part if self.micro_batch is None else max(1, part // 2)
+        """The sequences of a report: half as many as of a step, since it holds two inferences."""
+        return max(1, self.at_once(processes) // 2)
 
 
 def stored_settings(path: str | Path, record: dict[str, Any]) -> Settings:
@@ -111,7 +111,10 @@ def stored_settings(path: str | Path, record: dict[str, Any]) -> Settings:
 def check_resumed(path: Path, settings: Settings, record: dict[str, Any]) -> None:
     """Raise InputError if a run with these settings would not be the checkpoint's, going on."""
     stored = stored_settings(path, record)
-    for name in (f.name for f in dataclasses.fields(Settings) if f.name not in MAY_CHANGE):
+    if (stored.stream is None) != (settings.stream is None):
+        raise InputError(f"{path} was made with {'--data' if stored.stream is None else '--stream'}: give the same")
+    fixed = [f.name for f in dataclasses.fields(Settings) if f.name not in MAY_CHANGE]
+    for name in fixed if stored.stream is None else [*fixed, "held_out"]:  # a stream's is kept in the checkpoint
         old, new = getattr(stored, name), getattr(settings, name)
         if old != new:
             option = "--" + name.replace("_", "-")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz")
 AT_ONCE = 64
 """Documents that are encoded at once, on all cores."""
 
@@ -43,7 +43,8 @@ class Documents:
             import datasets
         except ModuleNotFoundError:
             raise InputError("datasets is not installed: pip install 'pc_triton[stream]'") from None
-        files = sorted(path for path in glob.glob(self.source, recursive=True) if Path(path).is_file())
+        files = [self.source] if Path(self.source).is_file() else []
+        files = files or sorted(path for path in glob.glob(self.source, recursive=True) if Path(path).is_file())
         kinds = {_kind(path) for path in files or [self.source]}
         kind = kinds.pop()
         if kinds or (files and kind is None):
@@ -51,10 +52,12 @@ class Documents:
         if kind is not None and not files:
             raise InputError(f"{self.source}: no such file: give one that is there, or a set of the hub")
         if kind is not None:
-            return datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+            return datasets.load_dataset(
+                kind, data_files=[glob.escape(path) for path in files], split="train", streaming=True
+            )
         name, config, split, *more = [*self.source.split(":"), "", ""]
-        if any(more):
-            raise InputError(f"{self.source}: a set of the hub is given as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT")
+        if not name or any(more):
+            raise InputError(f"{self.source!r}: a set of the hub is given as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT")
         return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
 
     def share(self, number: int, shares: int) -> Documents:
@@ -70,19 +73,21 @@ class Documents:
         with self._faults():
             for row in self.dataset:
                 text = row.get(self.column)
-                if not isinstance(text, str):
-                    names = ", ".join(name for name, value in row.items() if isinstance(value, str))
-                    raise InputError(f"{self.source} has no text in column {self.column!r}: --column one of: {names}")
-                if text.strip():
+                if not isinstance(text, str) and (text is not None or self.column not in row):
+                    names = ", ".join(name for name, value in row.items() if isinstance(value, str)) or "none"
+                    raise InputError(
+                        f"{self.source} has no text in column {self.column!r}: give a --column that has ({names})"
+                    )
+                if text is not None and text.strip():
                     yield text
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
         try:
             yield
-        except InputError:
+        except (InputError, MemoryError):
             raise
-        except (OSError, ValueError, EOFError, zlib.error) as error:  # what datasets, pyarrow and the hub raise
+        except Exception as error:  # of many kinds, from datasets, pyarrow, the hub and what unpacks a file
             what = str(error).strip().partition("\n")[0] or type(error).__name__
             raise InputError(f"cannot read {self.source} ({what}): check its name, files and network") from None
 
@@ -132,6 +137,7 @@ class Reader:
         self.tokens = torch.empty(0, dtype=torch.int32)  # read, and not yet in a sequence
         self.pool = torch.empty(0, length, dtype=torch.int32)
         self._texts, self._some = iter(documents), False  # of this time through them; whether it gave any
+        self._place: dict[str, Any] | None = None  # where it was restored, until it reads on
 
     def draw(self, count: int) -> Tensor:
         """The next sequences, int64 ``[count, length]``."""
@@ -165,6 +171,7 @@ class Reader:
             self._some = False
             self.documents.dataset.set_epoch(self.documents.dataset.epoch + 1)
             self._texts = iter(self.documents)
+        self._place = None
         tokens = encode_documents(
             self.tokenizer, [text for text in texts if not is_held_out(text, self.held_out)], self.separator
         )
@@ -174,12 +181,13 @@ class Reader:
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What it takes to go on: the place in the documents, for JSON, and tensors."""
         tensors = {"tokens": self.tokens, "pool": self.pool, "rng": self.generator.get_state()}
-        return self.documents.dataset.state_dict(), tensors
+        return self._place or self.documents.dataset.state_dict(), tensors
 
     def restore(self, place: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go on from what `state` gave."""
         self.documents.dataset.set_epoch(place["epoch"])
         self.documents.dataset.load_state_dict(place)
+        self._place = place  # which the dataset does not tell before it has been read from
         self._texts, self._some = iter(self.documents), True
         self.tokens, self.pool = tensors["tokens"], tensors["pool"].clone()
         self.generator.set_state(tensors["rng"])

@@ -66,25 +66,27 @@ def split(text: str) -> tuple[str, str]:
     return "".join(blocks), "".join(held_out)
 
 
-def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
-    """A byte-level BPE tokenizer, which can encode any text, of exactly ``vocabulary`` >= 256 tokens learned from text.
+def train_tokenizer(text: str, vocabulary: int, special: int = 0) -> Tokenizer:
+    """A byte-level BPE tokenizer, which can encode any text, of ``vocabulary`` - ``special`` >= 256 tokens from a text.
 
+    special: how many of the vocabulary, its last ones, are left to tokens that no text has.
     Byte-pair encoding is Sennrich et al. 2016 (arXiv 1508.07909), on bytes that of GPT-2.
 
     Raises InputError if the vocabulary is too small, or larger than the text yields.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocabulary < 256:
-        raise InputError(f"vocabulary={vocabulary}: a byte-level vocabulary needs at least 256 tokens")
+    learned = vocabulary - special
+    if learned < 256:
+        raise InputError(f"vocabulary={vocabulary}: a byte-level vocabulary needs at least {256 + special} tokens here")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    most = min(vocabulary, 256 + len(text.encode()))  # a merge each: the trainer allocates what it is asked for
+    most = min(learned, 256 + len(text.encode()))  # a merge each: the trainer allocates what it is asked for
     trainer = trainers.BpeTrainer(vocab_size=most, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
-    size = tokenizer.get_vocab_size()
+    size = tokenizer.get_vocab_size() + special
     if size < vocabulary:
         raise InputError(f"vocabulary={vocabulary}: this text yields {size} tokens: give more text or that vocabulary")
     return tokenizer

@@ -146,7 +146,8 @@ def train(
     ``out`` too, up to each checkpoint.
 
     In a group of processes (`parallel.joined`, or one that you made) each process calls this, takes its part of every
-    batch and returns the same: any number of them trains the same model, but for rounding. Rank 0 prints and writes.
+    batch and returns the same: of a text any number of them trains the same model, but for rounding. Rank 0 prints and
+    writes.
 
     Returns ``held_out_perplexity`` and ``unigram_perplexity`` (per token), ``losses`` (one a step, see `losses`),
     ``evaluations`` (a dict with step, perplexity and, for PC, `Report.scalars` for each), ``report`` (a `Report`, or
@@ -331,8 +332,9 @@ def load(path: str | Path, device: str = "auto") -> Run:
     tensors, record = checkpoint.load(path)
     model, free_energy = build(stored_settings(path, record))
     _restore(path, tensors, model)
-    tokenizer, held_out = Tokenizer.from_str(record["tokenizer"]), tensors["held_out"].to(torch.int64)
-    return Run(model.to(place), free_energy, tokenizer, tensors["unigram"], held_out, record)
+    with checkpoint.fitting(path):
+        tokenizer, held_out = Tokenizer.from_str(record["tokenizer"]), tensors["held_out"].to(torch.int64)
+        return Run(model.to(place), free_energy, tokenizer, tensors["unigram"], held_out, record)
 
 
 def plot(settings: Settings, losses: list[float], evaluations: list[dict[str, Any]], unigram: float) -> bytes:

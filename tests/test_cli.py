@@ -226,7 +226,7 @@ def test_perplexity_makes_few_logits_at_once(monkeypatch):
     seen = []
     model.register_forward_hook(lambda module, inputs, logits: seen.append(len(logits)))
     whole = evaluate.perplexity(model, tokens)
-    monkeypatch.setattr(evaluate, "LOGITS", 2 * 8 * 300)
+    monkeypatch.setattr(evaluate, "LOGITS", 2 * 8 * (300 + 8))
     assert evaluate.perplexity(model, tokens) == pytest.approx(whole, rel=12 * torch.finfo(torch.float32).eps)
     assert seen == [12, 2, 2, 2, 2, 2, 2]
 

@@ -82,6 +82,17 @@ def test_segments_beside_padding(node):
         close(a[0, 4], layer.out_proj.bias)
 
 
+def test_a_query_that_sees_no_key_with_a_node_on_the_softmax():
+    """Its weights are 0 and its gradients finite, as with a Categorical node."""
+    layer, x = attention(causal=True, node=pc.Gaussian()), torch.randn(2, 8, 16, dtype=torch.float64)
+    padding = torch.zeros(2, 8, dtype=torch.bool)
+    padding[:, 7] = True
+    masks = {"key_padding_mask": padding, "segments": torch.arange(8).div(7, rounding_mode="floor").expand(2, 8)}
+    close(layer(x, **masks)[:, 7], layer.out_proj.bias.expand(2, -1))
+    pc.FreeEnergy(layer)({"x": x, **masks}, torch.randn_like(x)).backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_dropout_falls_within_a_document():
     layer, x = attention(dropout=0.5), torch.randn(2, 8, 16, dtype=torch.float64)
     other = x.clone()

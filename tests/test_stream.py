@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import lzma
 import shutil
 import sys
 
@@ -140,6 +141,9 @@ def test_it_goes_on_where_it_was(tmp_path, suffix, shares, draws):
     place, tensors = json.loads(json.dumps(place)), {name: t.clone() for name, t in tensors.items()}
     resumed = reader(Documents(pattern, "text").share(shares - 1, shares), held_out=10, seed=1)
     resumed.restore(place, tensors)
+    again, kept = resumed.state()
+    assert again == place, "before it has read on, too"
+    assert all(torch.equal(t, kept[name]) for name, t in tensors.items())
     assert all(torch.equal(straight.draw(5), resumed.draw(5)) for _ in range(60))
 
 
@@ -168,8 +172,13 @@ def test_held_out_documents_are_not_read(tmp_path):
         ("bad.jsonl.gz", "cannot read"),
         ("bad.txt", "cannot read"),
         ("bad.parquet", "cannot read"),
-        ("other.jsonl", "has no text in column 'text': --column one of: words"),
-        ("numbers.jsonl", "has no text in column 'text'"),
+        ("bad.xz", "give files of one kind"),
+        ("bad.jsonl.xz", "cannot read"),
+        ("empty.jsonl", "cannot read"),
+        ("", "is given as NAME"),
+        (":", "is given as NAME"),
+        ("other.jsonl", r"has no text in column 'text': give a --column that has \(words\)"),
+        ("numbers.jsonl", r"has no text in column 'text': give a --column that has \(none\)"),
     ],
 )
 def test_a_source_that_cannot_be_used(tmp_path, monkeypatch, source, message):
@@ -179,13 +188,30 @@ def test_a_source_that_cannot_be_used(tmp_path, monkeypatch, source, message):
         "bad.jsonl.gz": gzip.compress(b'{"text": "whole"}\n' * 50)[:-20],
         "bad.txt": b"good \xff\xfe bad\n",
         "bad.parquet": b"PAR1, it says",
+        "bad.xz": b"",
+        "bad.jsonl.xz": lzma.compress(b'{"text": "whole"}\n' * 50)[:-20],
+        "empty.jsonl": b"",
         "other.bin": b"",
         "other.jsonl": b'{"words": "text"}\n',
         "numbers.jsonl": b'{"text": 3}\n',
     }.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message.replace("*", r"\*")):
+    with pytest.raises(InputError, match=message):
         list(Documents(source, "text"))
+
+
+def test_documents_without_text_are_left_out(tmp_path):
+    (tmp_path / "a[1].jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": " "}\n{"text": "two"}\n')
+    assert list(Documents(str(tmp_path / "a[1].jsonl"), "text")) == ["one", "two"]
+
+
+def test_no_documents_at_all(tmp_path, capsys):
+    (tmp_path / "blank.txt").write_text("\n\n \n")
+    line = failure(capsys, train_arguments(tmp_path / "blank.txt", tmp_path / "run"))
+    assert "blank.txt holds no document: give one with text" in line
+    few = write(tmp_path, ".jsonl", [text for text in TEXTS if not is_held_out(text, 10)])
+    line = failure(capsys, train_arguments(few, tmp_path / "run"))
+    assert "0 tokens of held-out text for a context of 16: give more text, --held-out or a smaller --context" in line
 
 
 def test_a_share_without_documents(tmp_path):
@@ -323,9 +349,10 @@ def test_generation_ends_with_the_document(run, capsys, monkeypatch):
         ("--data text.txt", "data and stream are both given"),
         ("--pool 0", "pool=0"),
         ("--context 2000", "tokens of held-out text"),
-        ("--column words", "has no text in column 'words': --column one of: text"),
+        ("--column words", "has no text in column 'words': give a --column that has (text)"),
         ("--held-out missing.jsonl", "no such file"),
-        ("--vocabulary 5000", "yields"),
+        ("--vocabulary 5000", "vocabulary=5000: this text yields"),
+        ("--vocabulary 256", "vocabulary=256: a byte-level vocabulary needs at least 257"),
     ],
 )
 def test_settings_out_of_range(tmp_path, source, capsys, more, message):
@@ -338,6 +365,11 @@ def test_a_resumed_run_finds_its_documents(tmp_path, source, run, capsys):
     shutil.copytree(run, tmp_path / "run")
     resume = ["train", "--resume", "--device", "cpu", "--out", tmp_path / "run", "--steps", "21", "--stream"]
     assert "are not those" in failure(capsys, [*resume, write(tmp_path, ".jsonl", TEXTS[::-1])])
+    more = tmp_path / "more"
+    more.mkdir()
+    assert "are not those" in failure(capsys, [*resume, write(more, ".jsonl", TEXTS * 3, files=3)])
+    assert "--held-out None, not x.jsonl" in failure(capsys, [*resume[:-1], "--held-out", "x.jsonl"])
+    assert "was made with --stream: leave --data out" in failure(capsys, [*resume[:-1], "--data", "x.txt"])
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     assert main([str(a) for a in [*resume, write(elsewhere, ".jsonl", TEXTS * 3, files=2)]]) == 0

@@ -56,12 +56,13 @@ def test_tables_are_the_files():
     import sys
 
     sys.path.insert(0, str(ROOT / "bench"))
-    import compare_methods
     import digits
+    import paper_lm
+    import runs
 
-    runs = json.loads((ROOT / "bench/results/methods.json").read_text())["runs"]
-    final = compare_methods.chosen(runs, compare_methods.best_rates(runs))
-    rows = json.loads((ROOT / "bench/results/digits.json").read_text())["rows"]
-    tuning = compare_methods.tuning_table(runs, compare_methods.LEARNING_RATES)
-    for table in (compare_methods.table(final), tuning, digits.table(rows)):
+    results = ROOT / "bench" / "results"
+    records = runs.load(results / "paper_lm_default.json")["runs"]
+    assert not [record for record in records if record["commit"].endswith("-dirty")]
+    rows = json.loads((results / "digits.json").read_text())["rows"]
+    for table in (paper_lm.table(paper_lm.finished(records)), paper_lm.tuning_table(records), digits.table(rows)):
         assert table in README

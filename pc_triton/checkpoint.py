@@ -37,6 +37,13 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
 
     Raises InputError for a file that is missing, unreadable, truncated, altered, or no checkpoint of this program.
     """
+    try:
+        return _load(path)
+    except InputError:  # safe_open opens it twice, and a run may have replaced it in between
+        return _load(path)
+
+
+def _load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with _opened(path) as (archive, metadata):
         tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
         if metadata.get("digest") != _digest(tensors, metadata.get("record", "")):

@@ -1,7 +1,9 @@
 """Checkpoints: whole or not at all, and nothing that is not ours."""
 
+import contextlib
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,28 @@ def test_round_trip(tmp_path):
             assert torch.equal(tensors[name], t)
             assert tensors[name].dtype == t.dtype
     assert os.listdir(tmp_path) == [checkpoint.NAME]
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """What safetensors reads first may be of the old file, and what it reads then of the new one."""
+    path = tmp_path / checkpoint.NAME
+    checkpoint.save(path, TENSORS, {"step": 1})
+    original, opened = checkpoint.safe_open, []
+
+    @contextlib.contextmanager
+    def replaced(file, framework):
+        with original(file, framework=framework) as archive:
+            opened.append(1)
+            if len(opened) == 1:
+                checkpoint.save(path, TENSORS, {"step": 2})
+                yield SimpleNamespace(metadata=archive.metadata, keys=archive.keys, get_tensor=lambda _: torch.ones(1))
+            else:
+                yield archive
+
+    monkeypatch.setattr(checkpoint, "safe_open", replaced)
+    tensors, record = checkpoint.load(path)
+    assert record["step"] == 2
+    assert torch.equal(tensors["a"], TENSORS["a"])
 
 
 @pytest.mark.parametrize("fails", ["fsync", "replace"])

@@ -85,7 +85,7 @@ def command(*arguments, launcher=(), **options):
 
 def wait_for_checkpoint(folder, process, step=1):
     deadline = time.monotonic() + 300
-    while not (folder / checkpoint.NAME).exists() or checkpoint.load(folder)[1]["step"] < step:
+    while not (folder / checkpoint.NAME).exists() or checkpoint.load_record(folder)["step"] < step:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)

@@ -163,6 +163,21 @@ def merge(a, b):
 
 
 @triton.jit
+def keys_near(rows, end, item, segments_ptr, n_keys, SEGMENTS: tl.constexpr, COLS: tl.constexpr):
+    """Of the keys before ``end`` those that these queries may see: the segments, where they begin, and how many.
+
+    They begin at a tile's edge, and are at least 1, as with `end_of`.
+    """
+    own, begin, span = rows, 0, end
+    if SEGMENTS:
+        own = segments_of(rows, item, segments_ptr, n_keys)
+        begin, end = near_segments(own, 0, end, item, segments_ptr, n_keys)
+        begin = begin // COLS * COLS
+        span = tl.maximum(end - begin, 1)
+    return own, begin, span
+
+
+@triton.jit
 def _forward(
     q_ptr,  # [B, N, H, HEAD], a row of heads every q_stride
     k_ptr,  # [B, K, H / GROUP, HEAD], every k_stride
@@ -209,13 +224,8 @@ def _forward(
     row = (low, nil, low, nil, nil, nil)
     peak, total, mean_d, kl = low, nil, nil, nil
     out = tl.zeros([ROWS, DIM], tl.float32)
-    begin = 0
     span = end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING, ROWS, COLS)
-    if SEGMENTS:
-        own = segments_of(rows, item, segments_ptr, n_keys)
-        begin, end = near_segments(own, 0, span, item, segments_ptr, n_keys)
-        begin = begin // COLS * COLS
-        span = tl.maximum(end - begin, 1)  # as `end_of`: a loop that is seen to run
+    own, begin, span = keys_near(rows, span, item, segments_ptr, n_keys, SEGMENTS, COLS)
     for start in range(0, span, COLS):
         cols = begin + start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
@@ -341,13 +351,8 @@ def _grad_queries(
     k_ptr += item * n_keys * k_stride + head // GROUP * HEAD
     v_ptr += item * n_keys * v_stride + head // GROUP * HEAD
     grad_q = tl.zeros([ROWS, DIM], tl.float32)
-    begin = 0
     span = end_of(block, item, padding_ptr, n_queries, n_keys, CAUSAL, PADDING, ROWS, COLS)
-    if SEGMENTS:
-        own = segments_of(rows, item, segments_ptr, n_keys)
-        begin, end = near_segments(own, 0, span, item, segments_ptr, n_keys)
-        begin = begin // COLS * COLS
-        span = tl.maximum(end - begin, 1)  # as `end_of`: a loop that is seen to run
+    own, begin, span = keys_near(rows, span, item, segments_ptr, n_keys, SEGMENTS, COLS)
     for start in range(0, span, COLS):
         cols = begin + start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)

@@ -39,7 +39,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     """
     try:
         return _load(path)
-    except InputError:  # safe_open opens it twice, and a run may have replaced it in between
+    except _Damaged:  # safe_open opens it twice, and a run may have replaced it in between
         return _load(path)
 
 
@@ -57,7 +57,7 @@ def load_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         return json.loads(metadata["record"])
 
 
-class _Damaged(Exception):
+class _Damaged(InputError):
     pass
 
 
@@ -75,7 +75,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]
                 raise InputError(f"{file} is no checkpoint of `pc-triton train`: give one that is")
             yield archive, metadata
     except (SafetensorError, _Damaged, KeyError, json.JSONDecodeError):
-        raise InputError(f"{file} is damaged or truncated: restore it from a copy, or train again") from None
+        raise _Damaged(f"{file} is damaged or truncated: restore it from a copy, or train again") from None
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}: make it readable") from None
 

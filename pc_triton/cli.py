@@ -14,12 +14,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
+from .settings import Settings, stored_settings
 from .text import InputError
-
-if TYPE_CHECKING:
-    from .settings import Settings
 
 EXTRAS = ("matplotlib", "safetensors", "tokenizers", "tqdm")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -30,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # generated text may hold what a terminal cannot show
     try:
-        from .settings import Settings
-
-        arguments = _parser(Settings).parse_args(argv)
+        arguments = _parser().parse_args(argv)
         arguments.command(arguments)
         sys.stdout.flush()
     except InputError as error:
@@ -68,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}: see `{self.prog} --help`")
 
 
-def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "pc-triton",
         description="Train a transformer language model by predictive coding, and use it.",
@@ -85,7 +81,7 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
         return added
 
     train = command("train", _train, "train a language model on text; leaves a checkpoint and a PNG of the curves")
-    for f in dataclasses.fields(settings):
+    for f in dataclasses.fields(Settings):
         kind = {"int": int, "float": float, "str": str}[str(f.type).removesuffix(" | None")]
         choices, text = f.metadata["choices"], f.metadata["help"]
         text += "" if f.default is None else f" (default {f.default})"
@@ -128,7 +124,6 @@ def _parser(settings: type[Settings]) -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> None:
     from . import checkpoint, parallel
-    from .settings import Settings, stored_settings
     from .train import train
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -137,10 +132,9 @@ def _train(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out or f"runs/{given.get('method', 'pc')}")
     settings = Settings(**given)
     if arguments.resume:
-        stored = stored_settings(out, checkpoint.load_record(out))
-        if stored.stream is not None and "data" in given:
-            raise InputError(f"{out} was made with --stream: leave --data out, or give the --stream again")
-        settings = dataclasses.replace(stored, **given)
+        if "data" in given or "stream" in given:  # in place of the stored one
+            given = {"data": None, "stream": None} | given
+        settings = dataclasses.replace(stored_settings(out, checkpoint.load_record(out)), **given)
     with parallel.joined():
         result = train(
             settings,
@@ -163,7 +157,6 @@ def _eval(arguments: argparse.Namespace) -> None:
     from . import checkpoint
     from .data import encode
     from .evaluate import perplexity, regime, unigram_perplexity
-    from .settings import stored_settings
     from .text import read_text
     from .train import BACKPROPAGATION, load
 

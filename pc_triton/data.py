@@ -14,18 +14,16 @@ import hashlib
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from . import checkpoint, parallel
+from .settings import Settings
 from .stream import Documents, Reader, encode_documents, is_held_out
 from .text import InputError, read_text, split, train_tokenizer
-
-if TYPE_CHECKING:
-    from .settings import Settings
 
 SAMPLE, MEASURED = 10_000_000, 400_000
 """Characters of a stream, up to the end of a document, that its tokenizer is trained on, and that are measured on."""

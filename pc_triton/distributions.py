@@ -178,11 +178,7 @@ class Distribution(nn.Module):
     ) -> Step:
         """One inference step (state, dF/dmu); arguments as in ``reference.py``."""
         mu_ = wide(mu.detach()).requires_grad_()
-        d = (
-            torch.zeros_like(mu_)
-            if state is None
-            else (error_of(state, mu) if form == "error" else state - mu_.detach())
-        )
+        d = error_of(state, mu_.detach(), form)
         with torch.enable_grad():
             u = (mu_ + d).detach().requires_grad_()
             e_u, e_mu = torch.autograd.grad(self._in_units(u, mu_, unit).sum(), [u, mu_], materialize_grads=True)

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from . import parallel
 from .chain import chain_loss
 from .distributions import Distribution, Gaussian
-from .inference import Inference, hold_gathered, hold_statistics, is_sharded, leave_graphs
+from .inference import Inference, hold_gathered, hold_statistics, leave_graphs, sharded_modules
 from .report import Report, report
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class FreeEnergy(nn.Module):
     @property
     def sharded(self) -> bool:
         """Whether FSDP2 shards the model or a part of it."""
-        return any(map(is_sharded, self.model.modules()))
+        return len(sharded_modules(self.model)) > 0
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model, as inference calls it."""

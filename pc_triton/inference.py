@@ -595,7 +595,7 @@ def hold_gathered(module: nn.Module) -> Iterator[None]:
 
     After it the next backward pass, learning's, shards them again.
     """
-    sharded = [m for m in module.modules() if is_sharded(m)] if "torch.distributed.fsdp" in sys.modules else []
+    sharded = sharded_modules(module)
     for m in sharded:
         m.set_reshard_after_backward(False, recurse=False)  # type: ignore[operator]
     try:
@@ -605,9 +605,11 @@ def hold_gathered(module: nn.Module) -> Iterator[None]:
             m.set_reshard_after_backward(True, recurse=False)  # type: ignore[operator]
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2's fully_shard was given this module."""
-    return hasattr(module, "set_reshard_after_backward")
+def sharded_modules(module: nn.Module) -> list[nn.Module]:
+    """Those in a module that FSDP2's fully_shard was given."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    return [m for m in module.modules() if hasattr(m, "set_reshard_after_backward")]
 
 
 @contextlib.contextmanager

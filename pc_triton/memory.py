@@ -10,16 +10,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from .head import CHUNKS, LEAST
 from .models import Transformer
-from .settings import STATE_DTYPES
-
-if TYPE_CHECKING:
-    from .settings import Settings
+from .settings import STATE_DTYPES, Settings
 
 VALUE = 4
 """Bytes of every value but the states': the command line trains in float32."""

@@ -48,9 +48,11 @@ def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.view(-1, *[1] * (like.dim() - 1))
 
 
-def error_of(state: Tensor, mu: Tensor) -> Tensor:
-    """The error that a state of error form holds, in the dtype of the arithmetic."""
-    return state.to(torch.promote_types(mu.dtype, torch.float32))
+def error_of(state: Tensor | None, mu: Tensor, form: str = "error") -> Tensor:
+    """d = u - mu of a state, in the dtype of the arithmetic; None stands for 0."""
+    if state is not None and form == "error":
+        return state.to(torch.promote_types(mu.dtype, torch.float32))
+    return torch.zeros_like(wide(mu)) if state is None else state - wide(mu)
 
 
 def kept(new: Tensor, state: Tensor | None, state_dtype: torch.dtype | None) -> Tensor:
@@ -104,7 +106,7 @@ def gaussian_step(
     if error and keep is None:
         assert grad is not None
         return state, grad
-    d = None if state is None else (error_of(state, mu) if error else state - wide(mu))
+    d = None if state is None else error_of(state, mu, form)
     new = d
     if keep is not None and move is not None:
         new = _moved(d, _sent(grad, mu), keep, move / precision)
@@ -192,7 +194,7 @@ def gaussian_logvar_step(
     g_u = None
     if g.shape[-1:] == (3 * xi.shape[-1],):
         g, g_u = g.split([xi.shape[-1], mu.shape[-1]], -1)
-    d = torch.zeros_like(mu_) if state is None else (error_of(state, mu) if form == "error" else state - mu_)
+    d = error_of(state, mu_, form)
     (dm, ds), (_, s_hat) = d.chunk(2, -1), mu_.chunk(2, -1)
     variance, g_s = s_hat.exp(), g * xi * (0.5 * (s_hat + ds)).exp()  # g_s is 2 dm(u)/ds g
     if g_u is not None:
@@ -239,7 +241,7 @@ def bernoulli_step(
 ) -> Step:
     """dE/du = pi p (1 - p) d, dE/dmu = pi (q - p); what the children send returns to u as p (1 - p) g."""
     mu_, g = wide(mu), _sent(grad, mu)
-    d = torch.zeros_like(mu_) if state is None else (error_of(state, mu) if form == "error" else state - mu_)
+    d = error_of(state, mu_, form)
     p, q, pi = torch.sigmoid(mu_ + d), torch.sigmoid(mu_), per_sample(precision, mu_)
     new = d
     if keep is not None and move is not None:
@@ -320,7 +322,7 @@ def categorical_step(
     """
     logits, g = mask_logits(wide(mu), causal, padding, segments), _sent(grad, mu)
     masked = logits == -torch.inf
-    d = torch.zeros_like(logits) if state is None else (error_of(state, mu) if form == "error" else state - logits)
+    d = error_of(state, logits, form)
     d = d.masked_fill(masked, 0.0)
     p, q, pi = log_softmax(logits + d).exp(), log_softmax(logits).exp(), per_sample(precision, logits)
     push = (g - (p * g).sum(-1, keepdim=True)).masked_fill(masked, 0.0)
@@ -362,7 +364,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output softmax(u) v, pi KL of the softmaxes, and the facts of each row: log sum e^u, <p, d>, KL."""
     mu = _logits(q, k, scale)
-    d = torch.zeros_like(mu) if state is None else error_of(state, mu)
+    d = error_of(state, mu)
     logits = mask_logits(mu, causal, padding, segments)
     p, energy = categorical_forward(logits, d, precision, form="error")
     kl = categorical_energy(logits + d, logits).sum(-1)
@@ -390,7 +392,7 @@ def attention_step(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """The state moved by g = grad_out v', and dF/dq, dF/dk, dF/dv. It reads neither out nor facts: the kernels do."""
     mu, sent = _logits(q, k, scale), wide(grad_out)
-    logits, d = mask_logits(mu, causal, padding, segments), torch.zeros_like(mu) if state is None else state
+    logits, d = mask_logits(mu, causal, padding, segments), error_of(state, mu)
     p = log_softmax(logits + d).exp()
     g = sent @ _for_queries(v, q).mT
     new, grad_mu = categorical_step(logits, state, g, precision, keep, move, form="error")

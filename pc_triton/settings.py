@@ -112,7 +112,8 @@ def check_resumed(path: Path, settings: Settings, record: dict[str, Any]) -> Non
     """Raise InputError if a run with these settings would not be the checkpoint's, going on."""
     stored = stored_settings(path, record)
     if (stored.stream is None) != (settings.stream is None):
-        raise InputError(f"{path} was made with {'--data' if stored.stream is None else '--stream'}: give the same")
+        was, other = ("--data", "--stream") if stored.stream is None else ("--stream", "--data")
+        raise InputError(f"{path} was made with {was}: leave {other} out, or give the {was} again")
     fixed = [f.name for f in dataclasses.fields(Settings) if f.name not in MAY_CHANGE]
     for name in fixed if stored.stream is None else [*fixed, "held_out"]:  # a stream's is kept in the checkpoint
         old, new = getattr(stored, name), getattr(settings, name)

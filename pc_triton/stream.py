@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import glob
 import zlib
 from collections.abc import Iterator
@@ -64,8 +65,7 @@ class Documents:
         """One of as many shares: whole files where they can be dealt evenly, else every so many documents."""
         from datasets.distributed import split_dataset_by_node
 
-        share = object.__new__(Documents)
-        share.source, share.column = self.source, self.column
+        share = copy.copy(self)
         share.dataset = split_dataset_by_node(self.dataset, number, shares)
         return share
 

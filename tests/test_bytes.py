@@ -144,35 +144,32 @@ def test_attention_reads_its_state_once_forward_and_twice_in_a_step(causal, move
     assert 4 * least <= moved.stored32 <= 4 * seen + few
 
 
-def test_attention_reads_no_state_behind_the_padding(moved):
-    """Of an item whose last half is padding half the pairs are read, in the tiles of its keys."""
-    items, heads, n, dim = 2, 1, 256, 16
-    q, k, v, grad = (torch.randn(items, heads, n, dim).half() for _ in range(4))
+def check_attention_reads_what_is_seen(moved, items, heads, n, seen, few, **masks):
+    """Of a float32 state the pairs that are seen, and few bytes of other things."""
+    q, k, v, grad = (torch.randn(items, heads, n, 16).half() for _ in range(4))
     state, pi, kernels = torch.randn(items, heads, n, n) / 9, torch.ones(items), triton_kernels()
-    padding = torch.arange(n).expand(items, n) >= torch.tensor([[n // 2], [n]])
-    seen, few = heads * n * n * 3 // 2, 4 * items * heads * n * (8 + 4 * n // 64)
-    out, _, facts = kernels.attention_forward(q, k, v, state, pi, scale=0.25, padding=padding)
+    out, _, facts = kernels.attention_forward(q, k, v, state, pi, scale=0.25, **masks)
     assert 4 * seen <= moved.loaded32 <= 4 * seen + few
     moved.loaded32 = moved.stored32 = 0
-    kernels.attention_step(q, k, v, out, grad, state, pi, pi / 3, pi / 3, facts, scale=0.25, padding=padding)
+    kernels.attention_step(q, k, v, out, grad, state, pi, pi / 3, pi / 3, facts, scale=0.25, **masks)
     assert 8 * seen <= moved.loaded32 <= 8 * seen + few
     assert 4 * seen <= moved.stored32 <= 4 * seen + few
+
+
+def test_attention_reads_no_state_behind_the_padding(moved):
+    """Of an item whose last half is padding half the pairs are read, in the tiles of its keys."""
+    items, heads, n = 2, 1, 256
+    padding = torch.arange(n).expand(items, n) >= torch.tensor([[n // 2], [n]])
+    few = 4 * items * heads * n * (8 + 4 * n // 64)
+    check_attention_reads_what_is_seen(moved, items, heads, n, heads * n * n * 3 // 2, few, padding=padding)
 
 
 def test_attention_reads_no_state_of_other_documents(moved):
     """Of a sequence packed of four documents a quarter of the pairs is read, in the tiles of each."""
-    items, heads, n, dim = 1, 2, 256, 16
-    q, k, v, grad = (torch.randn(items, heads, n, dim).half() for _ in range(4))
-    state, pi, kernels = torch.randn(items, heads, n, n) / 9, torch.ones(items), triton_kernels()
+    items, heads, n = 1, 2, 256
     segments = (torch.arange(n, dtype=torch.int32) // 64)[None]
-    seen, rows = heads * n * n // 4, items * heads * n
-    few = 4 * rows * (8 + 4 * n // 64) + 4 * 3 * heads * (n // 64) * (512 + n)  # and the segments, by each block
-    out, _, facts = kernels.attention_forward(q, k, v, state, pi, scale=0.25, segments=segments)
-    assert 4 * seen <= moved.loaded32 <= 4 * seen + few
-    moved.loaded32 = moved.stored32 = 0
-    kernels.attention_step(q, k, v, out, grad, state, pi, pi / 3, pi / 3, facts, scale=0.25, segments=segments)
-    assert 8 * seen <= moved.loaded32 <= 8 * seen + few
-    assert 4 * seen <= moved.stored32 <= 4 * seen + few
+    few = 4 * items * heads * n * (8 + 4 * n // 64) + 4 * 3 * heads * (n // 64) * (512 + n)  # and segments, by block
+    check_attention_reads_what_is_seen(moved, items, heads, n, heads * n * n // 4, few, segments=segments)
 
 
 def test_states_in_bfloat16_are_half_the_bytes(moved):

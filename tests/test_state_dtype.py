@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_grid import GRID, make
+from test_inference import interpreted
 from test_inference import make as make_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -191,10 +191,6 @@ def test_float32_is_the_default():
 
 
 # The other ways of computing it.
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.parametrize(("name", "fused"), [("mixed", False), ("transformer", True)])

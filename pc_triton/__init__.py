@@ -7,23 +7,18 @@ loss = free_energy(x, y)                # inference
 loss.backward()                         # learning
 """
 
+from .context import add_energy
 from .convert import convert
 from .dispatch import use_backend
-from .distributions import (
-    Bernoulli,
-    Categorical,
-    Distribution,
-    Gaussian,
-    GaussianLogVar,
-    Laplace,
-    StudentT,
-    add_energy,
-)
-from .free_energy import FreeEnergy, Settled
+from .distributions import Distribution
+from .families import Bernoulli, Categorical, Gaussian, GaussianLogVar, Laplace, StudentT
+from .free_energy import FreeEnergy, NodeStep, Settled
 from .head import Head
 from .nn import Attention, Linear, MultiheadAttention
 from .recompute import checkpoint_contexts
+from .orders import Order
 from .report import NodeReport, Report
+from .rules import Constant, Displacement, Fixed, Guarded, Tolerance
 
 __version__ = "0.1.0"
 
@@ -31,18 +26,25 @@ __all__ = [
     "Attention",
     "Bernoulli",
     "Categorical",
+    "Constant",
+    "Displacement",
     "Distribution",
+    "Fixed",
     "FreeEnergy",
     "Gaussian",
     "GaussianLogVar",
+    "Guarded",
     "Head",
     "Laplace",
     "Linear",
     "MultiheadAttention",
     "NodeReport",
+    "NodeStep",
+    "Order",
     "Report",
     "Settled",
     "StudentT",
+    "Tolerance",
     "add_energy",
     "checkpoint_contexts",
     "convert",

@@ -6,7 +6,7 @@ activations between them and a last linear layer, where a table of measured time
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,10 @@ from torch.nn.modules import module as torch_module
 
 from .checks import check_batch, check_finite
 from .dispatch import chains, may_chain
-from .distributions import Categorical, Gaussian
-from .inference import TRUST, output_family
+from .distributions import Distribution
+from .families import Categorical, Gaussian, output_family
 from .nn import Linear
-
-if TYPE_CHECKING:
-    from .free_energy import FreeEnergy
+from .rules import TRUST, Constant, Displacement, Fixed, Guarded, Rules
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -60,16 +58,31 @@ def as_chain(model: nn.Module) -> Chain | None:
     return Chain(layers, activations)
 
 
-def chain_loss(owner: FreeEnergy, x: Any, y: Tensor | None) -> Tensor | None:
+class Owner(Protocol):
+    """What a `FreeEnergy` says of its training step."""
+
+    model: nn.Module
+    output: Distribution | None
+    order: Any
+    steps: int
+    output_weight: float
+    local: bool
+
+    @property
+    def rules(self) -> Rules: ...
+
+
+def chain_loss(owner: Owner, x: Any, y: Tensor | None) -> Tensor | None:
     """The free energy per item of a call of ``owner``; None where its modules have to be called for it.
 
     Raises what a call does, before anything changes.
     """
-    if owner.order != "error" or owner.state_optimizer is not None or type(x) is not Tensor or type(y) is not Tensor:
+    if type(x) is not Tensor or type(y) is not Tensor or not may_chain(x) or not _plain(owner):
         return None
-    chain = as_chain(owner.model) if may_chain(x) else None
+    chain = as_chain(owner.model)
     if chain is None or not _fits(chain, x, y):
         return None
+    rules = owner.rules
     last = chain.layers[-1]
     own = last.node if isinstance(last, Linear) else None
     family = output_family(owner.output, own, y)
@@ -94,14 +107,23 @@ def chain_loss(owner: FreeEnergy, x: Any, y: Tensor | None) -> Tensor | None:
             biases,
             chain.activations,
             steps=owner.steps,
-            step=owner.step,
-            guards=owner.adaptive,
-            precision=None if owner.precision == "auto" else owner.precision,
-            displacement=owner.displacement,
+            step=rules.step.first,
+            guards=type(rules.step) is Guarded,
+            precision=rules.precision.pi if isinstance(rules.precision, Fixed) else None,
+            displacement=rules.precision.delta if isinstance(rules.precision, Displacement) else 0.0,
             trust=TRUST,
             ignore_index=family.ignore_index if isinstance(family, Categorical) else 0,
         )
     return _Learned.apply(energy.sum() / items, inputs, grads, *weights, *biases)
+
+
+def _plain(owner: Owner) -> bool:
+    """Whether inference goes by rules that the kernel knows."""
+    rules = owner.rules
+    if owner.order != "error" or rules.state_optimizer is not None or rules.stop is not None:
+        return False
+    known = type(rules.step) in (Constant, Guarded) and type(rules.precision) in (Displacement, Fixed)
+    return known and owner.output_weight == 1 and not owner.local
 
 
 def _fits(chain: Chain, x: Tensor, y: Tensor) -> bool:

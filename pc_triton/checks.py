@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .dispatch import tracing
 
-if TYPE_CHECKING:
-    from .distributions import Distribution
 
-
-def check_values(inputs: Any, target: Tensor | None, family: Distribution | None, classes: int) -> None:
+def check_values(inputs: Any, target: Tensor | None, family: Any, classes: int) -> None:
     """Raise ValueError for what a batch may not hold: no samples, NaN, infinity, labels that are no class."""
     check_batch(inputs)
     check_finite("y", target)

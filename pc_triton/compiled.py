@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,10 +22,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .checks import check_values
 from .dispatch import tracing
-from .inference import output_family
-
-if TYPE_CHECKING:
-    from .free_energy import FreeEnergy
+from .batch import Batch
+from .distributions import Distribution
+from .families import output_family
 
 OPTIONS = {"cpp_wrapper": True, "cpp.use_decompose_tanh": True}
 """Inductor's options by default: no Python between its kernels, and tanh by exp, vectorised (error 1e-7)."""
@@ -35,10 +34,22 @@ GRAPHS = 8
 """CUDA graphs kept: batches of more shapes than that have the oldest captured again."""
 
 
+class Owner(Protocol):
+    """What a `FreeEnergy` offers to have its training step compiled."""
+
+    model: nn.Module
+    output: Distribution | None
+    state_dtype: torch.dtype | None
+
+    def loss_and_batch(self, x: Any, y: Tensor | None) -> tuple[Tensor, Batch]: ...
+
+    def compile_model(self, backend: Any = "inductor") -> None: ...
+
+
 class CompiledSteps:
     """The compiled training steps of a `FreeEnergy`, one for each shape of the batch; called as it is."""
 
-    def __init__(self, owner: FreeEnergy, options: dict[str, Any]) -> None:
+    def __init__(self, owner: Owner, options: dict[str, Any]) -> None:
         rounds = {} if owner.state_dtype is None else {"emulate_precision_casts": True}  # where a state is kept, too
         self.owner, self.options = owner, {**OPTIONS, **rounds, **options}
         self.steps: dict[Any, tuple[Callable[..., Sequence[Tensor | None]], Callable[[Any, Tensor | None], None]]] = {}
@@ -70,20 +81,20 @@ class CompiledSteps:
 
         def loss(*arguments: Tensor) -> Tensor:
             given = iter(arguments)
-            batch = [next(given) if isinstance(t, Tensor) else t for t in leaves]
-            return owner.loss_and_inference(*tree_unflatten(batch, spec))[0]
+            tree = [next(given) if isinstance(t, Tensor) else t for t in leaves]
+            return owner.loss_and_batch(*tree_unflatten(tree, spec))[0]
 
         if inputs[0].is_cuda:
             owner.compile_model()
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             return capture(loss, owner.model, inputs, self.pool), lambda x, y: None  # the graph checks on the device
         with torch.random.fork_rng(), _unmoved(owner.model):
-            _, inference = owner.loss_and_inference(x, y)  # raises what there is to raise, with values to look at
+            _, batch = owner.loss_and_batch(x, y)  # raises what there is to raise, with values to look at
         graph, example = trace(loss, owner.model, inputs)
         step = torch._inductor.compile(graph, example, options=self.options)  # type: ignore[arg-type]
-        own = None if inference.output is None else inference.output.family
+        own = None if batch.output is None else batch.output.family
         family = None if y is None else output_family(owner.output, own, y)
-        return step, partial(check_values, family=family, classes=inference.out.shape[-1])
+        return step, partial(check_values, family=family, classes=batch.out.shape[-1])
 
 
 @contextlib.contextmanager

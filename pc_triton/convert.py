@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .distributions import Categorical, Gaussian
+from .families import Categorical, Gaussian
 from .head import Head
 from .nn import Linear, MultiheadAttention
 

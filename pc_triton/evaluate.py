@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import parallel
-from .distributions import Gaussian
+from .families import Gaussian
 from .free_energy import FreeEnergy
 from .head import Head
 from .models import Transformer

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from types import FunctionType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from . import parallel
+from . import orders, parallel
+from .batch import Batch
 from .chain import chain_loss
-from .distributions import Distribution, Gaussian
-from .inference import Inference, hold_gathered, hold_statistics, leave_graphs, sharded_modules
+from .context import outside_graphs, prepare_compiler
+from .distributions import Distribution
+from .families import Gaussian
+from .orders import Order, Start, as_order
+from .plumbing import Calls, hold_gathered, hold_statistics, sharded_modules
 from .report import Report, report
+from .rules import Constant, Guarded, Precision, Rules, StateOptimizer, as_precision, as_step, as_stop, is_number
 
-if TYPE_CHECKING:
-    from .compiled import CompiledSteps
-
-Order = Literal["error", "sweep", "simultaneous", "incremental"]
-StateOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+OrderName = Literal["error", "sweep", "simultaneous", "incremental"]
 
 
 class Settled(NamedTuple):
@@ -35,6 +36,15 @@ class Settled(NamedTuple):
     """F per sample ``[S]`` in nats."""
     states: dict[str, Tensor]
     """What each free node emits, by its name in the model (a module visited again has ``#2`` added)."""
+
+
+class NodeStep(NamedTuple):
+    """One node at one step of `FreeEnergy.record`."""
+
+    energy: Tensor
+    """``[S]``, in nats."""
+    residual: Tensor
+    """``[S]``, the norm of the natural gradient V dF/du over pi: 0 where settled."""
 
 
 class FreeEnergy(nn.Module):
@@ -97,105 +107,97 @@ class FreeEnergy(nn.Module):
         output: Distribution | None = None,
         *,
         steps: int = 3,
-        order: Order = "error",
-        precision: float | Literal["auto"] = "auto",
+        order: OrderName | Order | Callable[..., Constant] = "error",
+        precision: float | Literal["auto"] | Precision = "auto",
         displacement: float = 0.003,
-        step: float | None = None,
+        step: float | Constant | None = None,
         state_optimizer: StateOptimizer | None = None,
         state_dtype: torch.dtype | None = None,
+        output_weight: float = 1.0,
+        stop: float | Callable[[Sequence[Tensor]], bool] | None = None,
+        local: bool = False,
     ) -> None:
         super().__init__()
+        self._names = _check_model(model, order)
+        if output is not None and not isinstance(output, Distribution):
+            raise ValueError(f"output={output!r}: give a pc_triton Distribution, for example pc_triton.Categorical()")
+        self.model, self.output, self.input_node = model, output, Gaussian()
+        self._names[self.input_node] = "input"
+        self.steps, self.order, self.precision, self.displacement = steps, order, precision, displacement
+        self.state_optimizer = state_optimizer
+        self.state_dtype = None if state_dtype == torch.float32 else state_dtype  # None: that of the arithmetic
+        self.output_weight, self.stop, self.local = output_weight, stop, local
+        self.guarded = step is None and state_optimizer is None
+        self.step = as_order(order).step if step is None else step
+        self._check()
+        prepare_compiler()
+        self._calls = Calls(model)
+        self._compiled: Callable[..., Tensor] | None = None
+
+    def _check(self) -> None:
+        """Raise ValueError for an argument out of range, or for two that do not go together."""
+        steps, dtype = self.steps, self.state_dtype
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r}: the number of inference steps is a whole number of at least 1")
-        if order not in get_args(Order):
-            raise ValueError(f"order={order!r}: choose one of {', '.join(get_args(Order))}")
-        if precision != "auto" and not (_is_number(precision) and 0 < precision < math.inf):
-            raise ValueError(f"precision={precision!r}: give a positive finite number, or 'auto'")
-        if not (_is_number(displacement) and 0 < displacement < 1):
-            raise ValueError(f"displacement={displacement!r}: a fraction of the free energy, between 0 and 1")
-        if step is not None and not (_is_number(step) and 0 < step <= 1):
-            raise ValueError(f"step={step!r}: between 0 and 1 (1 is Newton's step of an isolated node)")
-        if state_optimizer is not None and order in ("sweep", "incremental"):
-            raise ValueError(f"order={order!r} moves its states within the backward pass: leave state_optimizer=None")
-        if state_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"state_dtype={state_dtype!r}: give torch.float32, torch.bfloat16 or None")
-        if state_dtype == torch.bfloat16 and order != "error":
+        form = as_order(self.order).form
+        _ = self.rules
+        if self.state_optimizer is not None and self.order in ("sweep", "incremental"):
             raise ValueError(
-                f"state_dtype=torch.bfloat16 with order={order!r}, whose states are u: rounded, they lose the small "
-                "u - mu; use order='error', or float32 states"
+                f"order={self.order!r} moves its states within the backward pass: leave state_optimizer=None"
             )
-        if state_dtype == torch.bfloat16 and state_optimizer is not None:
+        if dtype not in (None, torch.bfloat16):
+            raise ValueError(f"state_dtype={dtype!r}: give torch.float32, torch.bfloat16 or None")
+        if dtype is not None and form != "error":
+            raise ValueError(
+                f"state_dtype=torch.bfloat16 with order={self.order!r}, whose states are u: rounded, they lose the "
+                "small u - mu; use order='error', or float32 states"
+            )
+        if dtype is not None and self.state_optimizer is not None:
             raise ValueError(
                 "state_dtype=torch.bfloat16 with a state_optimizer, which would do its arithmetic in it: leave "
                 "state_optimizer=None, or use float32 states"
             )
-        if output is not None and not isinstance(output, Distribution):
-            raise ValueError(f"output={output!r}: give a pc_triton Distribution, for example pc_triton.Categorical()")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}: give a module (torch.nn.Module)")
-        if isinstance(model, nn.parallel.DistributedDataParallel):  # static_graph would not average the gradients
-            if order != "incremental":
-                raise ValueError(
-                    "the model is in DistributedDataParallel: write DistributedDataParallel(FreeEnergy(model)), by "
-                    "which all of inference is one call of it"
-                )
-            if model.static_graph or model.find_unused_parameters:
-                raise ValueError(
-                    "order='incremental' takes the model in DistributedDataParallel without static_graph and "
-                    "find_unused_parameters: leave both False"
-                )
-        self._names = {
-            module: name.replace("_orig_mod.", "")  # as torch.compile calls what it wraps
-            for name, module in model.named_modules()
-            if isinstance(module, Distribution)
-        }
-        if not self._names:
-            raise ValueError("the model has no value node: use pc.Linear or pc.Gaussian() in it, or pc.convert(model)")
-        leave_graphs()
-        self.traced = any("_orig_mod" in name or module._compiled_call_impl for name, module in model.named_modules())
-        self.norms = [m for m in model.modules() if isinstance(m, _NormBase)]
-        self.model, self.output, self.input_node = model, output, Gaussian()
-        self._names[self.input_node] = "input"
-        self.steps, self.order, self.precision, self.displacement = steps, order, precision, displacement
-        self.adaptive = step is None
-        self.step = {"error": 0.25, "sweep": 0.5}.get(order, 0.2) if step is None else step
-        self.state_optimizer = state_optimizer
-        self.state_dtype = None if state_dtype == torch.float32 else state_dtype  # None: that of the arithmetic
-        self._compiled: CompiledSteps | None = None
-        self._traced_model: Callable[..., Any] | None = None
+        if not is_number(self.output_weight) or not math.isfinite(self.output_weight):
+            raise ValueError(f"output_weight={self.output_weight!r}: give a finite number; a negative one nudges away")
+
+    @property
+    def rules(self) -> Rules:
+        """The rules of inference as objects: what the arguments say."""
+        order = as_order(self.order)
+        return Rules(
+            as_precision(self.precision, self.displacement),
+            Guarded(self.step) if self.guarded and not isinstance(self.step, Constant) else as_step(self.step),
+            self.state_optimizer,
+            self.state_dtype,
+            as_stop(self.stop),
+            remembers=order.form == "state" or self.steps > 3,
+        )
 
     @property
     def moves(self) -> int:
         """How often the states move before the learning pass, which in error order is the last of the T steps."""
-        return self.steps - 1 if self.order == "error" else self.steps
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether inference begins with a backward pass at the prediction."""
-        return self.order == "error" or self.precision == "auto"
+        return as_order(self.order).moves(self.steps)
 
     @property
     def sharded(self) -> bool:
         """Whether FSDP2 shards the model or a part of it."""
         return len(sharded_modules(self.model)) > 0
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The model, as inference calls it."""
-        if self._traced_model is None:
-            return self.model(*args, **kwargs)
-        return self._traced_model(self.model, *args, **kwargs)
-
     def compile_model(self, backend: Any = "inductor") -> None:
         """Give the model to torch.compile in inference alone, unless its user has done so already."""
-        if not self.traced:
-            own = FunctionType(
-                _call.__code__.replace(), globals()
-            )  # torch.compile counts recompilations by code object
-            self.traced, self._traced_model = True, torch.compile(own, backend=backend)
+        self._calls.compile(backend)
 
-    def name_of(self, module: Distribution) -> str:
-        """The name of a value node in the model: its module's, without the ``.node`` of a layer."""
-        return self._names.get(module, "").removesuffix(".node") or "node"
+    def batch(self, x: Any, y: Tensor | None, *, form: str | None = None, **options: Any) -> Batch:
+        """A batch of this model, with its nodes still to be made; arguments and errors as in a call.
+
+        form: what its states hold, if not what the order says. options: those of `Batch`.
+        """
+        batch = Batch(
+            self.model, self._calls, self._names, x, y,
+            form=form or as_order(self.order).form, output=self.output, output_weight=self.output_weight, **options,
+        )  # fmt: skip
+        batch.resumes_random = self.state_optimizer is not None
+        return batch
 
     def extra_repr(self) -> str:
         displacement = f", displacement={self.displacement}" if self.precision == "auto" else ""
@@ -203,12 +205,17 @@ class FreeEnergy(nn.Module):
         shown = f"steps={self.steps}, order={self.order!r}, precision={self.precision!r}{displacement}"
         return f"{shown}, step={self.step}{states}"
 
-    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Any, y: Tensor | None = None, *, mask: Tensor | None = None, start: Start | None = None
+    ) -> Tensor:
         """Infer, and return the free energy per item: a scalar, in nats per label or, for other outputs, per sample.
 
         x: the model's input ``[S, ...]`` with S samples, or a tuple or dict of its arguments. y: what the output is
         clamped to: labels int64 (the shape of the output without its last axis) or values of the output's shape.
         None leaves the output free, and then nothing moves (but by an energy that the model adds).
+        mask: bool, y's shape, True where the output is clamped; what y holds elsewhere is not read.
+        start: where the states start, if not at the forward pass: states u by the names of their nodes, as in
+        ``{"blocks.0.up": u}``, or a function that is given the predictions by name and returns such states.
 
         The value is that of the learning pass: the energy at the states at which the weight gradients are taken.
 
@@ -218,20 +225,32 @@ class FreeEnergy(nn.Module):
         """
         if self.order == "incremental":
             raise ValueError("order='incremental': use `for loss in free_energy.incremental(x, y)`")
-        with torch.inference_mode(False), torch.enable_grad():  # inference is made of gradients, in evaluation too
-            loss = chain_loss(self, x, y)
-            if loss is None:
-                loss = self._compiled(x, y) if self._compiled is not None else self.loss_and_inference(x, y)[0]
+        loss = outside_graphs(self._loss, x, y, mask, start)
         return loss if torch.is_grad_enabled() else loss.detach()
 
-    def loss_and_inference(self, x: Any, y: Tensor | None) -> tuple[Tensor, Inference]:
-        """The loss of a call, and the inference behind it; arguments and errors as in a call."""
-        inference = Inference(self, x, y)
+    def _loss(self, x: Any, y: Tensor | None, mask: Tensor | None, start: Start | None) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():  # inference is made of gradients, in evaluation too
+            if mask is not None or start is not None:
+                return self.loss_and_batch(x, y, mask, start)[0]
+            loss = chain_loss(self, x, y)
+            if loss is None:
+                loss = self._compiled(x, y) if self._compiled is not None else self.loss_and_batch(x, y)[0]
+            return loss
+
+    def loss_and_batch(
+        self, x: Any, y: Tensor | None, mask: Tensor | None = None, start: Start | None = None
+    ) -> tuple[Tensor, Batch]:
+        """The loss of a call, and the batch behind it with its states; arguments and errors as in a call."""
+        batch = self.batch(x, y, mask=mask)
         if self.moves == 0:
-            return self._per_item(inference, inference.forward("first", learns=True)), inference
+            return self._per_item(batch, batch.at_prediction(learns=True)), batch
         with hold_gathered(self):
-            self.settle(inference, self.moves)
-        return self._per_item(inference, inference.learn()), inference
+            self.settle(batch, self.moves, start)
+        return self._per_item(batch, batch.learn(local=self.local)), batch
+
+    def settle(self, batch: Batch, moves: int, start: Start | None = None, rules: Rules | None = None) -> Constant:
+        """Move every state of a batch ``moves`` times from the prediction, or from ``start``. Returns the step rule."""
+        return as_order(self.order).settle(batch, self.rules if rules is None else rules, moves, start)
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """Make the whole training step, all of inference and the weight gradients, one graph; for small models.
@@ -257,7 +276,9 @@ class FreeEnergy(nn.Module):
 
         self._compiled = CompiledSteps(self, options)
 
-    def incremental(self, x: Any, y: Tensor | None = None) -> Iterator[Tensor]:
+    def incremental(
+        self, x: Any, y: Tensor | None = None, *, mask: Tensor | None = None, start: Start | None = None
+    ) -> Iterator[Tensor]:
         """Incremental PC: yields the free energy per item at each of the T steps, for you to move the weights.
 
             for loss in free_energy.incremental(x, y):
@@ -269,42 +290,81 @@ class FreeEnergy(nn.Module):
         """
         if self.order != "incremental":
             raise ValueError(f"order={self.order!r}: make FreeEnergy(model, order='incremental')")
-        inference = Inference(self, x, y)
-        energy = inference.forward("first", learns=not self.calibrates)
-        if self.calibrates:
-            inference.calibrate(energy)
-            del energy  # as in `settle`
-            energy = inference.forward("incremental", learns=True)
-        for step in range(self.steps):
-            inference.mode = "incremental"
-            yield self._per_item(inference, energy)
-            if step + 1 < self.steps:
-                energy = inference.forward("incremental", learns=True)
+        batch = self.batch(x, y, mask=mask)
+        for energy in orders.incremental(batch, self.rules, self.steps, start):
+            yield self._per_item(batch, energy)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def infer(self, x: Any, y: Tensor | None = None, *, clamp_input: bool = True) -> Settled:
+    def infer(
+        self,
+        x: Any,
+        y: Tensor | None = None,
+        *,
+        clamp_input: bool | Tensor = True,
+        mask: Tensor | None = None,
+        start: Start | None = None,
+    ) -> Settled:
         """Inference alone: T moves of every state (in error order one more than before learning), no learning.
 
-        x, y: as in a call. ``clamp_input=False`` frees the input: x is then the prediction of a Gaussian input node,
-        and is inferred from y together with the hidden states. With y None too, the model generates from x: the states
-        stay at their predictions (GaussianLogVar nodes at a sample).
+        x, y, mask, start: as in a call. ``clamp_input=False`` frees the input: x is then the prediction of a Gaussian
+        input node, and is inferred from y together with the hidden states. A bool tensor of x's shape frees it where it
+        is False. With y None too, the model generates from x: the states stay at their predictions (GaussianLogVar nodes
+        at a sample).
         Raises ValueError as a call does, and where a free input is no floating-point tensor.
         """
-        if not clamp_input and not (isinstance(x, Tensor) and x.is_floating_point()):
-            raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
-        inference = Inference(self, x, y, clamp_input=clamp_input)
-        inference.shows_output = True
-        inference.remembers = inference.guarded
-        with hold_statistics(self.norms):
-            self.settle(inference, self.steps)
-            energy = inference.probe()
-            if inference.guarded:  # the last move too must not have raised F
-                rose = inference.take_back(energy)
+        return self._infer(x, y, clamp_input, mask, start)
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def record(
+        self, x: Any, y: Tensor | None = None, *, mask: Tensor | None = None, start: Start | None = None
+    ) -> list[dict[str, NodeStep]]:
+        """Energy and residual of every node as inference goes: before each of the T moves, and after the last.
+
+        Arguments and errors as in `infer`. Element t of the list has a `NodeStep` for each node that reaches the output,
+        by its name. It costs two passes a step. The guard's last look, by which `infer` takes back a move that raised F,
+        comes after the record.
+        """
+        steps: list[dict[str, NodeStep]] = []
+
+        def look(batch: Batch) -> None:
+            batch.probe()
+            batch.energies.pop()
+            nodes = {name: node for name, node in batch.named_nodes().items() if node.state is not None}
+            steps.append(
+                {
+                    name: NodeStep(node.energy, node.residual)
+                    for name, node in nodes.items()
+                    if node.energy is not None and node.residual is not None
+                }
+            )
+
+        self._infer(x, y, True, mask, start, look)
+        return steps
+
+    def _infer(
+        self,
+        x: Any,
+        y: Tensor | None,
+        clamp_input: bool | Tensor,
+        mask: Tensor | None,
+        start: Start | None,
+        watch: Callable[[Batch], None] | None = None,
+    ) -> Settled:
+        if clamp_input is not True:
+            _check_free_input(x, clamp_input)
+        batch = self.batch(x, y, mask=mask, input_node=self.input_node, clamp_input=clamp_input, shows=True)
+        batch.watch = watch
+        with hold_statistics(self._calls.norms):
+            steps = self.settle(batch, self.steps, start, dataclasses.replace(self.rules, remembers=True))
+            energy = batch.probe()
+            if isinstance(steps, Guarded):  # the last move too must not have raised F
+                rose = steps.take_back(batch.nodes, energy)
                 if rose or parallel.together():  # all processes make the same passes
-                    energy = inference.probe()
-        states = {name: node.emission.detach() for name, node in inference.named_nodes().items()}
-        return Settled(x if clamp_input else states["input"], inference.out.detach(), energy, states)
+                    energy = batch.probe()
+        states = {name: node.emission.detach() for name, node in batch.named_nodes().items()}
+        return Settled(x if clamp_input is True else states["input"], batch.out.detach(), energy, states)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -315,33 +375,59 @@ class FreeEnergy(nn.Module):
         backpropagation's; it costs some 65 inference steps. See `Report`; print it for a table.
         Raises ValueError as a call does.
         """
-        with hold_statistics(self.norms):
-            return report(self, x, y)
+        if self.sharded:
+            raise ValueError(
+                "the report needs whole gradients, and FSDP2 shards this model: report on an unsharded copy"
+            )
+        with hold_statistics(self._calls.norms):
+            return report(
+                make=partial(self.batch, x, y),
+                settle=lambda batch: self.settle(batch, self.moves),
+                loss=lambda: self._first_loss(x, y),
+                rules=self.rules,
+                moves=self.moves,
+                parameters=[p for p in self.model.parameters() if p.requires_grad],
+            )
 
-    def settle(self, inference: Inference, moves: int) -> None:
-        """Move every state ``moves`` times from the prediction."""
-        first = inference.forward("first")
-        if self.calibrates:
-            inference.calibrate(first)
-            if self.order == "error" and self.state_optimizer is None:
-                moves -= 1
-            energy = None
-        else:
-            energy = first
-        del first  # calibration leaves the graph below the first node
-        for _ in range(moves):
-            inference.infer(energy)
-            energy = None
+    def _first_loss(self, x: Any, y: Tensor | None) -> Tensor:
+        return next(self.incremental(x, y)) if self.order == "incremental" else self.loss_and_batch(x, y)[0]
 
     @staticmethod
-    def _per_item(inference: Inference, energy: Tensor) -> Tensor:
-        items = inference.items if inference.target is not None else inference.samples
-        return energy.sum() / (items.clamp_min(1) if isinstance(items, Tensor) else items)
+    def _per_item(batch: Batch, energy: Tensor) -> Tensor:
+        items = batch.items
+        return energy.sum() / (batch.samples if batch.target is None or items is None else items.clamp_min(1))
 
 
-def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return model(*args, **kwargs)
+def _check_model(model: Any, order: Any) -> dict[Distribution, str]:
+    """The families in a model that can be trained, by name. Raises TypeError or ValueError for any other."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: give a module (torch.nn.Module)")
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # static_graph would not average the gradients
+        if order != "incremental":
+            raise ValueError(
+                "the model is in DistributedDataParallel: write DistributedDataParallel(FreeEnergy(model)), by "
+                "which all of inference is one call of it"
+            )
+        if model.static_graph or model.find_unused_parameters:
+            raise ValueError(
+                "order='incremental' takes the model in DistributedDataParallel without static_graph and "
+                "find_unused_parameters: leave both False"
+            )
+    names = {
+        module: name.replace("_orig_mod.", "")  # as torch.compile calls what it wraps
+        for name, module in model.named_modules()
+        if isinstance(module, Distribution)
+    }
+    if not names:
+        raise ValueError("the model has no value node: use pc.Linear or pc.Gaussian() in it, or pc.convert(model)")
+    return names
 
 
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+def _check_free_input(x: Any, clamp_input: Any) -> None:
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
+    if isinstance(clamp_input, Tensor) and (clamp_input.dtype != torch.bool or clamp_input.shape != x.shape):
+        raise ValueError(
+            f"clamp_input is {clamp_input.dtype} {tuple(clamp_input.shape)}: give a bool, or a bool tensor "
+            f"{tuple(x.shape)}, True where x is clamped"
+        )

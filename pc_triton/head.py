@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .context import infers, outside_graphs, pass_here
 from .dispatch import backend
-from .distributions import inference_here, running
 from .reference import wide
 
 CHUNKS, LEAST = 32, 256
@@ -28,20 +28,18 @@ class Head(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``[B, ..., C]`` of input ``[B, ..., in_features]``; in inference their shape alone, without memory."""
-        return self._visit(input) if len(running) > 0 else super().forward(input)
+        return outside_graphs(self._clamped, input) if infers() else super().forward(input)
 
-    def _visit(self, input: Tensor) -> Tensor:
-        inference = inference_here()
-        output = None if inference is None else inference.labelled_output()
-        if inference is None or output is None:
-            return super().forward(input)
-        family, target = output
+    def _clamped(self, input: Tensor) -> Tensor:
+        here = pass_here()
         logits = input.detach().new_zeros(()).expand(*input.shape[:-1], self.out_features)
-        inference.count_items(family, logits)
-        rows, labels = input.reshape(-1, self.in_features), target.reshape(-1)
-        energy = HeadEnergy.apply(rows, self.weight, self.bias, labels, family.ignore_index, inference.learns)
-        if not inference.again:
-            inference.head = logits, energy
+        clamped = None if here is None else here.labels_for(logits)
+        if here is None or clamped is None:
+            return super().forward(input)
+        labels, ignore_index, learns = clamped
+        rows = input.reshape(-1, self.in_features)
+        energy = HeadEnergy.apply(rows, self.weight, self.bias, labels.reshape(-1), ignore_index, learns)
+        here.clamp(logits, energy)
         return logits
 
 

@@ -6,6 +6,7 @@ Importing it adds that attention to transformers' registry, by the name `ATTENTI
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from .convert import add_node
-from .distributions import Categorical, inference_here, visited
+from .context import awaits_pass, outside_graphs, pass_here
+from .families import Categorical
 from .nn import attend, logit_bias
 
 ATTENTION = "pc_triton"
@@ -31,12 +33,12 @@ def attention(
     query sees a key, or floats to add to the logits; options: transformers'. The weights ``[B, heads, N, K]`` are the
     second result where something had to make them.
     """
-    run = _visit if visited(getattr(module, "node", None)) else sdpa_attention_forward
-    return run(module, query, key, value, attention_mask, **options)
+    if not awaits_pass(getattr(module, "node", None)):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return outside_graphs(partial(_emit, **options), module, query, key, value, attention_mask)
 
 
-@torch.compiler.disable
-def _visit(
+def _emit(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -48,7 +50,7 @@ def _visit(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if inference_here() is None:
+    if pass_here() is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **options
         )

@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distributions import Categorical, Distribution, Gaussian, inference_here, visited
+from . import reference
+from .context import awaits_pass, outside_graphs, pass_here
+from .dispatch import backend, fuses
+from .distributions import Distribution
+from .families import Categorical, Gaussian
+from .operations import EmitAttention, EmitLinear
 from .reference import mask_logits
 
 
@@ -38,12 +43,16 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The node's emission ``[B, ..., out_features]``, in the dtype of the product."""
-        return self._visit(input) if visited(self.node) else self.node(super().forward(input))
+        return outside_graphs(self._emit, input) if awaits_pass(self.node) else self.node(super().forward(input))
 
-    def _visit(self, input: Tensor) -> Tensor:
-        inference = inference_here()
-        if inference is not None and type(self.node) is Gaussian:
-            emission = inference.visit_linear(self.node, input, self.weight, self.bias)
+    def _emit(self, input: Tensor) -> Tensor:
+        here = pass_here()
+        if here is not None and type(self.node) is Gaussian and fuses(input, self.weight):
+
+            def product_and_node(node: Any, here: Any, leaf: Tensor) -> Any:
+                return EmitLinear.apply(input, self.weight, self.bias, leaf, node, here)
+
+            emission = here.emit_fused(self.node, product_and_node)
             if emission is not None:
                 return emission
         return self.node(super().forward(input))
@@ -111,7 +120,8 @@ class Attention(nn.Module):
         for each document of a packed sequence: a query sees the keys of its own document alone. For self-attention.
         Raises ValueError for a wrong shape or dtype, or for segments with a context.
         """
-        return (self._visit if visited(self.node) else self._plain)(x, context, key_padding_mask, segments)
+        arguments = (x, context, key_padding_mask, segments)
+        return outside_graphs(self._plain, *arguments) if awaits_pass(self.node) else self._plain(*arguments)
 
     def _plain(
         self, x: Tensor, context: Tensor | None, key_padding_mask: Tensor | None, segments: Tensor | None
@@ -132,8 +142,6 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         out, _ = attend(self.node, q, k, v, self.causal, key_padding_mask, None, dropout, segments=segments)
         return self.out_proj(out.transpose(1, 2).flatten(2))
-
-    _visit = _plain
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads}, kv_heads={self.kv_heads}, causal={self.causal}"
@@ -159,10 +167,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``nn.MultiheadAttention.forward``. Raises ValueError in inference if ``batch_first`` is False."""
-        run = self._visit if visited(self.node) else super().forward
-        return run(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        return outside_graphs(self._emit, *arguments) if awaits_pass(self.node) else super().forward(*arguments)
 
-    def _visit(
+    def _emit(
         self,
         query: Tensor,
         key: Tensor,
@@ -173,7 +181,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool,
         is_causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        if inference_here() is None:
+        if pass_here() is None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -224,7 +232,7 @@ def attend(
     q ``[B, heads, N, D]``; k, v ``[B, kv heads, K, D]``; causal, padding and segments as in `reference.mask_logits`;
     scale is 1 / sqrt(D) if None.
     """
-    if node is None or (inference_here() is None and isinstance(node, Categorical)):
+    if node is None or (pass_here() is None and isinstance(node, Categorical)):
         mask = bias
         if padding is not None or segments is not None or (causal and q.shape[2] != k.shape[2]):
             mask = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding, segments)
@@ -232,11 +240,17 @@ def attend(
         shared = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=shared), None
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    inference = inference_here()
-    if fused and inference is not None and isinstance(node, Categorical) and bias is None and not dropout:
-        out = inference.visit_attention(node, q, k, v, scale)
-        if out is not None:
-            return out, None
+    here = pass_here()
+    if fused and here is not None and isinstance(node, Categorical) and bias is None and not dropout:
+        kernels = backend(q)
+        if kernels is not reference and q.shape[-1] <= kernels.WIDEST:
+
+            def attention(node: Any, here: Any, leaf: Tensor) -> Any:
+                return EmitAttention.apply(q, k, v, leaf, node, here, {"scale": scale, **node.frozen})
+
+            out = here.emit_fused(node, attention)
+            if out is not None:
+                return out, None
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

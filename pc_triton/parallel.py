@@ -9,16 +9,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .text import InputError
-
-if TYPE_CHECKING:
-    from .free_energy import FreeEnergy
 
 
 @contextlib.contextmanager
@@ -82,7 +79,12 @@ def gathered(rows: list[Any]) -> list[Any]:
     return [row for some in lists for row in some]
 
 
-def replicate(model: nn.Module, free_energy: FreeEnergy | None) -> nn.Module:
+def agreed(yes: bool) -> bool:
+    """Whether all processes say so; all of them call it."""
+    return all(gathered([yes]))
+
+
+def replicate(model: nn.Module, free_energy: nn.Module | None) -> nn.Module:
     """What to call for a loss, by whose ``backward()`` the gradients are means over the processes.
 
     free_energy is that of the model, or None for backpropagation. Its order "incremental" learns by as many backward
@@ -91,8 +93,8 @@ def replicate(model: nn.Module, free_energy: FreeEnergy | None) -> nn.Module:
     whole = model if free_energy is None else free_energy
     if not together():
         return whole
-    if free_energy is not None and free_energy.order == "incremental":
-        free_energy.model = DistributedDataParallel(free_energy.model)
+    if free_energy is not None and getattr(free_energy, "order", None) == "incremental":
+        free_energy.model = DistributedDataParallel(free_energy.model)  # type: ignore[arg-type]
         return free_energy
     return DistributedDataParallel(whole)
 

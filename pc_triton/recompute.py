@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from .dispatch import tracing
-from .distributions import inference_here
-
-if TYPE_CHECKING:
-    from .inference import Inference
+from .context import pass_here
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -23,22 +20,18 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     The part is then computed again, in the backward pass of every inference step and of learning, under the states of
     the forward pass. Outside inference it changes nothing. Raises RuntimeError for a compiled model.
     """
-    inference = inference_here()
-    if inference is None:
-        return contextlib.nullcontext(), contextlib.nullcontext()
-    if inference.owner.traced or tracing.get():
-        raise RuntimeError("torch.utils.checkpoint in a compiled model: inference takes the one or the other")
-    return inference.within_checkpoint(), _Again(inference)
+    here = pass_here()
+    return (contextlib.nullcontext(), contextlib.nullcontext()) if here is None else here.within_checkpoint()
 
 
-class _Again(AbstractContextManager[None]):
-    """`Inference.computes_again` from where this is made, as often as the graph is passed backwards."""
+class Again(AbstractContextManager[None]):
+    """A context to enter again as often as the graph is passed backwards: ``make(*arguments)`` each time."""
 
-    def __init__(self, inference: Inference) -> None:
-        self.inference, self.mode, self.visits = inference, inference.mode, inference.visits
+    def __init__(self, make: Callable[..., AbstractContextManager[None]], *arguments: Any) -> None:
+        self.make, self.arguments = make, arguments
 
     def __enter__(self) -> None:
-        self.context = self.inference.computes_again(self.mode, self.visits)
+        self.context = self.make(*self.arguments)
         self.context.__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .inference import Inference
+from . import orders
+from .batch import Batch
+from .node import Node
 from .reference import sum_samples
-
-if TYPE_CHECKING:
-    from .free_energy import FreeEnergy
+from .rules import Guarded, Rules
 
 LONG_RUN = 60
 """Further inference steps, with the guard, that the reachable fall of F is measured by."""
@@ -56,6 +55,12 @@ class Report:
     """Cosine of the whole weight gradient to backpropagation's."""
     worst_cosine: float
     """The smallest such cosine of one parameter, of those whose gradient is more than rounding."""
+    total_to_local: float = 1.0
+    """Norm of the weight gradient over that of each node's own energy alone (E_local of Goemaere et al. 2025).
+
+    State orders learn by the latter. In error order the gradient is the total derivative, with e held: the two agree
+    where inference is settled.
+    """
 
     @property
     def settled(self) -> float:
@@ -129,47 +134,39 @@ def _bar(value: float, full: float) -> str:
     return f'<td style="min-width:4.5em;background:{bar}">{value:.3g}</td>'
 
 
-def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
-    """Measure a `Report` on one batch; see `FreeEnergy.report`."""
-    if owner.sharded:
-        raise ValueError("the report needs whole gradients, and FSDP2 shards this model: report on an unsharded copy")
+def report(
+    make: Callable[..., Batch],
+    settle: Callable[[Batch], Any],
+    loss: Callable[[], Tensor],
+    rules: Rules,
+    moves: int,
+    parameters: Sequence[Tensor],
+) -> Report:
+    """Measure a `Report` on one batch; see `FreeEnergy.report`.
+
+    make: a new `Batch`. settle: moves its states as before learning, ``moves`` times. loss: the loss that learns.
+    """
     with torch.random.fork_rng():
-        inference = Inference(owner, x, y)
-        random = inference.random  # every run below sees the same noise
-        owner.settle(inference, owner.moves)
-        if owner.moves == 0:  # backpropagation: only the precisions are wanted
-            for node in inference.nodes:
-                node.state = None if node.state is None else torch.zeros_like(node.state)
-        last = inference.probe()
-        settler = copy.copy(owner)  # the same nodes and precisions, settled by the guarded error order in float32
-        settler.order, settler.state_optimizer, settler.state_dtype = "error", None, None
+        batch = make()
+        random = batch.random  # every run below sees the same noise
+        settle(batch)
+        last = batch.probe()
+        local = _gradients(batch.learn(local=True).sum(), parameters)
         random.restore()
-        start = Inference(settler, x, y)
-        start.calibrate(start.forward("first"))
-        begun = start.named_nodes()
-        free, at_prediction = {}, {}
-        for name, node in inference.named_nodes().items():
-            if node.residual is not None and (state := begun[name].state) is not None:
-                free[name] = node
-                at_prediction[name] = sum_samples(state**2, start.samples).sqrt() / owner.step
-        long_run = torch.minimum(start.long_run(LONG_RUN), last)
+        begun = make(form="error")
+        free, at_prediction, long_run = _long_run(begun, rules, batch)
+        random.restore()
+        learning = _gradients(loss(), parameters)
+        random.restore()
+        backpropagation = _gradients(make(form="error").at_prediction(learns=True).sum(), parameters)
 
-        random.restore()
-        incremental = owner.order == "incremental"
-        loss = next(owner.incremental(x, y)) if incremental else owner.loss_and_inference(x, y)[0]
-        parameters = [p for p in owner.model.parameters() if p.requires_grad]
-        learning = _gradients(loss, parameters)
-        random.restore()
-        plain = Inference(settler, x, y).forward("first", learns=True).sum()
-        backpropagation = _gradients(plain, parameters)
-
-    items = float(inference.items) or 1.0
+    items = float(batch.items if batch.items is not None else batch.samples) or 1.0
     nodes = tuple(
         NodeReport(
             name,
             type(node.family).__name__,
-            float(node.pi.mean()),
-            float(node.energy.detach().sum() if node.energy is not None else 0.0) / items,
+            float(node.precision.mean()) if node.precision is not None else 0.0,
+            float(node.energy.sum() if node.energy is not None else 0.0) / items,
             _ratio([node.residual], [at_prediction[name]]),
         )
         for name, node in free.items()
@@ -178,12 +175,32 @@ def report(owner: FreeEnergy, x: Any, y: Tensor) -> Report:
     cosines = [_cosine([g], [b]) for g, b in zip(learning, backpropagation) if b.norm() > rounding]
     return Report(
         nodes,
-        tuple(float(e.sum()) / items for e in inference.energies[-owner.moves - 1 :]),
-        float(long_run.sum()) / items,
+        tuple(float(e.sum()) / items for e in [*batch.energies[:-1]][-moves - 1 :]),
+        float(torch.minimum(long_run, last).sum()) / items,
         _ratio([node.residual for node in free.values()], list(at_prediction.values())),
         _cosine(learning, backpropagation),
         min(cosines, default=1.0),
+        _ratio(learning, [g / items for g in local]),
     )
+
+
+def _long_run(begun: Batch, rules: Rules, batch: Batch) -> tuple[dict[str, Node], dict[str, Tensor], Tensor]:
+    """The guarded error order in float32, settled: the nodes of ``batch`` that it moves, and F ``[S]`` at its end.
+
+    Between them, by name, the norm ``[S]`` of their natural gradient at the prediction.
+    """
+    settler = Rules(rules.precision, Guarded(rules.step.first), remembers=True)
+    steps = orders.error(begun, settler, 1)
+    states = {name: node.state for name, node in begun.named_nodes().items()}
+    free, at_prediction = {}, {}
+    for name, node in batch.named_nodes().items():
+        state = states[name]
+        if node.residual is not None and state is not None:
+            free[name] = node
+            at_prediction[name] = sum_samples(state**2, begun.samples).sqrt() / rules.step.first
+    orders.descend(begun, settler, steps, LONG_RUN)
+    assert isinstance(steps, Guarded)
+    return free, at_prediction, steps.accepted
 
 
 def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -27,7 +27,6 @@ from .dispatch import backend
 from .distributions import Gaussian
 from .evaluate import perplexity, regime, target, unigram_perplexity
 from .free_energy import FreeEnergy
-from .inference import Inference
 from .memory import free_memory, step_memory
 from .models import Transformer
 from .settings import STATE_DTYPES, Settings, check_resumed, stored_settings
@@ -393,9 +392,9 @@ def _faulty_node(free_energy: FreeEnergy | None, x: Tensor, y: Tensor, micro_bat
     if free_energy is None or not all(p.isfinite().all() for p in free_energy.parameters()):
         return ""  # weights that are not finite make every node so
     for piece, labels in micro_batches(x, y, micro_batch):
-        inference = Inference(free_energy, piece, target(free_energy, labels))
-        energy = inference.forward("first")
-        names = [node.name for node in inference.nodes if not node.mu.isfinite().all()]
+        batch = free_energy.batch(piece, target(free_energy, labels))
+        energy = batch.at_prediction()
+        names = [node.name for node in batch.nodes if node.mu is not None and not node.mu.isfinite().all()]
         if not names and not energy.isfinite().all():
             names = ["output"]
         if names:

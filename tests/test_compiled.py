@@ -52,7 +52,7 @@ def test_trace_is_eager(options):
     """The flat graph, before inductor, gives the same loss and gradients on other values of the same shape."""
     model = network()
     free_energy = pc.FreeEnergy(model, **options)
-    graph, _ = trace(lambda x, y: free_energy.loss_and_inference(x, y)[0], model, batch())
+    graph, _ = trace(lambda x, y: free_energy.loss_and_batch(x, y)[0], model, batch())
     x, y = batch()
     x = x + 1.0
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_trace_skips_what_is_zero():
     """Under the simultaneous order the error has reached only the top t nodes at step t."""
     model = network()
     free_energy = pc.FreeEnergy(model, order="simultaneous", steps=2, precision=1.0, step=0.1)
-    graph, _ = trace(lambda x, y: free_energy.loss_and_inference(x, y)[0], model, batch())
+    graph, _ = trace(lambda x, y: free_energy.loss_and_batch(x, y)[0], model, batch())
     products = sum(
         n.op == "call_function" and n.target.name() in ("aten::mm", "aten::addmm") for n in graph.graph.nodes
     )
@@ -80,7 +80,7 @@ def test_trace_of_a_frozen_parameter():
     model = network()
     model[0].weight.requires_grad_(False)
     free_energy = pc.FreeEnergy(model)
-    graph, _ = trace(lambda x, y: free_energy.loss_and_inference(x, y)[0], model, batch())
+    graph, _ = trace(lambda x, y: free_energy.loss_and_batch(x, y)[0], model, batch())
     _, *found = graph(*(p.detach() for p in model.parameters()), *batch())
     wanted = gradients(free_energy(*batch()), model)
     assert wanted[0] is None

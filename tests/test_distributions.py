@@ -510,7 +510,7 @@ def test_a_log_variance_thrown_too_far_comes_back(prior):
     model.latent, model.decoder[1] = pc.GaussianLogVar(prior=prior), nn.Identity()
     with torch.no_grad():
         model.decoder[0].weight *= 10
-    loss, inference = pc.FreeEnergy(model, pc.Bernoulli(), precision=1.0, steps=6).loss_and_inference(x, x)
+    loss, inference = pc.FreeEnergy(model, pc.Bernoulli(), precision=1.0, steps=6).loss_and_batch(x, x)
     first, second, *_, last = inference.energies
     assert (second > 1.5 * first).any()
     assert (last < first).all()

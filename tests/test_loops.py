@@ -114,7 +114,7 @@ def test_checkpoints_of_two_calls_in_one_backward(order):
 
 
 def test_a_checkpoint_is_freed():
-    loss, inference = pc.FreeEnergy(deep(Checkpointed)).loss_and_inference(*batch())
+    loss, inference = pc.FreeEnergy(deep(Checkpointed)).loss_and_batch(*batch())
     loss.backward()
     alive = weakref.ref(inference)
     del loss, inference

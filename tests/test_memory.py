@@ -32,7 +32,7 @@ WAYS = [
 def test_inference_is_freed(options, learns):
     """A graph that holds its inference, and is held by it, is a cycle through C++ that Python cannot collect."""
     model = nn.Sequential(pc.Linear(4, 5), nn.Tanh(), pc.Linear(5, 5), pc.Categorical(), pc.Linear(5, 3))
-    loss, inference = pc.FreeEnergy(model, **options).loss_and_inference(torch.randn(2, 4), torch.tensor([0, 2]))
+    loss, inference = pc.FreeEnergy(model, **options).loss_and_batch(torch.randn(2, 4), torch.tensor([0, 2]))
     if learns:
         loss.backward()
     alive = weakref.ref(inference)

@@ -225,7 +225,7 @@ def test_a_packed_step_is_one_graph(options):
     """What `FreeEnergy.compile` gives inductor serves other documents of the same shape."""
     model, (x, y) = transformer(), batch()
     free_energy = pc.FreeEnergy(model, **options)
-    graph, _ = trace(lambda x, y: free_energy.loss_and_inference(x, y)[0], model, (x, y))
+    graph, _ = trace(lambda x, y: free_energy.loss_and_batch(x, y)[0], model, (x, y))
     for tokens in (x, x.flip(0), x.roll(1, 1)):
         loss, *found = graph(*(p.detach() for p in model.parameters()), tokens, y)
         eager = free_energy(tokens, y)

@@ -1,0 +1,107 @@
+"""A value node of one batch, and what its state does with the gradient that a backward pass brings to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distributions import Distribution
+from .reference import per_sample, wide
+
+StepOf = Callable[..., tuple[Any, Any]]
+"""(state, grad, keep, move, sweep) to the moved state, and what goes to the layer below."""
+
+
+@dataclass(eq=False)
+class Node:
+    """One visit of a family's module in the model's forward: a value node of one batch of S samples."""
+
+    family: Distribution
+    name: str
+    number: int
+    """Its place in the order of the first pass."""
+    frozen: dict[str, Any]
+    """What the family holds fixed through inference: masks, noise."""
+    state: Tensor | None = None
+    """u, or e = u - mu in error order. None: the node stays at its prediction."""
+    precision: Tensor | None = None
+    """pi ``[S]``."""
+    unit: Tensor | None = None
+    """The node's own scale ``[S]``, in which its errors count; None for 1."""
+    dtype: torch.dtype = torch.float32
+    """Of the prediction and the emission."""
+    squared: Tensor | None = None
+    """|G|^2 ``[S]`` at the prediction, in units of the node's scale: see `rules.Precision`."""
+    mu: Tensor | None = None
+    """The prediction, between the first pass and the backward pass through it; then None."""
+    emission: Tensor | None = None
+    """What its children see; kept where `mu` is, and by a pass that shows its nodes."""
+    energy: Tensor | None = None
+    """``[S]``, of the last pass that shows its nodes."""
+    residual: Tensor | None = None
+    """The norm ``[S]`` of the natural gradient at the last probe."""
+    moved: bool = False
+    """Whether it has left its prediction."""
+
+    def forward(self, mu: Tensor, state: Tensor, form: str) -> tuple[Tensor, Tensor]:
+        """Emission and energy ``[S]`` at the state."""
+        return self.family.node_forward(mu, state, self.precision, self.unit, form=form, **self.frozen)
+
+    def step(self, mu: Tensor, state: Tensor | None, grad: Tensor | None, keep: Any, move: Any, **options: Any) -> Any:
+        """One step of the state: the moved one, and dF/dmu. keep and move None: dF/dmu alone."""
+        precision = options.pop("precision", self.precision)
+        return self.family.node_step(mu, state, grad, precision, self.unit, keep, move, **options, **self.frozen)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A step of every state, made in the backward pass as soon as its gradient is there: d <- keep d - (move / pi) g.
+
+    One kernel then reads g and the state and writes the state, and g is let go before the node below has its own.
+    """
+
+    keep: Tensor
+    move: Tensor
+    sweep: bool = False
+    """Whether the layer below sees the moved state's error, and not the old one's."""
+    still: float = -math.inf
+    """Nodes numbered below this are at their predictions, and send nothing down: sPC moves the top t nodes at step t."""
+    scaled: bool = False
+    """Whether the user calls ``backward()``, on a loss that they may have scaled."""
+
+    def __call__(self, node: Node, grad: Tensor | None, scale: Tensor, step: StepOf) -> Any:
+        """Move the node's state; what goes to the layer below. scale ``[S]``: the gradient of the loss in F."""
+        if node.number < self.still and grad is None:
+            return None
+        node.moved = True
+        if self.scaled and grad is not None:  # a loss that is scaled by 0 sends nothing down
+            scale_ = per_sample(scale, grad)
+            grad = torch.where(scale_ == 0, 0.0, grad / scale_).to(grad.dtype)
+        node.state, below = step(node.state, grad, self.keep, self.move, self.sweep)
+        if node.number < self.still:
+            return None
+        return below * per_sample(scale, below).to(below.dtype) if self.scaled else below
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Moves nothing: hands the natural gradient V dF/du over pi of every state to ``take``."""
+
+    take: Callable[[Node, Tensor], None]
+
+    def __call__(self, node: Node, grad: Tensor | None, scale: Tensor, step: StepOf) -> Any:
+        """The gradient is what a whole step would take off the state."""
+        assert node.state is not None
+        assert node.precision is not None
+        one = torch.ones_like(node.precision)
+        moved, below = step(wide(node.state.clone()), grad, 0 * one, one, False)
+        self.take(node, node.state - moved)
+        return below
+
+
+Response = Move | Gradient

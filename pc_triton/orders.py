@@ -1,0 +1,220 @@
+"""The orders of inference: how the T moves of a batch's states follow one another, each order one function.
+
+Every one starts at the forward pass, where u = mu, and then goes in turns: F at the states, by one pass of the model;
+then the backward pass, in which each state makes its move. Learning is one more pass, whose backward is the user's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import parallel
+from .batch import Batch
+from .families import Gaussian
+from .node import Gradient, Move, Node
+from .reference import wide
+from .rules import Constant, Fixed, Rules
+
+Start = Mapping[str, Tensor] | Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+"""States u by the name of their node, or a function of the predictions by name that gives them."""
+
+
+def error(batch: Batch, rules: Rules, moves: int, start: Start | None = None) -> Constant:
+    """ePC (Goemaere et al. 2025, arXiv 2505.20137): the errors e = u - mu move at once, and u follows mu.
+
+    A step reaches every depth. The backward pass that sets the precisions already makes the first move, from e = 0.
+    """
+    free_energy = batch.at_prediction()
+    pushes = batch.calibrate(free_energy, rules.precision)
+    f0 = free_energy.detach()
+    del free_energy  # with the graph below the first node
+    if start is not None or rules.state_optimizer is not None or moves == 0:
+        for node, _ in pushes:
+            assert node.mu is not None
+            node.state = torch.zeros_like(wide(node.mu), dtype=rules.state_dtype)
+        _start_at(batch, start)
+        steps, left = rules.step.start(f0, None, True), moves
+    else:
+        slope = sum((node.squared / node.precision for node, _ in pushes), torch.zeros_like(f0))
+        steps, left = rules.step.start(f0, slope, rules.remembers), moves - 1
+        step = torch.full_like(f0, rules.step.first)
+        for node, push in pushes:
+            first = {"form": "error", "state_dtype": rules.state_dtype}
+            node.state, _ = node.step(node.mu, None, push, 1 - step, step, **first)
+            node.moved = True
+    _let_go(batch)
+    _shift(batch, rules)
+    return descend(batch, rules, steps, left)
+
+
+def sweep(batch: Batch, rules: Rules, moves: int, start: Start | None = None) -> Constant:
+    """sPC, top-down: each node moves with the already moved error of those above it, in one backward pass."""
+    first, steps = _begin(batch, rules, start)
+    return descend(batch, rules, steps, moves, first, sweep=True)
+
+
+def simultaneous(batch: Batch, rules: Rules, moves: int, start: Start | None = None) -> Constant:
+    """sPC, as in the paper: every state moves from the same old states.
+
+    At step t the output's error has reached the top t nodes; below them nothing is computed backwards.
+    """
+    first, steps = _begin(batch, rules, start)
+    return descend(batch, rules, steps, moves, first, skips=start is None and rules.state_optimizer is None)
+
+
+def incremental(batch: Batch, rules: Rules, moves: int, start: Start | None = None) -> Iterator[Tensor]:
+    """iPC (Salvatori et al. 2024, arXiv 2212.00720, algorithm 1): yields F ``[S]`` with its graph at each of the T steps.
+
+    Its ``backward()``, which the user calls, leaves the weight gradients and moves the states, both from the same old
+    states; the weights may then move before the next step.
+    """
+    first, steps = _begin(batch, rules, start, learns=True)
+    for _ in range(moves):
+        free_energy = batch.free_energy(learns=True, moves=True) if first is None else first
+        step = steps.step
+        batch.last.response = Move(1 - step, step, scaled=True)
+        yield free_energy
+        first = None
+
+
+def descend(
+    batch: Batch,
+    rules: Rules,
+    steps: Constant,
+    moves: int,
+    first: Tensor | None = None,
+    sweep: bool = False,
+    skips: bool = False,
+) -> Constant:
+    """Move every state ``moves`` times; ``first`` is F ``[S]`` at the states, where its graph is there already."""
+    optimizer = None
+    if rules.state_optimizer is not None:
+        optimizer = rules.state_optimizer([node.state for node in batch.nodes if node.state is not None])
+    for _ in range(moves):
+        if batch.watch is not None:
+            batch.watch(batch)
+            first = None
+        free_energy = batch.free_energy() if first is None else first
+        first = None
+        if rules.stop is not None and parallel.agreed(rules.stop(batch.energies)):
+            batch.energies.pop()  # it will be taken again at these states
+            break
+        if optimizer is not None:
+            batch.move(free_energy, Gradient(_give_gradient))
+            optimizer.step()
+        else:
+            still = min((node.number for node in batch.nodes if node.moved), default=math.inf) if skips else -math.inf
+            batch.move(free_energy, Move(*steps.next(batch.nodes, free_energy.detach()), sweep, still))
+        del free_energy  # with its graph, before the next is made
+    if batch.watch is not None:
+        batch.watch(batch)
+    return steps
+
+
+def _give_gradient(node: Node, natural: Tensor) -> None:
+    assert node.state is not None
+    node.state.grad = natural
+
+
+def _begin(
+    batch: Batch, rules: Rules, start: Start | None, learns: bool = False
+) -> tuple[Tensor | None, Constant]:
+    """The states u at their predictions; F there with its graph, unless that went into the precisions."""
+    if isinstance(rules.precision, Fixed) and start is None:
+        pi = float(rules.precision.pi)
+
+        def begins(node: Node) -> None:
+            assert node.mu is not None
+            node.state = wide(node.mu.detach()).clone()
+            node.precision = torch.full((batch.samples,), pi, dtype=node.state.dtype, device=node.state.device)
+
+        batch.begins = begins
+        free_energy = batch.free_energy(first=True, learns=learns, moves=True)
+        _let_go(batch)
+        return free_energy, rules.step.start(free_energy.detach(), None, rules.remembers)
+    free_energy = batch.at_prediction()
+    for node, _ in batch.calibrate(free_energy, rules.precision):
+        assert node.mu is not None
+        node.state = wide(node.mu).clone()
+    _start_at(batch, start)
+    _let_go(batch)
+    return None, rules.step.start(free_energy.detach(), None, rules.remembers)
+
+
+def _start_at(batch: Batch, start: Start | None) -> None:
+    """Put the states where ``start`` says, each a tensor of its prediction's shape."""
+    if start is None:
+        return
+    named = batch.named_nodes()
+    predictions = {name: node.mu.detach() for name, node in named.items() if node.mu is not None}
+    for name, u in (start(predictions) if callable(start) else start).items():
+        if name not in named:
+            raise ValueError(f"start: no node {name!r} in the model; its nodes are {', '.join(named)}")
+        node, mu = named[name], predictions[name]
+        if u.shape != mu.shape:
+            raise ValueError(f"start: the state of {name!r} has shape {tuple(u.shape)}: give {tuple(mu.shape)}")
+        if node.state is not None:
+            u = u.detach().to(node.state.device, wide(mu).dtype)
+            node.state = (u - wide(mu) if batch.form == "error" else u.clone()).to(node.state.dtype)
+            node.moved = True
+
+
+def _let_go(batch: Batch) -> None:
+    """Predictions and emissions are read no more, and hold the first pass's graph."""
+    for node in batch.nodes:
+        node.mu = node.emission = None
+
+
+def _shift(batch: Batch, rules: Rules) -> None:
+    """In a compiled model, leave the Gaussian nodes that are visited once to its graph, as mu + e."""
+    if batch.calls.compiled and rules.state_optimizer is None and not batch.shows:
+        families = [node.family for node in batch.nodes]
+        batch.shifted = [
+            node
+            for node in batch.nodes
+            if node.state is not None and type(node.family) is Gaussian and families.count(node.family) == 1
+        ]
+        batch.visited = [node for node in batch.nodes if node not in batch.shifted]
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order of inference: the function that moves the states, and what it needs to be set up.
+
+    settle(batch, rules, moves, start) moves the states of a `Batch`, and returns its step rule.
+    """
+
+    settle: Callable[..., Constant]
+    form: str = "state"
+    """What a state holds: ``"state"`` u, ``"error"`` e = u - mu."""
+    step: float = 0.2
+    """The first step where none is given."""
+
+    def moves(self, steps: int) -> int:
+        """How often the states move before learning: in error form the learning pass is the last of the T steps."""
+        return steps - 1 if self.form == "error" else steps
+
+
+ORDERS = {
+    "error": Order(error, "error", 0.25),
+    "sweep": Order(sweep, step=0.5),
+    "simultaneous": Order(simultaneous),
+    "incremental": Order(simultaneous),  # inference alone; `incremental` is its training
+}
+
+
+def as_order(given: Any) -> Order:
+    """An order: one given, one of that name, or of a function that settles states u. Raises ValueError."""
+    if isinstance(given, Order):
+        return given
+    if callable(given):
+        return Order(given)
+    if given not in ORDERS:
+        raise ValueError(f"order={given!r}: choose one of {', '.join(ORDERS)}")
+    return ORDERS[given]

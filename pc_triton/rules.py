@@ -1,0 +1,225 @@
+"""The rules of inference: how much each node weighs, how far the states step, and when they stop.
+
+Each is an object that a user may replace. `FreeEnergy` takes numbers and words for the usual ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .node import Node
+from .reference import per_sample
+
+TRUST = 0.3
+"""The largest root-mean-square move of a node's states, in units of its scale, that `Displacement` lets the first
+Newton step make: a node that F hardly depends on is not thrown far for its share."""
+
+StateOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+class Precision(Protocol):
+    """The precision of every hidden node: any function with these arguments.
+
+    node: with its prediction ``mu`` and ``family``. squared: |G|^2 ``[S]``, G the gradient of F in the node's errors at
+    the prediction, in units of the node's scale. free_energy: F ``[S]`` there. nodes: how many share F's fall. Returns
+    pi ``[S]``, > 0. An attribute ``in_units = False`` has Gaussian errors counted as they are, and not in units of their
+    node's root mean square.
+    """
+
+    def __call__(self, node: Node, squared: Tensor, free_energy: Tensor, nodes: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """The precision with which inference explains away the fraction ``delta`` of F, each node the same part of it.
+
+    To first order in 1 / pi inference lowers F by |G|^2 / (2 pi); so pi = n |G|^2 / (2 delta |F|) for each of n nodes
+    and each sample, and no node moves by more than `TRUST`. Nothing in it depends on the model's scale, width or depth,
+    nor on the rest of the batch. Raises ValueError unless 0 < delta < 1.
+    """
+
+    delta: float = 0.003
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.delta) and 0 < self.delta < 1):
+            raise ValueError(f"displacement={self.delta!r}: a fraction of the free energy, between 0 and 1")
+
+    def __call__(self, node: Node, squared: Tensor, free_energy: Tensor, nodes: int) -> Tensor:
+        assert node.mu is not None
+        tiny = torch.finfo(free_energy.dtype).tiny
+        share = squared * nodes / (2 * self.delta * free_energy.abs()).clamp_min(tiny)
+        trust = (squared / (node.family.units(node.mu) / len(free_energy))).sqrt() / TRUST
+        return torch.maximum(share, trust).clamp(1e-12, 1e12)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One precision pi > 0 for every hidden node, as in the paper (1): it multiplies the node's energy.
+
+    Raises ValueError for a number that is not positive and finite.
+    """
+
+    pi: float = 1.0
+    in_units = False
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.pi) and 0 < self.pi < math.inf):
+            raise ValueError(f"precision={self.pi!r}: give a positive finite number, or 'auto'")
+
+    def __call__(self, node: Node, squared: Tensor, free_energy: Tensor, nodes: int) -> Tensor:
+        return torch.full_like(free_energy, float(self.pi))
+
+
+class Constant:
+    """The same step for every move, in natural-gradient units: 1 is Newton's where a node stands alone.
+
+    A step rule makes one of these for each batch, by `start`; each move then asks it for keep and move ``[S]``, in
+    d <- keep d - (move / pi) g. Subclass it for a rule of your own.
+    """
+
+    def __init__(self, step: float) -> None:
+        self.first = step
+
+    def start(self, free_energy: Tensor, slope: Tensor | None, remembers: bool) -> Constant:
+        """The rule for a batch with F ``[S]`` at its prediction. slope: of F along the first move, where that is made
+        already. remembers: whether accepted states have to be kept."""
+        batch = type(self)(self.first)
+        batch.begin(free_energy, slope, remembers)
+        return batch
+
+    def begin(self, free_energy: Tensor, slope: Tensor | None, remembers: bool) -> None:
+        """Set up what the moves of a batch need."""
+        self.step = torch.full_like(free_energy, self.first)
+
+    def next(self, nodes: Sequence[Node], free_energy: Tensor) -> tuple[Tensor, Tensor]:
+        """keep and move ``[S]`` of the next move, for F ``[S]`` at the states of the nodes."""
+        return 1 - self.step, self.step
+
+    def take_back(self, nodes: Sequence[Node], free_energy: Tensor) -> bool:
+        """Undo the last move in the samples whose F rose by it; whether there were any."""
+        return False
+
+
+class Guarded(Constant):
+    """A step that adapts: it takes back, per sample, a move that raised F.
+
+    After the first move of ePC the parabola through F, its slope and F after the move gives the best step along it: a
+    sample whose F rose goes back to that parabola's minimum, and the others go on with that step, at most Newton's. Any
+    other move: a sample whose F rose goes halfway back and halves its step.
+    """
+
+    def begin(self, free_energy: Tensor, slope: Tensor | None, remembers: bool) -> None:
+        super().begin(free_energy, slope, remembers)
+        self.accepted, self.slope = free_energy, slope
+        self.moves = 0 if slope is None else 1
+        self.from_zero = slope is not None  # before the first move e was 0
+        self.remembered: dict[Node, Tensor] | None = {} if remembers else None
+
+    def next(self, nodes: Sequence[Node], free_energy: Tensor) -> tuple[Tensor, Tensor]:
+        before, now = self.accepted, free_energy.nan_to_num(nan=math.inf, posinf=math.inf)
+        rose = now > before if self.moves else torch.zeros_like(now, dtype=torch.bool)
+        self.accepted = torch.minimum(before, now) if self.moves else now
+        back = torch.ones_like(self.step)
+        if self.moves == 1 and self.slope is not None:
+            first = self.step
+            curvature = 2 * (now - before + first * self.slope) / first**2
+            self.step = torch.where(curvature > self.slope, self.slope / curvature, torch.ones_like(curvature))
+            back = self.step / first  # to go back is to shorten e
+        else:
+            self.step = torch.where(rose, 0.5 * self.step, self.step)
+        self.moves += 1
+        self._remember(nodes, rose)
+        return torch.where(rose, back, 1 - self.step), torch.where(rose, torch.zeros_like(back), self.step)
+
+    def _remember(self, nodes: Sequence[Node], rose: Tensor) -> None:
+        """Keep the states that were accepted; where F rose, go halfway back to them."""
+        if self.remembered is None:
+            return
+        for node in nodes:
+            if node.state is None:
+                continue
+            rows, accepted = per_sample(rose, node.state), self.remembered.get(node)
+            if accepted is not None:
+                node.state = torch.where(rows, 0.5 * (accepted + node.state), node.state)
+            else:
+                accepted = torch.zeros_like(node.state) if self.from_zero else node.state
+            self.remembered[node] = torch.where(rows, accepted, node.state)
+
+    def take_back(self, nodes: Sequence[Node], free_energy: Tensor) -> bool:
+        rose = ~(free_energy <= self.accepted)  # or is no number
+        if self.moves == 0 or not rose.any():
+            return False
+        for node in nodes:
+            if node.state is not None:
+                begun = None if self.remembered is None else self.remembered.get(node)
+                begun = torch.zeros_like(node.state) if begun is None else begun
+                node.state = torch.where(per_sample(rose, node.state), begun, node.state)
+        return True
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Stop once the last move lowered F by less than the fraction ``tolerance`` of it, in every sample.
+
+    To look at F waits for the GPU. Raises ValueError unless 0 <= tolerance < 1.
+    """
+
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.tolerance) and 0 <= self.tolerance < 1):
+            raise ValueError(f"stop={self.tolerance!r}: a fraction of the free energy, at least 0 and below 1")
+
+    def __call__(self, free_energies: Sequence[Tensor]) -> bool:
+        if len(free_energies) < 2:
+            return False
+        before, now = free_energies[-2:]
+        return bool((before - now <= self.tolerance * now.abs()).all())
+
+
+@dataclass(frozen=True)
+class Rules:
+    """All that decides how the states of a batch move, but for the order."""
+
+    precision: Precision
+    step: Constant
+    state_optimizer: StateOptimizer | None = None
+    state_dtype: torch.dtype | None = None
+    """None: that of the arithmetic."""
+    stop: Callable[[Sequence[Tensor]], bool] | None = None
+    """Called with F ``[S]`` at the prediction and after each move so far; True ends inference."""
+    remembers: bool = False
+    """Whether the guard keeps the states that it accepted: else it goes back by shortening e."""
+
+
+def is_number(x: Any) -> bool:
+    """Whether x is an int or a float; a bool is not meant to be one."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def as_precision(given: Any, displacement: float) -> Precision:
+    """A precision: the one given, a number's, or for ``"auto"`` that of the displacement. Raises ValueError."""
+    auto = Displacement(displacement)
+    if given == "auto":
+        return auto
+    return given if callable(given) else Fixed(given)
+
+
+def as_step(given: Any) -> Constant:
+    """A step rule: the one given, or a number's. Raises ValueError unless 0 < step <= 1."""
+    if isinstance(given, Constant):
+        return given
+    if not (is_number(given) and 0 < given <= 1):
+        raise ValueError(f"step={given!r}: between 0 and 1 (1 is Newton's step of an isolated node)")
+    return Constant(given)
+
+
+def as_stop(given: Any) -> Callable[[Sequence[Tensor]], bool] | None:
+    """A rule to stop by: the one given, or a number's `Tolerance`. Raises ValueError."""
+    return given if given is None or callable(given) else Tolerance(given)

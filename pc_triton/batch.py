@@ -42,7 +42,8 @@ class ModelPass:
         self.checkpointed = False  # whether the model is where `checkpoint_contexts` are
         self.energies: list[Tensor] = []  # [S], of the nodes
         self.added: list[Tensor] = []  # [S], that the model added
-        self.leaves: list[Tensor] = []
+        self.anchor = torch.zeros((), requires_grad=moves)
+        self.leaves = [self.anchor] if moves else []  # what the states' backward pass begins from
         self.seen: list[tuple[Node, Tensor, int]] = []  # emissions, and how often each had been changed
         self.head: tuple[Tensor, Tensor] | None = None
         self.output_mu = torch.empty(0)
@@ -65,11 +66,15 @@ class ModelPass:
         if node.state is None:
             return self._record(node, self._at_prediction(node, mu))
         if self.local:  # u as it is, whatever the order
-            u = _u_of(node.state, mu, self.form)
-            return self._record(node, *Emit.apply(mu, u, node, self, "state"))
+            u = wide(mu.detach()) + node.state if self.form == "error" else node.state
+            return self._record(node, *Emit.apply(mu, self.anchor, node, self, "state", u))
         if self._is_mu_plus_e(node, mu):
-            return self._record(node, mu + self.error_of(node, mu.dtype))
-        return self._record(node, *Emit.apply(mu, self._leaf(node.state), node, self, self.form))
+            error = self.error_of(node, mu.dtype)
+            u = mu + error
+            if not tracing.get():
+                error.data = error.new_empty(0)  # the graph keeps the leaf, and need not keep an old state with it
+            return self._record(node, u)
+        return self._record(node, *Emit.apply(mu, self.anchor, node, self, self.form, node.state))
 
     def emit_fused(self, family: Distribution, fused: Fused) -> Tensor | None:
         if self.form != "error" or self.first or self.shows or self.local:
@@ -77,7 +82,7 @@ class ModelPass:
         node = self._next_node(family)
         if node is self.batch.output or node.state is None:
             return None
-        return self._record(node, *fused(node, self, self._leaf(node.state)))
+        return self._record(node, *fused(node, self, self.anchor))
 
     def add_energy(self, energy: Tensor) -> None:
         samples = self.batch.samples
@@ -131,22 +136,18 @@ class ModelPass:
             emission = emission + emission.new_zeros((), requires_grad=True)
         return emission
 
-    def _leaf(self, state: Tensor) -> Tensor:
-        leaf = state.detach().requires_grad_(self.differentiates)
-        if self.differentiates and not self.again:
-            self.leaves.append(leaf)
-        return leaf
-
     def error_of(self, node: Node, dtype: torch.dtype) -> Tensor:
         """The leaf e of a Gaussian node that emits mu + e in plain autograd; counts the node's energy."""
         assert isinstance(node.family, Gaussian)
         assert node.state is not None
         assert node.precision is not None
-        leaf = self._leaf(node.state.detach().to(dtype))
+        leaf = node.state.detach().to(dtype).requires_grad_(self.differentiates)
+        if self.differentiates:
+            respond_to(leaf, node, self)
         if self.again:
             return leaf
         if self.differentiates:
-            respond_to(leaf, node, self)
+            self.leaves.append(leaf)
         self.energies.append(node.family.error_energy(node.state, node.precision, node.unit))
         if self.shows:
             node.energy = self.energies[-1]
@@ -289,7 +290,7 @@ class Batch:
         self.out = torch.empty(0)  # what the model returned in the last pass
         self.energies: list[Tensor] = []  # F [S] of every pass
         self.watch: Callable[[Batch], None] | None = None  # called before every move, and after the last
-        self.leaves: list[Tensor] = []
+        self.awaits: tuple[ModelPass, list[Tensor]] | None = None  # the last pass, until its response is known
         self.random = RandomState(first.device)
         self.resumes_random = False  # whether something else draws between the passes
 
@@ -325,7 +326,7 @@ class Batch:
                 held.enter_context(hold_statistics([] if first else self.calls.norms))
                 held.enter_context(hold_weights([] if learns else self.weights))
                 held.enter_context(self._errors_in_the_graph(here))
-                held.enter_context(self.calls.eager() if first else self.calls.traced())
+                held.enter_context(self.calls.eager() if first or local else self.calls.traced())
                 args = self.args if self.clamp_input is True else (self._free_input(), *self.args[1:])
                 out = self.calls.run(self.model, *args, **self.kwargs)
                 self.out = out["logits"] if isinstance(out, Mapping) and "logits" in out else out
@@ -337,22 +338,28 @@ class Batch:
         if resume is not None:
             resume.restore()
         self.energies.append(energy.detach())
-        self.leaves, self.last = here.leaves, here
+        self.awaits = (here, here.leaves) if moves else None
         here.close()
         self.out = self.out.detach()
         return energy
 
     def move(self, energy: Tensor, response: Response) -> None:
         """One backward pass: every state answers its gradient. Weight gradients are not computed."""
-        self.last.response = response
-        leaves, self.leaves = self.leaves, []
-        if energy.requires_grad and leaves:
-            torch.autograd.backward(energy, ones(energy), inputs=leaves)
+        leaves = self.respond(response)
+        if energy.requires_grad:
+            torch.autograd.grad(energy, leaves, ones(energy), allow_unused=True)
         for node in self.shifted:
             if not node.moved and not isinstance(response, Gradient):
                 raise RuntimeError(
                     f"node {node.name!r}: the model's forward passes it by; inference needs the same path at every step"
                 )
+
+    def respond(self, response: Response) -> list[Tensor]:
+        """Have the states answer so in the last pass's backward; returns the leaves of it."""
+        assert self.awaits is not None
+        here, leaves = self.awaits
+        here.response, self.awaits = response, None  # a pass knows its batch: to hold it would be a cycle
+        return leaves
 
     def gradients(self, take: Callable[[Node, Tensor], None]) -> Tensor:
         """F ``[S]`` at the states, whose natural gradients go to ``take``; nodes show what they are. Moves nothing."""
@@ -435,8 +442,16 @@ class Batch:
     # What a batch is begun with.
 
     def at_prediction(self, *, learns: bool = False) -> Tensor:
-        """F ``[S]`` with every node at its prediction, where it is made."""
-        return self.free_energy(first=True, learns=learns, moves=False)
+        """F ``[S]`` with every node at its prediction, where it is made. learns: it is the learning pass already."""
+        energy = self.free_energy(first=True, learns=learns, moves=False)
+        if learns:
+            self.let_go()
+        return energy
+
+    def let_go(self) -> None:
+        """Forget predictions and emissions, which hold the first pass's graph."""
+        for node in self.nodes:
+            node.mu = node.emission = None
 
     def learn(self, *, local: bool = False) -> Tensor:
         """The learning pass: F ``[S]``, whose backward leaves the weight gradients.
@@ -448,10 +463,11 @@ class Batch:
             self.shifted, self.visited = [], self.nodes
         return self.free_energy(learns=True, moves=False, local=local)
 
-    def calibrate(self, energy: Tensor, precision: Precision) -> list[tuple[Node, Tensor]]:
+    def calibrate(self, energy: Tensor, precision: Precision) -> tuple[list[tuple[Node, Tensor]], Tensor]:
         """Set precisions and units from one backward pass at the prediction.
 
-        Returns the nodes that reach the output, each with the gradient of F in its emission.
+        Returns the nodes that reach the output, each with the gradient of F in its emission; and the slope ``[S]`` of F
+        along Newton's step of all of them.
         """
         free = [node for node in self.nodes if node is not self.output]
         grads: tuple[Tensor | None, ...] = (None,) * len(free)
@@ -461,7 +477,7 @@ class Batch:
         for node in self.nodes:
             node.mu = None if node.mu is None else node.mu.detach()
         reached = [(node, grad) for node, grad in zip(free, grads) if grad is not None]
-        free_energy, in_units = energy.detach(), getattr(precision, "in_units", True)
+        free_energy, slope, in_units = energy.detach(), torch.zeros_like(energy), getattr(precision, "in_units", True)
         for node, grad in reached:
             assert node.mu is not None
             mu = node.mu
@@ -469,8 +485,8 @@ class Batch:
                 node.unit = (sum_samples(wide(mu) ** 2, self.samples) * (self.samples / mu.numel())).sqrt()
             squared = node.family.fall(mu, grad, self.samples, node.unit, **node.frozen)
             node.precision = precision(node, squared, free_energy, len(reached))
-            node.squared = squared
-        return reached
+            slope = slope + squared / node.precision
+        return reached, slope
 
     def named_nodes(self) -> dict[str, Node]:
         """The nodes but the output, by name: a module visited again has ``#2`` added."""
@@ -481,11 +497,6 @@ class Batch:
                 visits[node.name] += 1
                 named[node.name + (f"#{visits[node.name]}" if visits[node.name] > 1 else "")] = node
         return named
-
-
-def _u_of(state: Tensor, mu: Tensor, form: str) -> Tensor:
-    """The state u of what a node holds by its form."""
-    return wide(mu.detach()) + state if form == "error" else state
 
 
 def _is_emission(out: Tensor, emission: Tensor) -> bool:

@@ -49,8 +49,8 @@ class Linear(nn.Linear):
         here = pass_here()
         if here is not None and type(self.node) is Gaussian and fuses(input, self.weight):
 
-            def product_and_node(node: Any, here: Any, leaf: Tensor) -> Any:
-                return EmitLinear.apply(input, self.weight, self.bias, leaf, node, here)
+            def product_and_node(node: Any, here: Any, anchor: Tensor) -> Any:
+                return EmitLinear.apply(input, self.weight, self.bias, anchor, node, here)
 
             emission = here.emit_fused(self.node, product_and_node)
             if emission is not None:
@@ -245,8 +245,8 @@ def attend(
         kernels = backend(q)
         if kernels is not reference and q.shape[-1] <= kernels.WIDEST:
 
-            def attention(node: Any, here: Any, leaf: Tensor) -> Any:
-                return EmitAttention.apply(q, k, v, leaf, node, here, {"scale": scale, **node.frozen})
+            def attention(node: Any, here: Any, anchor: Tensor) -> Any:
+                return EmitAttention.apply(q, k, v, anchor, node, here, {"scale": scale, **node.frozen})
 
             out = here.emit_fused(node, attention)
             if out is not None:

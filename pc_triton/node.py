@@ -35,8 +35,6 @@ class Node:
     """The node's own scale ``[S]``, in which its errors count; None for 1."""
     dtype: torch.dtype = torch.float32
     """Of the prediction and the emission."""
-    squared: Tensor | None = None
-    """|G|^2 ``[S]`` at the prediction, in units of the node's scale: see `rules.Precision`."""
     mu: Tensor | None = None
     """The prediction, between the first pass and the backward pass through it; then None."""
     emission: Tensor | None = None

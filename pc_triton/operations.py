@@ -1,8 +1,9 @@
 """A value node in a pass of the model, as an operation of autograd's.
 
-Forward, it takes the prediction mu and a leaf, the node's state, to the emission and the energy. Backward, it answers
-what the children send: with dF/dmu for the layer below, and with the pass's response to the gradient of the state, which
-is to move it (`node.Move`) or to hand it over (`node.Gradient`). Two more take in the product that makes mu.
+Forward, it takes the prediction mu and the node's state to the emission and the energy. Backward, it answers what the
+children send: with dF/dmu for the layer below, and with the pass's response to the gradient of the state, which is to
+move it (`node.Move`) or to hand it over (`node.Gradient`). Two more take in the product that makes mu. ``anchor`` stands
+for the states in autograd's graph: a state itself would be held by the graph after it has moved.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ class Emit(torch.autograd.Function):
     """Emission and energy ``[S]`` of any family."""
 
     @staticmethod
-    def forward(ctx: Any, mu: Tensor, leaf: Tensor, node: Node, here: Turn, form: str) -> Any:
+    def forward(ctx: Any, mu: Tensor, anchor: Tensor, node: Node, here: Turn, form: str, state: Tensor) -> Any:
         ctx.set_materialize_grads(False)
         ctx.node, ctx.here, ctx.form = node, here, form
-        ctx.state = leaf.detach()
+        ctx.state = None if anchor.requires_grad else state
         reads_mu = form == "state" or type(node.family) is not Gaussian  # a Gaussian's error step does not
         ctx.save_for_backward(mu if reads_mu else None)
-        emission, energy = node.forward(mu, ctx.state, form)
-        if emission is ctx.state:
+        emission, energy = node.forward(mu, state, form)
+        if emission is state:
             emission = emission.detach()  # autograd marks what is returned, and the state is to stay a leaf
         ctx.like = emission.shape, mu.dtype, mu.device
-        if form == "state" and not leaf.requires_grad:
+        if form == "state" and not anchor.requires_grad:
             ctx.mark_non_differentiable(emission)  # learning is local: nothing returns through a state
         return emission, energy
 
@@ -62,18 +63,18 @@ class Emit(torch.autograd.Function):
             _, below = step(ctx.state, grad, None, None, False, precision=node.precision * grad_energy)
         else:
             below = response(node, grad, grad_energy, step)
-        return below, None, None, None, None
+        return below, None, None, None, None, None
 
 
 class EmitLinear(torch.autograd.Function):
     """`Emit` in error form for a Gaussian node on a linear layer: one kernel for x W' + b + e and its energy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, leaf: Tensor, node: Node, here: Turn) -> Any:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, node: Node, here: Turn) -> Any:
         ctx.set_materialize_grads(False)
         ctx.node, ctx.here = node, here
         ctx.below = ctx.needs_input_grad[0] and node.number > 0  # no node is beneath the first one
-        rows, family, state = x.flatten(0, -2), node.family, leaf.detach()
+        rows, family, state = x.flatten(0, -2), node.family, node.state
         ctx.save_for_backward(weight, rows if here.learns else None)
         emission, energy = family.linear_forward(rows, weight, bias, state.flatten(0, -2), node.precision, node.unit)
         ctx.shape = state.shape
@@ -110,11 +111,11 @@ class EmitAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, leaf: Tensor, node: Node, here: Turn, options: dict[str, Any]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, anchor: Tensor, node: Node, here: Turn, options: dict[str, Any]
     ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.node, ctx.here, ctx.options = node, here, options
-        out, energy, facts = backend(q).attention_forward(q, k, v, leaf.detach(), node.precision, **options)
+        out, energy, facts = backend(q).attention_forward(q, k, v, node.state, node.precision, **options)
         ctx.save_for_backward(q, k, v, out, facts)
         return out, energy
 
@@ -140,9 +141,7 @@ class EmitAttention(torch.autograd.Function):
 def respond_to(leaf: Tensor, node: Node, here: Turn) -> None:
     """Have a leaf e of plain autograd, of a Gaussian node that emits mu + e, answer its gradient as `Emit` does."""
 
-    def answer(leaf: Tensor) -> None:
-        grad, leaf.grad = leaf.grad, None
-        assert grad is not None
+    def answer(grad: Tensor) -> Tensor:
         assert here.response is not None
         assert node.precision is not None
 
@@ -150,5 +149,6 @@ def respond_to(leaf: Tensor, node: Node, here: Turn) -> None:
             return node.step(grad, state, grad, keep, move, form="error")[0], None  # it reads no mu
 
         here.response(node, grad, node.precision, step)
+        return grad.new_zeros(()).expand_as(grad)  # autograd keeps what is returned until the backward pass has ended
 
-    leaf.register_post_accumulate_grad_hook(answer)
+    leaf.register_hook(answer)

@@ -30,27 +30,10 @@ def error(batch: Batch, rules: Rules, moves: int, start: Start | None = None) ->
 
     A step reaches every depth. The backward pass that sets the precisions already makes the first move, from e = 0.
     """
-    free_energy = batch.at_prediction()
-    pushes = batch.calibrate(free_energy, rules.precision)
-    f0 = free_energy.detach()
-    del free_energy  # with the graph below the first node
-    if start is not None or rules.state_optimizer is not None or moves == 0:
-        for node, _ in pushes:
-            assert node.mu is not None
-            node.state = torch.zeros_like(wide(node.mu), dtype=rules.state_dtype)
-        _start_at(batch, start)
-        steps, left = rules.step.start(f0, None, True), moves
-    else:
-        slope = sum((node.squared / node.precision for node, _ in pushes), torch.zeros_like(f0))
-        steps, left = rules.step.start(f0, slope, rules.remembers), moves - 1
-        step = torch.full_like(f0, rules.step.first)
-        for node, push in pushes:
-            first = {"form": "error", "state_dtype": rules.state_dtype}
-            node.state, _ = node.step(node.mu, None, push, 1 - step, step, **first)
-            node.moved = True
-    _let_go(batch)
+    steps = _errors_at_zero(batch, rules, moves, start)
+    batch.let_go()
     _shift(batch, rules)
-    return descend(batch, rules, steps, left)
+    return descend(batch, rules, steps, moves if start is not None or rules.state_optimizer is not None else moves - 1)
 
 
 def sweep(batch: Batch, rules: Rules, moves: int, start: Start | None = None) -> Constant:
@@ -78,7 +61,7 @@ def incremental(batch: Batch, rules: Rules, moves: int, start: Start | None = No
     for _ in range(moves):
         free_energy = batch.free_energy(learns=True, moves=True) if first is None else first
         step = steps.step
-        batch.last.response = Move(1 - step, step, scaled=True)
+        batch.respond(Move(1 - step, step, scaled=True))
         yield free_energy
         first = None
 
@@ -122,6 +105,28 @@ def _give_gradient(node: Node, natural: Tensor) -> None:
     node.state.grad = natural
 
 
+def _errors_at_zero(batch: Batch, rules: Rules, moves: int, start: Start | None) -> Constant:
+    """ePC's beginning: precisions from one backward pass at the prediction, which also makes the first move."""
+    free_energy = batch.at_prediction()
+    pushes, slope = batch.calibrate(free_energy, rules.precision)
+    f0 = free_energy.detach()
+    del free_energy  # with the graph below the first node
+    moves_now = moves > 0 and start is None and rules.state_optimizer is None
+    step = torch.full_like(f0, rules.step.first)
+    for i, (node, push) in enumerate(pushes):
+        assert node.mu is not None
+        if moves_now:
+            options = {"form": "error", "state_dtype": rules.state_dtype}
+            node.state, _ = node.step(node.mu, None, push, 1 - step, step, **options)
+        else:
+            node.state = torch.zeros_like(wide(node.mu), dtype=rules.state_dtype)
+        if start is None:
+            node.mu = node.emission = None  # each is let go as soon as it is used
+        pushes[i] = (node, step)
+    _start_at(batch, start)
+    return rules.step.start(f0, slope if moves_now else None, rules.remembers or not moves_now)
+
+
 def _begin(
     batch: Batch, rules: Rules, start: Start | None, learns: bool = False
 ) -> tuple[Tensor | None, Constant]:
@@ -136,14 +141,15 @@ def _begin(
 
         batch.begins = begins
         free_energy = batch.free_energy(first=True, learns=learns, moves=True)
-        _let_go(batch)
+        batch.begins = None
+        batch.let_go()
         return free_energy, rules.step.start(free_energy.detach(), None, rules.remembers)
     free_energy = batch.at_prediction()
-    for node, _ in batch.calibrate(free_energy, rules.precision):
+    for node, _ in batch.calibrate(free_energy, rules.precision)[0]:
         assert node.mu is not None
         node.state = wide(node.mu).clone()
     _start_at(batch, start)
-    _let_go(batch)
+    batch.let_go()
     return None, rules.step.start(free_energy.detach(), None, rules.remembers)
 
 
@@ -163,12 +169,6 @@ def _start_at(batch: Batch, start: Start | None) -> None:
             u = u.detach().to(node.state.device, wide(mu).dtype)
             node.state = (u - wide(mu) if batch.form == "error" else u.clone()).to(node.state.dtype)
             node.moved = True
-
-
-def _let_go(batch: Batch) -> None:
-    """Predictions and emissions are read no more, and hold the first pass's graph."""
-    for node in batch.nodes:
-        node.mu = node.emission = None
 
 
 def _shift(batch: Batch, rules: Rules) -> None:

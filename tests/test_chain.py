@@ -122,8 +122,8 @@ def test_what_raised_f_is_taken_back(steps):
         for p in model.parameters():
             p.mul_(4)
     x, y = batch(33, 6, 5)
-    inference = pc.FreeEnergy(model, steps=steps, precision=0.05).loss_and_batch(x, y)[1]
-    assert any((b > a).any() for a, b in pairwise(inference.energies))
+    settled = pc.FreeEnergy(model, steps=steps, precision=0.05).loss_and_batch(x, y)[1]
+    assert any((b > a).any() for a, b in pairwise(settled.energies))
     compare(model, x, y, steps=steps, precision=0.05)
 
 

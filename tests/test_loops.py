@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 import pc_triton as pc
-from pc_triton.distributions import current, running
+from pc_triton.context import infers, pass_here
 
 WAYS = [
     {"steps": 1},
@@ -201,8 +201,8 @@ def test_an_exception_in_the_models_forward(options, failing):
     if options != {"steps": 1} or failing == 1:
         with pytest.raises(KeyError, match="mine"):
             learned(model, options)
-    assert current.get() is None
-    assert not running
+    assert pass_here() is None
+    assert not infers()
     model.failing = 0
     for a, b in zip(learned(model, options), wanted, strict=True):
         torch.testing.assert_close(a, b)

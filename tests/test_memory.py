@@ -14,7 +14,7 @@ from torch import nn
 
 import pc_triton as pc
 from pc_triton import memory
-from pc_triton.inference import Inference
+from pc_triton.batch import Batch
 from pc_triton.models import Transformer
 
 WAYS = [
@@ -32,11 +32,11 @@ WAYS = [
 def test_inference_is_freed(options, learns):
     """A graph that holds its inference, and is held by it, is a cycle through C++ that Python cannot collect."""
     model = nn.Sequential(pc.Linear(4, 5), nn.Tanh(), pc.Linear(5, 5), pc.Categorical(), pc.Linear(5, 3))
-    loss, inference = pc.FreeEnergy(model, **options).loss_and_batch(torch.randn(2, 4), torch.tensor([0, 2]))
+    loss, batch = pc.FreeEnergy(model, **options).loss_and_batch(torch.randn(2, 4), torch.tensor([0, 2]))
     if learns:
         loss.backward()
-    alive = weakref.ref(inference)
-    del loss, inference
+    alive = weakref.ref(batch)
+    del loss, batch
     gc.collect()
     assert alive() is None
 
@@ -44,12 +44,12 @@ def test_inference_is_freed(options, learns):
 def test_incremental_inference_is_freed():
     model = nn.Sequential(pc.Linear(4, 5), nn.Tanh(), pc.Linear(5, 3))
     free_energy = pc.FreeEnergy(model, order="incremental")
-    before = sum(type(o) is pc.free_energy.Inference for o in gc.get_objects())
+    before = sum(type(o) is Batch for o in gc.get_objects())
     for loss in free_energy.incremental(torch.randn(2, 4), torch.tensor([0, 2])):
         loss.backward()
     del loss
     gc.collect()
-    assert sum(type(o) is pc.free_energy.Inference for o in gc.get_objects()) == before
+    assert sum(type(o) is Batch for o in gc.get_objects()) == before
 
 
 def held(blocks, width, tokens, heads, *, order=None, state=True, **options):
@@ -67,12 +67,13 @@ def held(blocks, width, tokens, heads, *, order=None, state=True, **options):
             loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
         else:
             free_energy = pc.FreeEnergy(model, order=order, **options)
-            inference = Inference(free_energy, x, y)
-            free_energy.settle(inference, free_energy.moves)
+            batch = free_energy.batch(x, y)
+            steps = free_energy.settle(batch, free_energy.moves)
             storages.clear()  # the passes before have freed theirs
-            loss = inference.learn()
-            for node in inference.nodes:
-                for t in (node.state, node.accepted, node.mu, node.emission):
+            loss = batch.learn()
+            remembered = getattr(steps, "remembered", None) or {}
+            for node in batch.nodes:
+                for t in (node.state, remembered.get(node), node.mu, node.emission):
                     if t is not None:
                         keep(t)
     assert loss.requires_grad

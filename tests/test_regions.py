@@ -228,8 +228,8 @@ def test_dropout_is_the_same_in_every_pass(counter):
     model = nn.Sequential(pc.Linear(6, 50), nn.Dropout(0.5), pc.Linear(50, 50), nn.Dropout(0.5), nn.Linear(50, 4))
     free_energy = pc.FreeEnergy(torch.compile(model, backend=counter), steps=4, precision=1e12)
     x, y = torch.randn(5, 6), torch.randint(4, (5,))
-    _, inference = free_energy.loss_and_batch(x, y)
-    first, *others = inference.energies
+    _, settled = free_energy.loss_and_batch(x, y)
+    first, *others = settled.energies
     for energy in others:
         torch.testing.assert_close(energy, first)
 
@@ -240,8 +240,8 @@ def test_dropout_of_inductor():
     torch._dynamo.reset()
     model = nn.Sequential(pc.Linear(6, 50), nn.Dropout(0.5), nn.Linear(50, 4))
     free_energy = pc.FreeEnergy(torch.compile(model), precision=1e12)
-    _, inference = free_energy.loss_and_batch(torch.randn(5, 6), torch.randint(4, (5,)))
-    first, *others = inference.energies
+    _, settled = free_energy.loss_and_batch(torch.randn(5, 6), torch.randint(4, (5,)))
+    first, *others = settled.energies
     for energy in others:
         torch.testing.assert_close(energy, first)
 

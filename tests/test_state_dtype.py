@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import pc_triton as pc
 from pc_triton import reference
+from pc_triton.batch import Batch
 from pc_triton.dispatch import use_chain, use_fused
-from pc_triton.inference import Inference
 
 BF16 = torch.bfloat16
 RELATIVE = 2.0**-8  # what rounding to bfloat16 may be off by
@@ -31,16 +31,16 @@ def learn(model: nn.Module, x, y, **options) -> tuple[float, torch.Tensor]:
     return loss.item(), torch.cat([g.flatten().double() for g in grads if g is not None])
 
 
-def settle(model: nn.Module, x, y, **options) -> Inference:
-    """An inference with its states where learning happens."""
+def settle(model: nn.Module, x, y, **options) -> Batch:
+    """A batch with its states where learning happens."""
     free_energy = pc.FreeEnergy(model, **options)
-    inference = Inference(free_energy, x, y)
-    free_energy.settle(inference, free_energy.moves)
-    return inference
+    batch = free_energy.batch(x, y)
+    free_energy.settle(batch, free_energy.moves)
+    return batch
 
 
-def states(inference: Inference) -> dict[str, torch.Tensor]:
-    return {name: node.state for name, node in inference.named_nodes().items() if node.state is not None}
+def states(batch: Batch) -> dict[str, torch.Tensor]:
+    return {name: node.state for name, node in batch.named_nodes().items() if node.state is not None}
 
 
 # How little it changes.
@@ -65,14 +65,14 @@ def test_harmless(grid, steps):
 def test_an_error_may_be_rounded_and_a_state_may_not(order):
     """Why bfloat16 is for errors alone: rounding u undoes much of what inference won, and spoils the gradients."""
     model, x, y = make(*GRID[6], "cpu")
-    inference = settle(model, x, y, order=order, steps=4 if order == "error" else 8)
-    start, parameters = inference.energies[0], list(model.parameters())
+    batch = settle(model, x, y, order=order, steps=4 if order == "error" else 8)
+    start, parameters = batch.energies[0], list(model.parameters())
     found = []
     for _ in range(2):
-        energy = inference.learn()
+        energy = batch.learn()
         grads = torch.autograd.grad(energy.sum(), parameters, materialize_grads=True)
         found.append((energy.detach(), torch.cat([g.flatten() for g in grads])))
-        for node in inference.nodes:
+        for node in batch.nodes:
             node.state = None if node.state is None else node.state.bfloat16().float()
     (before, grad), (after, rounded) = found
     lost, changed = (after - before).abs() / (start - before), (rounded - grad).norm() / grad.norm()
@@ -101,12 +101,15 @@ def test_report():
 @pytest.mark.parametrize("name", MODELS)
 def test_states_and_what_the_guard_keeps(name, steps):
     model, x, y = make_model(name)
-    inference = settle(model, x, y, steps=steps, state_dtype=BF16)
-    kept = states(inference)
+    free_energy = pc.FreeEnergy(model, steps=steps, state_dtype=BF16)
+    batch = free_energy.batch(x, y)
+    guard = free_energy.settle(batch, free_energy.moves)
+    kept = states(batch)
     assert kept
     assert all(state.dtype == BF16 for state in kept.values())
-    assert all(n.accepted.dtype == BF16 for n in inference.nodes if n.accepted is not None)
-    assert (steps > 3) == any(n.accepted is not None for n in inference.nodes)
+    remembered = guard.remembered or {}
+    assert all(state.dtype == BF16 for state in remembered.values())
+    assert (steps > 3) == bool(remembered)
 
 
 def test_what_raised_f_is_taken_back():
@@ -118,10 +121,10 @@ def test_what_raised_f_is_taken_back():
     x, y = torch.randn(5, 4), torch.randn(5, 3)
     free_energy = pc.FreeEnergy(model, precision=1.0, steps=8, state_dtype=BF16)
     start = pc.FreeEnergy(model, precision=1e9).infer(x, y).free_energy
-    inference = Inference(free_energy, x, y)
-    free_energy.settle(inference, free_energy.moves)
-    assert any((b > a).any() for a, b in zip(inference.energies, inference.energies[1:])), "nothing was to take back"
-    assert all(state.dtype == BF16 for state in states(inference).values())
+    batch = free_energy.batch(x, y)
+    free_energy.settle(batch, free_energy.moves)
+    assert any((b > a).any() for a, b in zip(batch.energies, batch.energies[1:])), "nothing was to take back"
+    assert all(state.dtype == BF16 for state in states(batch).values())
     assert (free_energy.infer(x, y).free_energy < start).all()
 
 
@@ -130,10 +133,9 @@ def test_emission_and_energy_are_of_the_error_that_is_kept():
     torch.manual_seed(0)
     model, x, y = nn.Sequential(pc.Linear(5, 8), nn.Linear(8, 3)).double(), torch.randn(6, 5).double(), None
     y = torch.randn(6, 3).double()
-    inference = settle(model, x, y, precision=2.0, state_dtype=BF16)
-    inference.shows_output = True  # keeps emissions
-    inference.forward("infer")
-    (node,) = (n for n in inference.nodes if n.state is not None)
+    batch = settle(model, x, y, precision=2.0, state_dtype=BF16)
+    batch.free_energy(shows=True)  # keeps emissions
+    (node,) = (n for n in batch.nodes if n.state is not None)
     assert node.state.dtype == BF16
     assert node.state.any()
     e = node.state.double()
@@ -179,9 +181,9 @@ def test_a_float64_model():
     """Its arithmetic is float64, its states what was asked for; None and float32 leave them float64."""
     model, x, y = make_model("mixed", dtype=torch.float64)
     for asked, kept in ((None, torch.float64), (torch.float32, torch.float64), (BF16, BF16)):
-        inference = settle(model, x, y, state_dtype=asked)
-        assert {state.dtype for state in states(inference).values()} == {kept}
-        assert inference.energies[-1].dtype == torch.float64
+        batch = settle(model, x, y, state_dtype=asked)
+        assert {state.dtype for state in states(batch).values()} == {kept}
+        assert batch.energies[-1].dtype == torch.float64
 
 
 def test_float32_is_the_default():
@@ -228,9 +230,9 @@ def test_a_compiled_model_adds_the_same_errors():
     (loss, plain), (loss_, found) = (learn(m, x, y, state_dtype=BF16) for m in (model, compiled))
     assert loss_ == pytest.approx(loss, rel=1e-6)
     assert (found - plain).norm() < 1e-4 * plain.norm()
-    inference = settle(compiled, x, y, state_dtype=BF16)
-    assert inference.leaves
-    assert all(node.state.dtype == BF16 for node in inference.leaves)
+    batch = settle(compiled, x, y, state_dtype=BF16)
+    assert batch.shifted
+    assert all(node.state.dtype == BF16 for node in batch.shifted)
     torch._dynamo.reset()
 
 

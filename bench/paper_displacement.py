@@ -16,11 +16,10 @@ from unittest.mock import patch
 import paper_lm
 from matplotlib.figure import Figure
 from paper_lm import LONG_WARMUP, TINY, table
-from runs import Record, Settings, complete, score
-from torch import Tensor
-
 from pc_triton.inference import Inference
 from pc_triton.visits import ValueNode
+from runs import Record, Settings, complete, score
+from torch import Tensor
 
 FOUR_BLOCKS: Settings = {"width": 64, "heads": 4, "blocks": 4, "context": 32, "vocabulary": 1024, "batch": 16}
 DISPLACEMENTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)

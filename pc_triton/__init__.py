@@ -15,8 +15,8 @@ from .families import Bernoulli, Categorical, Gaussian, GaussianLogVar, Laplace,
 from .free_energy import FreeEnergy, NodeStep, Settled
 from .head import Head
 from .nn import Attention, Linear, MultiheadAttention
-from .recompute import checkpoint_contexts
 from .orders import Order
+from .recompute import checkpoint_contexts
 from .report import NodeReport, Report
 from .rules import Constant, Displacement, Fixed, Guarded, Tolerance
 

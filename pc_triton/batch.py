@@ -25,7 +25,7 @@ from .node import Gradient, Node, Response
 from .operations import Emit, respond_to
 from .plumbing import Calls, RandomState, hold_statistics, hold_weights, ones, sharded_modules
 from .recompute import Again, in_checkpoint
-from .reference import per_sample, sum_samples, wide
+from .reference import sum_samples, wide
 from .rules import Precision
 
 
@@ -214,6 +214,7 @@ class ModelPass:
                 if batch.output.state is not None:  # it has no energy of its own
                     del self.energies[[n for n, *_ in self.seen].index(batch.output)]
                 self.output_shape = emission.shape
+                assert batch.output.mu is not None
                 self.output_mu, batch.output.state, batch.output.energy = batch.output.mu, None, None
         for node, emission, version in self.seen:
             if node is not batch.output and emission._version != version:
@@ -413,8 +414,7 @@ class Batch:
         family = output_family(self.given_output, None if self.output is None else self.output.family, self.target)
         self.count_items(family, mu, here.first)
         target = self.target
-        labels = isinstance(family, Categorical) and not target.is_floating_point()
-        if labels:
+        if isinstance(family, Categorical) and not target.is_floating_point():
             energy = wide(family.clamped(mu, self.labels(family)))
         else:
             energy = wide(family.clamped(mu, target, self.mask))

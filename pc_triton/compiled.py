@@ -20,9 +20,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .batch import Batch
 from .checks import check_values
 from .dispatch import tracing
-from .batch import Batch
 from .distributions import Distribution
 from .families import output_family
 

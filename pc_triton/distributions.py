@@ -166,5 +166,3 @@ class Distribution(nn.Module):
 
     def _variance(self, mu: Tensor, unit: Tensor | None) -> Tensor | float:
         return self.variance(mu) if unit is None else self.variance(mu) * per_sample(unit, mu) ** 2
-
-

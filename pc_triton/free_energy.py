@@ -363,7 +363,8 @@ class FreeEnergy(nn.Module):
                 rose = steps.take_back(batch.nodes, energy)
                 if rose or parallel.together():  # all processes make the same passes
                     energy = batch.probe()
-        states = {name: node.emission.detach() for name, node in batch.named_nodes().items()}
+        shown = {name: node.emission for name, node in batch.named_nodes().items()}
+        states = {name: emission.detach() for name, emission in shown.items() if emission is not None}
         return Settled(x if clamp_input is True else states["input"], batch.out.detach(), energy, states)
 
     @torch.inference_mode(False)

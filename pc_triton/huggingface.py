@@ -16,8 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-from .convert import add_node
 from .context import awaits_pass, outside_graphs, pass_here
+from .convert import add_node
 from .families import Categorical
 from .nn import attend, logit_bias
 

@@ -8,7 +8,7 @@ for the states in autograd's graph: a state itself would be held by the graph af
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -70,11 +70,13 @@ class EmitLinear(torch.autograd.Function):
     """`Emit` in error form for a Gaussian node on a linear layer: one kernel for x W' + b + e and its energy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, node: Node, here: Turn) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, node: Node, here: Turn
+    ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.node, ctx.here = node, here
         ctx.below = ctx.needs_input_grad[0] and node.number > 0  # no node is beneath the first one
-        rows, family, state = x.flatten(0, -2), node.family, node.state
+        rows, family, state = x.flatten(0, -2), cast(Gaussian, node.family), cast(Tensor, node.state)
         ctx.save_for_backward(weight, rows if here.learns else None)
         emission, energy = family.linear_forward(rows, weight, bias, state.flatten(0, -2), node.precision, node.unit)
         ctx.shape = state.shape
@@ -100,7 +102,8 @@ class EmitLinear(torch.autograd.Function):
             if not ctx.below:
                 return node.step(grad, state, grad, keep, move, form="error")[0], None  # it reads no mu
             rows, errors = grad.flatten(0, -2), state.flatten(0, -2)
-            new, below = node.family.linear_step(rows, weight, errors, node.precision, node.unit, keep, move)
+            family = cast(Gaussian, node.family)
+            new, below = family.linear_step(rows, weight, errors, node.precision, node.unit, keep, move)
             return new.view(state.shape), below.view(shape)
 
         return response(node, grad, grad_energy, step), None, None, None, None, None

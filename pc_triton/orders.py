@@ -127,9 +127,7 @@ def _errors_at_zero(batch: Batch, rules: Rules, moves: int, start: Start | None)
     return rules.step.start(f0, slope if moves_now else None, rules.remembers or not moves_now)
 
 
-def _begin(
-    batch: Batch, rules: Rules, start: Start | None, learns: bool = False
-) -> tuple[Tensor | None, Constant]:
+def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False) -> tuple[Tensor | None, Constant]:
     """The states u at their predictions; F there with its graph, unless that went into the precisions."""
     if isinstance(rules.precision, Fixed) and start is None:
         pi = float(rules.precision.pi)

@@ -56,14 +56,14 @@ def difference(p, p_not, q, q_not, d):
 
 
 @triton.jit
-def emit(u, mu, d):
+def emit(u, mu, d, parameter):
     """p and KL[p || q]."""
     p, p_not = sigmoids(u)
     return p, kl(u, mu, d, p, p_not)
 
 
 @triton.jit
-def slopes(u, mu, d, g, pi):
+def slopes(u, mu, d, g, pi, parameter):
     """pi (q - p), that + p (1 - p) (pi d + g), and d."""
     p, p_not = sigmoids(u)
     q, q_not = sigmoids(mu)

@@ -15,13 +15,13 @@ from .elementwise import Family, forward, step
 
 
 @triton.jit
-def emit(u, mu, d):
+def emit(u, mu, d, parameter):
     """u and d^2 / 2."""
     return u, 0.5 * d * d
 
 
 @triton.jit
-def slopes(u, mu, d, g, pi):
+def slopes(u, mu, d, g, pi, parameter):
     """-pi d, g and d."""
     return -pi * d, g, d
 

@@ -511,6 +511,12 @@ class Laplace(Distribution):
         d = (u - mu).abs()
         return d + torch.expm1(-d)
 
+    def node_forward(self, mu, state, pi, unit, *, form):
+        return backend(mu).laplace_forward(mu, state, pi, unit, form=form)
+
+    def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
+        return backend(mu).laplace_step(mu, state, grad, pi, unit, keep, move, **options)
+
 
 class StudentT(Distribution):
     """Student's t with ``nu`` degrees of freedom > 0, in units of the node's own scale: heavy-tailed errors.
@@ -533,3 +539,9 @@ class StudentT(Distribution):
     def variance(self, mu: Tensor) -> float:
         """The inverse curvature nu / (nu + 1)."""
         return self.nu / (self.nu + 1)
+
+    def node_forward(self, mu, state, pi, unit, *, form):
+        return backend(mu).student_t_forward(mu, state, pi, unit, nu=self.nu, form=form)
+
+    def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
+        return backend(mu).student_t_step(mu, state, grad, pi, unit, keep, move, nu=self.nu, **options)

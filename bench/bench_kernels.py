@@ -32,10 +32,13 @@ DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 STATES = {torch.float32: "", torch.bfloat16: ", bfloat16 state"}
 PHASES = (("forward", "error"), ("step", "error"), ("step", "state"))
+LOCATION = ("gaussian", "laplace", "student_t")  # in error form their step reads no mu and hands grad on
 FLOPS = {  # an element, by phase
     "gaussian": (3, 5, 8),
     "gaussian_logvar": (14, 27, 30),  # a pair (m, s)
     "bernoulli": (14, 27, 23),
+    "laplace": (8, 9, 16),
+    "student_t": (9, 11, 17),
     "categorical": (14, 33, 27),
 }
 
@@ -69,7 +72,7 @@ def node_bytes(family: str, phase: str, form: str, size: int, state: int = 4) ->
         return (3 if form == "error" else 4) * size + 2 * state, 2 * size + 2 * state
     if phase == "forward":
         return size + state, size
-    return (size + state, state) if (family, form) == ("gaussian", "error") else (2 * size + state, size + state)
+    return (size + state, state) if form == "error" and family in LOCATION else (2 * size + state, size + state)
 
 
 def node(name: str, family: str, device: str, *shape: int, **options) -> Iterator[Case]:
@@ -86,7 +89,8 @@ def node(name: str, family: str, device: str, *shape: int, **options) -> Iterato
         half = (*shape[:-1], shape[-1] // 2)
         noise = (torch.randn(half, dtype=dtype, device=device),) if family == "gaussian_logvar" else ()
         grad = torch.randn(half if noise else shape, dtype=dtype, device=device).mul_(0.1)
-        arguments = (mu, state, pi) if phase == "forward" else (mu, state, grad, pi, pi / 3, pi / 3)
+        units = (pi,) if family in ("laplace", "student_t") else ()
+        arguments = (mu, state, pi, *units) if phase == "forward" else (mu, state, grad, pi, *units, pi / 3, pi / 3)
         run = {"form": form, **options}
         ours = getattr(backend(mu), f"{family}_{phase}")
         calls: dict[str, Call] = {"pc_triton": partial(ours, *arguments, *noise, **run)}
@@ -320,8 +324,9 @@ def attention(
 def cases(device: str) -> Iterator[Case]:
     """Every kernel, at the sizes of that device."""
     elements = ELEMENTS[device]
-    for family in ("gaussian", "gaussian_logvar", "bernoulli"):
+    for family in ("gaussian", "gaussian_logvar", "bernoulli", "laplace"):
         yield from node(family, family, device, elements // 2**14, 2**14)
+    yield from node("student_t", "student_t", device, elements // 2**14, 2**14, nu=4.0)
     for columns in (2**10, 2**15, 2**18):
         yield from node(f"categorical {columns}", "categorical", device, elements // columns, columns)
     n = 1024 if device == "cuda" else 256

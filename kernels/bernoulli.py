@@ -12,20 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    UNFUSED,
-    check_node,
-    check_step,
-    coefficients,
-    expm1,
-    log1p,
-    new_state,
-    on_device,
-    packed,
-    row_tile,
-    sum_partials,
-    tile,
-)
+from .common import expm1, log1p
+from .elementwise import Family, forward, step
 
 
 @triton.jit
@@ -68,88 +56,22 @@ def difference(p, p_not, q, q_not, d):
 
 
 @triton.jit
-def _forward(
-    mu_ptr,  # [S, n]
-    state_ptr,  # [S, n] float32, in error form or bfloat16
-    precision_ptr,  # [S] float32
-    emission_ptr,  # [S, n], mu's dtype
-    energy_ptr,  # [S, blocks] float32
-    n_samples,
-    n,
-    ERROR: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """p and pi KL[p || q]. A program takes COLS elements of ROWS samples.
-
-    Floor, bytes per element: read mu and the state (4 or 2), write the emission.
-    """
-    rows, cols, partial = row_tile(n_samples, n, ROWS, COLS)
-    inside = rows < n_samples
-    mask = inside & (cols < n)
-    offsets = rows * n + cols
-    mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    state = tl.load(state_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    u = mu + state if ERROR else state
-    d = state if ERROR else state - mu
+def emit(u, mu, d, parameter):
+    """p and KL[p || q]."""
     p, p_not = sigmoids(u)
-    pi = tl.load(precision_ptr + rows, mask=inside, other=1.0)
-    tl.store(emission_ptr + offsets, p, mask=mask)
-    tl.store(energy_ptr + partial, pi * tl.sum(kl(u, mu, d, p, p_not), axis=1, keep_dims=True), mask=inside)
+    return p, kl(u, mu, d, p, p_not)
 
 
 @triton.jit
-def _step(
-    mu_ptr,  # [S, n]
-    state_ptr,  # [S, n] float32, in error form or bfloat16; moved in place
-    grad_ptr,  # [S, n]
-    precision_ptr,  # [S] float32
-    keep_ptr,  # [S] float32
-    move_ptr,  # [S] float32
-    grad_mu_ptr,  # [S, n], mu's dtype
-    n_samples,
-    n,
-    ERROR: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    MOVE: tl.constexpr,
-    MOVED: tl.constexpr,  # only in state form, and with MOVE
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """d <- keep d - (move / pi) g; dF/dmu = pi (q - p), in error form + p (1 - p) (pi d + g).
-
-    A program takes COLS elements of ROWS samples.
-    Floor, bytes per element: read mu, g and the state (4 or 2), write the state (4 or 2) and dF/dmu.
-    """
-    rows, cols, _ = row_tile(n_samples, n, ROWS, COLS)
-    inside = rows < n_samples
-    mask = inside & (cols < n)
-    offsets = rows * n + cols
-    pi, keep, push = coefficients(precision_ptr, keep_ptr, move_ptr, rows, inside, MOVE)
-    mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+def slopes(u, mu, d, g, pi, parameter):
+    """pi (q - p), that + p (1 - p) (pi d + g), and d."""
+    p, p_not = sigmoids(u)
     q, q_not = sigmoids(mu)
-    u, p, p_not = mu, q, q_not
-    d = tl.zeros([ROWS, COLS], tl.float32)
-    if HAS_STATE:
-        d = tl.load(state_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        if ERROR:
-            u = mu + d
-        else:
-            u = d
-            d -= mu
-        p, p_not = sigmoids(u)
-    if ERROR or MOVE:
-        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad_mu = -pi * difference(p, p_not, q, q_not, d)
-    if ERROR:
-        grad_mu += p * p_not * (pi * d + g)
-    if MOVE:
-        new = keep * d - push * g
-        tl.store(state_ptr + offsets, new if ERROR else mu + new, mask=mask)
-        if MOVED:
-            p, p_not = sigmoids(mu + new)
-            grad_mu = -pi * difference(p, p_not, q, q_not, new)
-    tl.store(grad_mu_ptr + offsets, grad_mu, mask=mask)
+    local = -pi * difference(p, p_not, q, q_not, d)
+    return local, local + p * p_not * (pi * d + g), d
+
+
+BERNOULLI = Family(emit, slopes, linear=True)
 
 
 def bernoulli_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
@@ -159,30 +81,7 @@ def bernoulli_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str
     in error form u - mu in float32 or bfloat16; precision ``[S]`` float32.
     Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
     """
-    check_node(mu, state, precision, form)
-    samples, emission = len(precision), torch.empty_like(mu, memory_format=torch.contiguous_format)
-    if mu.numel() == 0:
-        return emission, torch.zeros_like(precision)
-    n = mu.numel() // samples
-    rows, cols, warps = tile(n, 1024, 1024)
-    blocks = triton.cdiv(n, cols)
-    energy = torch.empty(samples, blocks, device=mu.device)
-    with on_device(mu):
-        _forward[(triton.cdiv(samples, rows) * blocks,)](
-            mu.contiguous(),
-            state,
-            precision.contiguous(),
-            emission,
-            energy,
-            samples,
-            n,
-            ERROR=form == "error",
-            ROWS=rows,
-            COLS=cols,
-            num_warps=warps,
-            **UNFUSED,
-        )
-    return emission, sum_partials(energy, samples)
+    return forward(BERNOULLI, mu, state, precision, form=form)
 
 
 def bernoulli_step(
@@ -206,34 +105,4 @@ def bernoulli_step(
     in state form grad may be None.
     Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
     """
-    check_step(mu, state, grad, precision, keep, move, form)
-    samples, error, moves, has_state = len(precision), form == "error", keep is not None, state is not None
-    if moves and state is None:
-        state = new_state(mu, form, state_dtype)
-    grad_mu = torch.empty_like(mu, memory_format=torch.contiguous_format)
-    if mu.numel() == 0:
-        return state, grad_mu
-    n = mu.numel() // samples
-    rows, cols, warps = tile(n, 1024, 1024)
-    blocks = triton.cdiv(n, cols)
-    with on_device(mu):
-        _step[(triton.cdiv(samples, rows) * blocks,)](
-            mu.contiguous(),
-            state,
-            packed(grad if error or moves else None),
-            precision.contiguous(),
-            packed(keep),
-            packed(move),
-            grad_mu,
-            samples,
-            n,
-            ERROR=error,
-            HAS_STATE=has_state,
-            MOVE=moves,
-            MOVED=moved and moves and not error,
-            ROWS=rows,
-            COLS=cols,
-            num_warps=warps,
-            **UNFUSED,
-        )
-    return state, grad_mu
+    return step(BERNOULLI, mu, state, grad, precision, keep, move, form=form, moved=moved, state_dtype=state_dtype)

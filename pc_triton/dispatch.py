@@ -39,11 +39,20 @@ def triton_kernels() -> Any:
     global _triton
     if _triton is None:
         try:
-            from .kernels import attention, bernoulli, categorical, gaussian, gaussian_logvar, linear
+            from .kernels import (
+                attention,
+                bernoulli,
+                categorical,
+                gaussian,
+                gaussian_logvar,
+                laplace,
+                linear,
+                student_t,
+            )
         except ImportError as error:
             raise ImportError(f"the Triton kernels need triton: pip install 'pc_triton[gpu]' ({error})") from error
         launchers: dict[str, Any] = {}
-        for module in (gaussian, gaussian_logvar, bernoulli, categorical, attention, linear):
+        for module in (gaussian, gaussian_logvar, bernoulli, laplace, student_t, categorical, attention, linear):
             launchers.update({k: v for k, v in vars(module).items() if k.endswith(ENDINGS)})
         _triton = SimpleNamespace(**launchers, WIDEST=attention.WIDEST)
     return _triton

@@ -23,6 +23,7 @@ from .reference import (
     bernoulli_energy,
     categorical_energy,
     gaussian_logvar_energy,
+    laplace_energy,
     log_softmax,
     mask_logits,
     sum_samples,
@@ -340,8 +341,13 @@ class Laplace(Distribution):
 
     def energy(self, u: Tensor, mu: Tensor) -> Tensor:
         """KL of two Laplace distributions of scale 1: \\|d\\| + exp(-\\|d\\|) - 1 per element."""
-        d = (u - mu).abs()
-        return d + torch.expm1(-d)
+        return laplace_energy(u - mu)
+
+    def node_forward(self, mu, state, pi, unit, *, form):
+        return backend(mu).laplace_forward(mu, state, pi, unit, form=form)
+
+    def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
+        return backend(mu).laplace_step(mu, state, grad, pi, unit, keep, move, **options)
 
 
 class StudentT(Distribution):
@@ -365,3 +371,9 @@ class StudentT(Distribution):
     def variance(self, mu: Tensor) -> float:
         """The inverse curvature nu / (nu + 1)."""
         return self.nu / (self.nu + 1)
+
+    def node_forward(self, mu, state, pi, unit, *, form):
+        return backend(mu).student_t_forward(mu, state, pi, unit, form=form, nu=self.nu)
+
+    def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
+        return backend(mu).student_t_step(mu, state, grad, pi, unit, keep, move, nu=self.nu, **options)

@@ -213,6 +213,74 @@ def gaussian_logvar_step(
     return mu_ + new, grad_mu.to(mu.dtype)
 
 
+# Laplace and Student-t: location families, which emit u and count d = (u - mu) / unit.
+
+
+def laplace_energy(d: Tensor) -> Tensor:
+    """|d| + e^-|d| - 1 per element; near 0, where that cancels, its series."""
+    a = d.abs()
+    series = a * a * (0.5 - a * (1 / 6 - a * (1 / 24 - a * (1 / 120 - a / 720))))
+    return torch.where(a < 1e-2, series, a + torch.expm1(-a))
+
+
+def _location_forward(energy, mu, state, precision, unit, form) -> tuple[Tensor, Tensor]:
+    d = error_of(state, mu, form)
+    u = wide(mu) + d if form == "error" else state
+    return u.to(mu.dtype), precision * sum_samples(energy(d / _scale(unit, mu)), len(precision))
+
+
+def _location_step(natural, v, mu, state, grad, precision, unit, keep, move, form, moved, state_dtype) -> Step:
+    """natural(d): V dE/dd, with V = v at d = 0, all in units of the node's scale."""
+    d, scale = error_of(state, mu, form), _scale(unit, mu)
+    new = d
+    if keep is not None and move is not None:
+        push = per_sample(move / precision, mu) * scale**2 * v * _sent(grad, mu)
+        new = d - per_sample(1 - keep, mu) * scale * natural(d / scale) - push
+    if form == "error":
+        assert grad is not None
+        return state if keep is None else kept(new, state, state_dtype), grad
+    shown = new if moved else d
+    return wide(mu) + new, (-per_sample(precision, mu) / (v * scale) * natural(shown / scale)).to(mu.dtype)
+
+
+def _scale(unit: Tensor | None, mu: Tensor) -> Tensor:
+    one = wide(mu).new_ones(())
+    return one if unit is None else per_sample(unit, mu).clamp_min(torch.finfo(one.dtype).tiny)
+
+
+def laplace_forward(mu, state, precision, unit=None, *, form) -> tuple[Tensor, Tensor]:
+    """Emission u and pi (|d| + e^-|d| - 1)."""
+    return _location_forward(laplace_energy, mu, state, precision, unit, form)
+
+
+def laplace_step(mu, state, grad, precision, unit, keep, move, *, form, moved=False, state_dtype=None) -> Step:
+    """dE/du = pi sign(d) (1 - e^-|d|) / unit, V = unit^2."""
+
+    def natural(d: Tensor) -> Tensor:
+        return -d.sign() * torch.expm1(-d.abs())
+
+    return _location_step(natural, 1.0, mu, state, grad, precision, unit, keep, move, form, moved, state_dtype)
+
+
+def student_t_forward(mu, state, precision, unit=None, *, nu, form) -> tuple[Tensor, Tensor]:
+    """Emission u and pi (nu + 1) / 2 log(1 + d^2 / nu)."""
+
+    def energy(d: Tensor) -> Tensor:
+        return 0.5 * (nu + 1) * torch.log1p(d * d / nu)
+
+    return _location_forward(energy, mu, state, precision, unit, form)
+
+
+def student_t_step(mu, state, grad, precision, unit, keep, move, *, nu, form, moved=False, state_dtype=None) -> Step:
+    """dE/du = pi (nu + 1) d / (nu + d^2) / unit, V = unit^2 nu / (nu + 1)."""
+
+    def natural(d: Tensor) -> Tensor:
+        return d / (1 + d * d / nu)
+
+    v = nu / (nu + 1)
+    return _location_step(natural, v, mu, state, grad, precision, unit, keep, move, form, moved, state_dtype)
+
+
 # Bernoulli with logits: p = sigmoid(u), q = sigmoid(mu).
 
 

@@ -101,7 +101,17 @@ HALF = {"label": " bfloat16 state", "only": ERRORS, "state_dtype": torch.bfloat1
 
 def launches():
     """Every kernel at every branch, and the heaviest branches at each shape of tile, as (name, call)."""
-    from pc_triton.kernels import attention, bernoulli, categorical, chain, gaussian, gaussian_logvar, linear
+    from pc_triton.kernels import (
+        attention,
+        bernoulli,
+        categorical,
+        chain,
+        gaussian,
+        gaussian_logvar,
+        laplace,
+        linear,
+        student_t,
+    )
 
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -120,16 +130,17 @@ def launches():
         forward, step = getattr(module, f"{family}_forward"), getattr(module, f"{family}_step")
         mu, state = tensor(*shape, dtype=dtype), tensor(*shape, dtype=state_dtype)
         pi, grad, extra = tensor(samples or shape[0], dtype=torch.float32), mu, ()
+        units = (options.pop("unit"),) if "unit" in options else ()
         if module is gaussian_logvar:
             grad = tensor(*shape[:-1], shape[-1] // 2, dtype=dtype)
             extra = (grad,)
         calls = {
-            f"forward {form}": partial(forward, mu, state, pi, *extra, form=form, **options)
+            f"forward {form}": partial(forward, mu, state, pi, *units, *extra, form=form, **options)
             for form in ("error", "state")
         }
         for name, (form, has_state, moves, moved) in STEPS.items():
             c, s = pi if moves else None, state if has_state else None
-            calls[name] = partial(step, mu, s, grad, pi, c, c, *extra, form=form, moved=moved, **options)
+            calls[name] = partial(step, mu, s, grad, pi, *units, c, c, *extra, form=form, moved=moved, **options)
         for name in only or calls:
             yield f"{family} {'x'.join(map(str, shape))}{label} {name}", calls[name]
 
@@ -173,6 +184,9 @@ def launches():
 
     yield from node(gaussian, 512, 16384)
     yield from node(bernoulli, 512, 16384)
+    unit = tensor(512, dtype=torch.float32)
+    yield from node(laplace, 512, 16384, unit=unit)
+    yield from node(student_t, 512, 16384, unit=unit, nu=4.0)
     yield from node(gaussian_logvar, 512, 2048, samples=64)
     yield from node(categorical, 64, 131072, only=HEAVIEST)
     yield from node(categorical, 64, 4096, only=HEAVIEST)

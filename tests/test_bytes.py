@@ -62,7 +62,10 @@ def launch(family: str, phase: str, form: str, *shape: int, state_dtype=torch.fl
     half = (*shape[:-1], shape[-1] // 2)
     extra = (torch.randn(half).half(),) if family == "gaussian_logvar" else ()
     grad = torch.randn(half if extra else shape).half()
-    arguments = (mu, state, pi) if phase == "forward" else (mu, state, grad, pi, pi, pi)
+    units = (pi,) if family in ("laplace", "student_t") else ()
+    if family == "student_t":
+        options["nu"] = 4.0
+    arguments = (mu, state, pi, *units) if phase == "forward" else (mu, state, grad, pi, *units, pi, pi)
     getattr(triton_kernels(), f"{family}_{phase}")(*arguments, *extra, form=form, **options)
 
 
@@ -72,7 +75,7 @@ def launch(family: str, phase: str, form: str, *shape: int, state_dtype=torch.fl
     [("error", torch.float32), ("state", torch.float32), ("error", torch.bfloat16)],
     ids=["error", "state", "error in bfloat16"],
 )
-@pytest.mark.parametrize("family", ["gaussian", "gaussian_logvar", "bernoulli", "categorical"])
+@pytest.mark.parametrize("family", ["gaussian", "laplace", "student_t", "gaussian_logvar", "bernoulli", "categorical"])
 def test_every_tensor_once(family, form, state_dtype, phase, moved):
     columns = 2048
     launch(family, phase, form, ROWS, columns, state_dtype=state_dtype)

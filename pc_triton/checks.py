@@ -1,4 +1,4 @@
-"""What a batch may not hold: refused before anything changes."""
+"""What a model and a batch may not be: refused before anything changes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import tracing
+from .distributions import Distribution
 
 
-def check_values(inputs: Any, target: Tensor | None, family: Any, classes: int) -> None:
+def check_values(inputs: Any, target: Tensor | None, family: Distribution | None, classes: int) -> None:
     """Raise ValueError for what a batch may not hold: no samples, NaN, infinity, labels that are no class."""
     check_batch(inputs)
     check_finite("y", target)
@@ -63,3 +64,39 @@ def check_devices(parameters: Mapping[str, nn.Parameter], device: torch.device) 
 def ordinary(t: Any) -> Any:
     """t, or where it was made in torch.inference_mode, and autograd takes no such tensor, a copy."""
     return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
+
+
+def check_model(model: Any, order: Any) -> dict[Distribution, str]:
+    """The families in a model that can be trained, by name. Raises TypeError or ValueError for any other."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: give a module (torch.nn.Module)")
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # static_graph would not average the gradients
+        if order != "incremental":
+            raise ValueError(
+                "the model is in DistributedDataParallel: write DistributedDataParallel(FreeEnergy(model)), by "
+                "which all of inference is one call of it"
+            )
+        if model.static_graph or model.find_unused_parameters:
+            raise ValueError(
+                "order='incremental' takes the model in DistributedDataParallel without static_graph and "
+                "find_unused_parameters: leave both False"
+            )
+    names = {
+        module: name.replace("_orig_mod.", "")  # as torch.compile calls what it wraps
+        for name, module in model.named_modules()
+        if isinstance(module, Distribution)
+    }
+    if not names:
+        raise ValueError("the model has no value node: use pc.Linear or pc.Gaussian() in it, or pc.convert(model)")
+    return names
+
+
+def check_free_input(x: Any, clamp_input: Any) -> None:
+    """Raise ValueError where x cannot be freed, as a whole or in part."""
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
+    if isinstance(clamp_input, Tensor) and (clamp_input.dtype != torch.bool or clamp_input.shape != x.shape):
+        raise ValueError(
+            f"clamp_input is {clamp_input.dtype} {tuple(clamp_input.shape)}: give a bool, or a bool tensor "
+            f"{tuple(x.shape)}, True where x is clamped"
+        )

@@ -1,8 +1,8 @@
 """Where a layer meets the pass of inference that it is called in.
 
-Inference calls the user's own model. While it does, `pass_here` gives the layers that pass, and they tell it two things:
-``emit``, that a value node stands here, and ``add_energy``, that F has one more term. Outside inference there is no pass,
-and a layer is its plain torch counterpart.
+Inference calls the user's own model. While it does, `pass_here` gives the layers that pass, and they tell it two
+things: ``emit``, that a value node stands here, and ``add_energy``, that F has one more term. Outside inference there
+is no pass, and a layer is its plain torch counterpart.
 """
 
 from __future__ import annotations

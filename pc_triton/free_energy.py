@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import orders, parallel
 from .batch import Batch
 from .chain import chain_loss
+from .checks import check_free_input, check_model
 from .context import outside_graphs, prepare_compiler
 from .distributions import Distribution
 from .families import Gaussian
@@ -118,7 +119,7 @@ class FreeEnergy(nn.Module):
         local: bool = False,
     ) -> None:
         super().__init__()
-        self._names = _check_model(model, order)
+        self._names = check_model(model, order)
         if output is not None and not isinstance(output, Distribution):
             raise ValueError(f"output={output!r}: give a pc_triton Distribution, for example pc_triton.Categorical()")
         self.model, self.output, self.input_node = model, output, Gaussian()
@@ -309,8 +310,8 @@ class FreeEnergy(nn.Module):
 
         x, y, mask, start: as in a call. ``clamp_input=False`` frees the input: x is then the prediction of a Gaussian
         input node, and is inferred from y together with the hidden states. A bool tensor of x's shape frees it where it
-        is False. With y None too, the model generates from x: the states stay at their predictions (GaussianLogVar nodes
-        at a sample).
+        is False. With y None too, the model generates from x: the states stay at their predictions (GaussianLogVar
+        nodes at a sample).
         Raises ValueError as a call does, and where a free input is no floating-point tensor.
         """
         return self._infer(x, y, clamp_input, mask, start)
@@ -322,9 +323,9 @@ class FreeEnergy(nn.Module):
     ) -> list[dict[str, NodeStep]]:
         """Energy and residual of every node as inference goes: before each of the T moves, and after the last.
 
-        Arguments and errors as in `infer`. Element t of the list has a `NodeStep` for each node that reaches the output,
-        by its name. It costs two passes a step. The guard's last look, by which `infer` takes back a move that raised F,
-        comes after the record.
+        Arguments and errors as in `infer`. Element t of the list has a `NodeStep` for each node that reaches the
+        output, by its name. It costs two passes a step. The guard's last look, by which `infer` takes back a move that
+        raised F, comes after the record.
         """
         steps: list[dict[str, NodeStep]] = []
 
@@ -353,7 +354,7 @@ class FreeEnergy(nn.Module):
         watch: Callable[[Batch], None] | None = None,
     ) -> Settled:
         if clamp_input is not True:
-            _check_free_input(x, clamp_input)
+            check_free_input(x, clamp_input)
         batch = self.batch(x, y, mask=mask, input_node=self.input_node, clamp_input=clamp_input, shows=True)
         batch.watch = watch
         with hold_statistics(self._calls.norms):
@@ -395,40 +396,4 @@ class FreeEnergy(nn.Module):
 
     @staticmethod
     def _per_item(batch: Batch, energy: Tensor) -> Tensor:
-        items = batch.items
-        return energy.sum() / (batch.samples if batch.target is None or items is None else items.clamp_min(1))
-
-
-def _check_model(model: Any, order: Any) -> dict[Distribution, str]:
-    """The families in a model that can be trained, by name. Raises TypeError or ValueError for any other."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: give a module (torch.nn.Module)")
-    if isinstance(model, nn.parallel.DistributedDataParallel):  # static_graph would not average the gradients
-        if order != "incremental":
-            raise ValueError(
-                "the model is in DistributedDataParallel: write DistributedDataParallel(FreeEnergy(model)), by "
-                "which all of inference is one call of it"
-            )
-        if model.static_graph or model.find_unused_parameters:
-            raise ValueError(
-                "order='incremental' takes the model in DistributedDataParallel without static_graph and "
-                "find_unused_parameters: leave both False"
-            )
-    names = {
-        module: name.replace("_orig_mod.", "")  # as torch.compile calls what it wraps
-        for name, module in model.named_modules()
-        if isinstance(module, Distribution)
-    }
-    if not names:
-        raise ValueError("the model has no value node: use pc.Linear or pc.Gaussian() in it, or pc.convert(model)")
-    return names
-
-
-def _check_free_input(x: Any, clamp_input: Any) -> None:
-    if not (isinstance(x, Tensor) and x.is_floating_point()):
-        raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
-    if isinstance(clamp_input, Tensor) and (clamp_input.dtype != torch.bool or clamp_input.shape != x.shape):
-        raise ValueError(
-            f"clamp_input is {clamp_input.dtype} {tuple(clamp_input.shape)}: give a bool, or a bool tensor "
-            f"{tuple(x.shape)}, True where x is clamped"
-        )
+        return energy.sum() / batch.items

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Node:
     """What the family holds fixed through inference: masks, noise."""
     state: Tensor | None = None
     """u, or e = u - mu in error order. None: the node stays at its prediction."""
-    precision: Tensor | None = None
+    precision: Tensor = field(default_factory=lambda: torch.empty(0))
     """pi ``[S]``."""
     unit: Tensor | None = None
     """The node's own scale ``[S]``, in which its errors count; None for 1."""
@@ -51,12 +51,16 @@ class Node:
         return self.family.node_forward(mu, state, self.precision, self.unit, form=form, **self.frozen)
 
     def step(self, mu: Tensor, state: Tensor | None, grad: Tensor | None, keep: Any, move: Any, **options: Any) -> Any:
-        """One step of the state: the moved one, and dF/dmu. keep and move None: dF/dmu alone."""
-        precision = options.pop("precision", self.precision)
-        return self.family.node_step(mu, state, grad, precision, self.unit, keep, move, **options, **self.frozen)
+        """One step of the state: the moved one, and dF/dmu."""
+        return self.family.node_step(mu, state, grad, self.precision, self.unit, keep, move, **options, **self.frozen)
+
+    def gradient(self, mu: Tensor, state: Tensor | None, grad: Tensor | None, scale: Tensor, form: str) -> Tensor:
+        """dF/dmu where the state stays. scale ``[S]``: the gradient of the loss in F, linear in its energies."""
+        pi = self.precision * scale
+        return self.family.node_step(mu, state, grad, pi, self.unit, None, None, form=form, **self.frozen)[1]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Move:
     """A step of every state, made in the backward pass as soon as its gradient is there: d <- keep d - (move / pi) g.
 
@@ -68,7 +72,7 @@ class Move:
     sweep: bool = False
     """Whether the layer below sees the moved state's error, and not the old one's."""
     still: float = -math.inf
-    """Nodes numbered below this are at their predictions, and send nothing down: sPC moves the top t nodes at step t."""
+    """Nodes numbered below this are at their predictions, and send nothing down: sPC moves t nodes at step t."""
     scaled: bool = False
     """Whether the user calls ``backward()``, on a loss that they may have scaled."""
 
@@ -95,7 +99,6 @@ class Gradient:
     def __call__(self, node: Node, grad: Tensor | None, scale: Tensor, step: StepOf) -> Any:
         """The gradient is what a whole step would take off the state."""
         assert node.state is not None
-        assert node.precision is not None
         one = torch.ones_like(node.precision)
         moved, below = step(wide(node.state.clone()), grad, 0 * one, one, False)
         self.take(node, node.state - moved)

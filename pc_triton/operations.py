@@ -2,8 +2,8 @@
 
 Forward, it takes the prediction mu and the node's state to the emission and the energy. Backward, it answers what the
 children send: with dF/dmu for the layer below, and with the pass's response to the gradient of the state, which is to
-move it (`node.Move`) or to hand it over (`node.Gradient`). Two more take in the product that makes mu. ``anchor`` stands
-for the states in autograd's graph: a state itself would be held by the graph after it has moved.
+move it (`node.Move`) or to hand it over (`node.Gradient`). Two more take in the product that makes mu. ``anchor``
+stands for the states in autograd's graph: a state itself would be held by the graph after it has moved.
 """
 
 from __future__ import annotations
@@ -51,19 +51,23 @@ class Emit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
         (mu,) = ctx.saved_tensors
         node, form, response = ctx.node, ctx.form, ctx.here.response
+        if response is None and form == "state":
+            return node.gradient(mu, ctx.state, grad, grad_energy, form), None, None, None, None, None
 
-        def step(state: Tensor | None, grad: Tensor | None, keep: Any, move: Any, sweep: bool, **options: Any) -> Any:
-            if grad is None and not (form == "state" and keep is None):
-                shape, dtype, device = ctx.like
-                grad = torch.zeros(shape, dtype=dtype, device=device)
-            read = grad if mu is None else mu
-            return node.step(read, state, grad, keep, move, form=form, moved=sweep, **options)
+        def step(state: Tensor, grad: Tensor | None, keep: Tensor, move: Tensor, sweep: bool) -> Any:
+            grad = _zeros(*ctx.like) if grad is None else grad
+            return node.step(grad if mu is None else mu, state, grad, keep, move, form=form, moved=sweep)
 
-        if response is None:  # F is linear in its energies, so a loss scaled by its user scales pi
-            _, below = step(ctx.state, grad, None, None, False, precision=node.precision * grad_energy)
+        if response is None:
+            grad = _zeros(*ctx.like) if grad is None else grad
+            below = node.gradient(grad if mu is None else mu, ctx.state, grad, grad_energy, form)
         else:
             below = response(node, grad, grad_energy, step)
         return below, None, None, None, None, None
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class EmitLinear(torch.autograd.Function):
@@ -129,13 +133,14 @@ class EmitAttention(torch.autograd.Function):
         node, response = ctx.node, ctx.here.response
         grad = torch.zeros_like(out) if grad is None else grad
 
-        def step(state: Tensor, grad: Tensor, keep: Any, move: Any, sweep: bool, precision: Any = None) -> Any:
-            pi = node.precision if precision is None else precision
-            new, *below = backend(q).attention_step(q, k, v, out, grad, state, pi, keep, move, facts, **ctx.options)
+        def step(state: Tensor, grad: Tensor, keep: Any, move: Any, sweep: bool) -> Any:
+            run = backend(q).attention_step
+            new, *below = run(q, k, v, out, grad, state, node.precision, keep, move, facts, **ctx.options)
             return new, below
 
         if response is None:
-            _, below = step(node.state, grad, None, None, False, precision=node.precision * grad_energy)
+            pi, run = node.precision * grad_energy, backend(q).attention_step
+            _, *below = run(q, k, v, out, grad, node.state, pi, None, None, facts, **ctx.options)
         else:
             below = response(node, grad, grad_energy, step)
         return *below, None, None, None, None
@@ -146,7 +151,6 @@ def respond_to(leaf: Tensor, node: Node, here: Turn) -> None:
 
     def answer(grad: Tensor) -> Tensor:
         assert here.response is not None
-        assert node.precision is not None
 
         def step(state: Tensor, grad: Tensor, keep: Any, move: Any, sweep: bool) -> Any:
             return node.step(grad, state, grad, keep, move, form="error")[0], None  # it reads no mu

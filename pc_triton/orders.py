@@ -52,7 +52,7 @@ def simultaneous(batch: Batch, rules: Rules, moves: int, start: Start | None = N
 
 
 def incremental(batch: Batch, rules: Rules, moves: int, start: Start | None = None) -> Iterator[Tensor]:
-    """iPC (Salvatori et al. 2024, arXiv 2212.00720, algorithm 1): yields F ``[S]`` with its graph at each of the T steps.
+    """iPC (Salvatori et al. 2024, arXiv 2212.00720, algorithm 1): yields F ``[S]``, with its graph, at each of T steps.
 
     Its ``backward()``, which the user calls, leaves the weight gradients and moves the states, both from the same old
     states; the weights may then move before the next step.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -96,18 +97,13 @@ class Calls:
         if not self.compiled:
             self.compiled, self.run = True, torch.compile(_call, backend=backend)
 
-    @contextlib.contextmanager
-    def eager(self) -> Iterator[None]:
-        """The first pass is eager: the nodes that it makes would break every graph."""
-        with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
-            yield
+    def eager(self) -> AbstractContextManager[Any]:
+        """Within it the model is eager: in the first pass, since to make nodes would break every graph."""
+        return torch.compiler.set_stance("force_eager")
 
     @contextlib.contextmanager
     def traced(self) -> Iterator[None]:
-        """Later passes draw the random numbers of the first, and are compiled anew for every model that needs it."""
-        if not self.compiled:
-            yield
-            return
+        """Within it the compiled model draws the random numbers of the first pass, whose draws were eager."""
         with torch._inductor.config.patch(fallback_random=True), torch._dynamo.config.patch(recompile_limit=MODELS):
             yield
 

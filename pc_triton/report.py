@@ -160,12 +160,12 @@ def report(
         random.restore()
         backpropagation = _gradients(make(form="error").at_prediction(learns=True).sum(), parameters)
 
-    items = float(batch.items if batch.items is not None else batch.samples) or 1.0
+    items = float(batch.items)
     nodes = tuple(
         NodeReport(
             name,
             type(node.family).__name__,
-            float(node.precision.mean()) if node.precision is not None else 0.0,
+            float(node.precision.mean()),
             float(node.energy.sum() if node.energy is not None else 0.0) / items,
             _ratio([node.residual], [at_prediction[name]]),
         )

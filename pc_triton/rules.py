@@ -28,8 +28,8 @@ class Precision(Protocol):
 
     node: with its prediction ``mu`` and ``family``. squared: |G|^2 ``[S]``, G the gradient of F in the node's errors at
     the prediction, in units of the node's scale. free_energy: F ``[S]`` there. nodes: how many share F's fall. Returns
-    pi ``[S]``, > 0. An attribute ``in_units = False`` has Gaussian errors counted as they are, and not in units of their
-    node's root mean square.
+    pi ``[S]``, > 0. An attribute ``in_units = False`` has Gaussian errors counted as they are, and not in units of
+    their node's root mean square.
     """
 
     def __call__(self, node: Node, squared: Tensor, free_energy: Tensor, nodes: int) -> Tensor: ...
@@ -96,10 +96,11 @@ class Constant:
     def begin(self, free_energy: Tensor, slope: Tensor | None, remembers: bool) -> None:
         """Set up what the moves of a batch need."""
         self.step = torch.full_like(free_energy, self.first)
+        self.keep = 1 - self.step
 
     def next(self, nodes: Sequence[Node], free_energy: Tensor) -> tuple[Tensor, Tensor]:
         """keep and move ``[S]`` of the next move, for F ``[S]`` at the states of the nodes."""
-        return 1 - self.step, self.step
+        return self.keep, self.step
 
     def take_back(self, nodes: Sequence[Node], free_energy: Tensor) -> bool:
         """Undo the last move in the samples whose F rose by it; whether there were any."""

@@ -1,0 +1,294 @@
+"""One pass of the model: what its layers meet, and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .context import Fused, running
+from .dispatch import backend, tracing
+from .distributions import Distribution
+from .families import Categorical, Gaussian
+from .node import Node, Response
+from .operations import Emit, respond_to
+from .output import Output
+from .plumbing import Calls, hold_statistics
+from .recompute import Again, in_checkpoint
+from .reference import sum_samples, wide
+
+
+class Nodes:
+    """The value nodes of a batch of S samples, as its passes share them."""
+
+    def __init__(
+        self, samples: int, calls: Calls, names: Mapping[Distribution, str], form: str, output: Output
+    ) -> None:
+        self.samples, self.calls, self.names, self.form, self.output = samples, calls, names, form, output
+        self.nodes: list[Node] = []
+        self.visited = self.nodes  # those of them that passes after the first meet
+        self.shifted: list[Node] = []  # the others: in a compiled model they are mu + e in its graph
+        self.anchor = torch.zeros((), requires_grad=True)  # stands for the states that move, in autograd's graph
+        self.still = self.anchor.detach()  # and for those that do not
+        self.begins: Callable[[Node], None] | None = None  # gives a node its state in the first pass already
+
+    def name_of(self, family: Distribution) -> str:
+        """The name of a value node in the model: its module's, without the ``.node`` of a layer."""
+        return self.names.get(family, "").removesuffix(".node") or "node"
+
+    def named_nodes(self) -> dict[str, Node]:
+        """The nodes but the output, by name: a module visited again has ``#2`` added."""
+        named: dict[str, Node] = {}
+        visits: Counter[str] = Counter()
+        for node in self.nodes:
+            if node is not self.output.node:
+                visits[node.name] += 1
+                named[node.name + (f"#{visits[node.name]}" if visits[node.name] > 1 else "")] = node
+        return named
+
+
+class ModelPass:
+    """One pass of the model under the states of a batch: what its layers meet (`context.Pass`)."""
+
+    def __init__(self, batch: Nodes, first: bool, learns: bool, moves: bool, shows: bool, local: bool) -> None:
+        self.batch, self.first, self.learns, self.shows, self.local = batch, first, learns, shows, local
+        self.form = batch.form
+        self.response: Response | None = None  # `Batch.move` gives it, before the backward pass
+        self.differentiates = moves
+        self.visits = 0
+        self.again = False  # whether a part of the pass is being computed again, for its backward
+        self.checkpointed = False  # whether the model is where `checkpoint_contexts` are
+        self.energies: list[Tensor] = []  # [S], of the nodes
+        self.added: list[Tensor] = []  # [S], that the model added
+        self.anchor = batch.anchor if moves else batch.still
+        self.leaves = [self.anchor] if moves else []  # what the states' backward pass begins from
+        self.seen: list[tuple[Node, Tensor, int]] = []  # emissions, and how often each had been changed
+        self.head: tuple[Tensor, Tensor] | None = None
+        self.output_mu = torch.empty(0)
+
+    # What layers call.
+
+    def emit(self, family: Distribution, mu: Tensor, frozen: dict[str, Any]) -> Tensor:
+        batch = self.batch
+        if self.first and not self.again:
+            node = self._new_node(family, mu, {**family.frozen(mu), **frozen})
+        else:
+            node = self._next_node(family)
+            family.frozen(mu)  # drawn again and not used, so that what is drawn after it is the same
+        if node is batch.output.node:
+            self.visits += 1
+            if not self.again:
+                self.output_mu = mu
+            return mu
+        if node.state is None:
+            return self._record(node, self._at_prediction(node, mu))
+        if self.local:  # u as it is, whatever the order
+            u = wide(mu.detach()) + node.state if self.form == "error" else node.state
+            return self._record(node, *Emit.apply(mu, self.anchor, node, self, "state", u))
+        if self._is_mu_plus_e(node, mu):
+            error = self.error_of(node, mu.dtype)
+            u = mu + error
+            if not tracing.get():
+                error.data = error.new_empty(0)  # the graph keeps the leaf, and need not keep an old state with it
+            return self._record(node, u)
+        return self._record(node, *Emit.apply(mu, self.anchor, node, self, self.form, node.state))
+
+    def emit_fused(self, family: Distribution, fused: Fused) -> Tensor | None:
+        if self.form != "error" or self.first or self.shows or self.local:
+            return None  # a node that shows itself needs what the kernel never writes
+        node = self._next_node(family)
+        if node is self.batch.output.node or node.state is None:
+            return None
+        return self._record(node, *fused(node, self, self.anchor))
+
+    def add_energy(self, energy: Tensor) -> None:
+        samples = self.batch.samples
+        if energy.dim() == 0 or energy.shape[0] % samples:
+            raise ValueError(
+                f"add_energy got shape {tuple(energy.shape)} in a batch of {samples}: an energy needs its samples "
+                "along the first axis, a whole number of rows each"
+            )
+        energy = sum_samples(wide(energy), samples)
+        if not self.again:
+            self.added.append(energy)
+
+    def labels_for(self, logits: Tensor) -> tuple[Tensor, int, bool] | None:
+        output = self.batch.output
+        if output.target is None or output.target.is_floating_point() or self.shows or tracing.get():
+            return None
+        family = output.family
+        if not isinstance(family, Categorical):
+            return None
+        if self.first:
+            output.check(family, logits)
+        return output.labels(family), family.ignore_index, self.learns
+
+    def clamp(self, logits: Tensor, energy: Tensor) -> None:
+        if not self.again:
+            self.head = logits, energy
+
+    def within_checkpoint(self) -> tuple[Any, Any]:
+        if self.batch.calls.compiled or tracing.get():
+            raise RuntimeError("torch.utils.checkpoint in a compiled model: inference takes the one or the other")
+        return self._in_checkpoint(), Again(self._computes_again, self.visits)
+
+    # How it answers.
+
+    def _record(self, node: Node, emission: Tensor, energy: Tensor | None = None) -> Tensor:
+        self.visits += 1
+        if self.again:
+            return emission
+        self.seen.append((node, emission, emission._version))
+        if energy is not None:
+            self.energies.append(energy)
+        if self.first:
+            node.emission = emission
+        if self.shows:
+            node.emission = emission.detach()
+            node.energy = self.energies[-1].detach() if node.state is not None else None
+        return emission
+
+    def _at_prediction(self, node: Node, mu: Tensor) -> Tensor:
+        emission = node.family.emission(mu, **node.frozen)
+        if self.first and not emission.requires_grad:  # here autograd begins
+            emission = emission + emission.new_zeros((), requires_grad=True)
+        return emission
+
+    def error_of(self, node: Node, dtype: torch.dtype) -> Tensor:
+        """The leaf e of a Gaussian node that emits mu + e in plain autograd; counts the node's energy."""
+        assert isinstance(node.family, Gaussian)
+        assert node.state is not None
+        leaf = node.state.detach().to(dtype).requires_grad_(self.differentiates)
+        if self.differentiates:
+            respond_to(leaf, node, self)
+        if self.again:
+            return leaf
+        if self.differentiates:
+            self.leaves.append(leaf)
+        self.energies.append(node.family.error_energy(node.state, node.precision, node.unit))
+        if self.shows:
+            node.energy = self.energies[-1]
+        return leaf
+
+    def _is_mu_plus_e(self, node: Node, mu: Tensor) -> bool:
+        """Whether the node is left to plain autograd: elsewhere one kernel has the sum, its energy and the move."""
+        return self.form == "error" and type(node.family) is Gaussian and backend(mu) is reference
+
+    def _next_node(self, family: Distribution) -> Node:
+        visited = self.batch.visited
+        if self.visits == len(visited) or visited[self.visits].family is not family:
+            raise RuntimeError(
+                f"node {self.batch.name_of(family)!r}: the model visits its nodes in another order than in its "
+                "first pass; inference needs the same path at every step"
+            )
+        return visited[self.visits]
+
+    def _new_node(self, family: Distribution, mu: Tensor, frozen: dict[str, Any]) -> Node:
+        batch = self.batch
+        name = batch.name_of(family)
+        if mu.dim() == 0 or mu.shape[0] % batch.samples:
+            raise ValueError(
+                f"node {name!r} sees shape {tuple(mu.shape)} in a batch of {batch.samples}: a value node needs its "
+                "samples along the first axis, a whole number of rows each"
+            )
+        if in_checkpoint() and not self.checkpointed:
+            raise RuntimeError(
+                f"node {name!r} lies in a torch.utils.checkpoint, whose backward would not know its state: give "
+                "checkpoint() context_fn=pc_triton.checkpoint_contexts"
+            )
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"node {name!r} lies within torch.no_grad(), where no state can move: freeze parameters by "
+                "requires_grad_(False) instead, and give checkpoint() use_reentrant=False"
+            )
+        node = Node(family, name, len(batch.nodes), frozen, mu=mu, dtype=mu.dtype)
+        if batch.begins is not None:
+            batch.begins(node)
+        batch.nodes.append(node)
+        return node
+
+    # The pass itself.
+
+    def check(self, out: Any) -> None:
+        """Raise an error where the model is none that inference can take; find its output node in the first pass."""
+        batch = self.batch
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"the model returned {type(out).__name__}: it must return one tensor, or a mapping with its "
+                "'logits'; wrap it"
+            )
+        if not batch.nodes or self.visits != len(batch.visited):
+            raise RuntimeError(
+                f"the model's forward visited {self.visits} value nodes, and {len(batch.visited)} in its first pass: "
+                "inference needs at least one, and the same at every step"
+            )
+        if out.dim() == 0 or out.shape[0] != batch.samples:
+            raise ValueError(f"the model's output has shape {tuple(out.shape)} for a batch of {batch.samples} samples")
+        if self.first:
+            self._find_output(out)
+        for node, emission, version in self.seen:
+            if node is not batch.output.node and emission._version != version:
+                raise RuntimeError(
+                    f"an operation after node {node.name!r} changes its output in place: use inplace=False there"
+                )
+
+    def _find_output(self, out: Tensor) -> None:
+        """The last node whose emission the model returns is its output: it is clamped, and has no state."""
+        output = self.batch.output
+        returned = [(node, emission) for node, emission, _ in self.seen if _is_emission(out, emission)]
+        if not returned:
+            return
+        node, emission = returned[-1]
+        assert node.mu is not None
+        if node.state is not None:  # it has no energy of its own
+            del self.energies[[n for n, *_ in self.seen].index(node)]
+        output.node, self.output_mu, node.state, node.energy = node, node.mu, None, None
+        if emission.shape != out.shape:
+            output.shape = out.shape  # the model flattens or squeezes what its last node emits
+
+    def output_energy(self, out: Tensor) -> Tensor:
+        """The energy ``[S]`` of the output, at what the model returned."""
+        output = self.batch.output
+        if self.head is None:
+            return output.energy(out if output.node is None else self.output_mu, self.first)
+        stands_for, energy = self.head
+        if out is not stands_for:
+            raise RuntimeError(
+                "a pc.Head gives no logits in inference: the model must return what it returns, untouched; "
+                "use nn.Linear for a layer that something follows"
+            )
+        return output.energy_of_rows(energy)
+
+    def close(self) -> None:
+        """Let go of all that holds the graph: a graph holds its pass, and Python cannot collect such a cycle."""
+        self.energies, self.added, self.leaves, self.seen, self.head = [], [], [], [], None
+        self.output_mu = self.output_mu.detach().new_empty(0)
+
+    @contextlib.contextmanager
+    def _in_checkpoint(self) -> Iterator[None]:
+        before, self.checkpointed = self.checkpointed, True
+        try:
+            yield
+        finally:
+            self.checkpointed = before
+
+    @contextlib.contextmanager
+    def _computes_again(self, visits: int) -> Iterator[None]:
+        """Within it a part of the pass is computed again, for its backward, from that visit on."""
+        before, (self.visits, self.again) = (self.visits, self.again), (visits, True)
+        try:
+            with running(self), hold_statistics(self.batch.calls.norms), self._in_checkpoint():
+                yield
+        finally:
+            self.visits, self.again = before
+
+
+def _is_emission(out: Tensor, emission: Tensor) -> bool:
+    """Whether the model returns a node's emission, in its own shape or in another with the elements in their order."""
+    same = out.numel() == emission.numel() and out.data_ptr() == emission.data_ptr()
+    return out is emission or (same and out.is_contiguous() and emission.is_contiguous())

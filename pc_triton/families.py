@@ -73,7 +73,7 @@ class Gaussian(Distribution):
     def error_energy(self, state: Tensor, pi: Tensor, unit: Tensor | None) -> Tensor:
         """The energy ``[S]`` in error form, where it is one of e alone."""
         dtype = torch.promote_types(state.dtype, pi.dtype)
-        norm = torch.linalg.vector_norm(state.view(len(pi), -1), dim=1, dtype=dtype)
+        norm = torch.linalg.vector_norm(state.reshape(len(pi), -1), dim=1, dtype=dtype)
         return 0.5 * self._precision(pi, unit) * (norm * norm)
 
     @contextlib.contextmanager

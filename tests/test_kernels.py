@@ -17,6 +17,7 @@ from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar
 
 MODULES = {"gaussian": gaussian, "gaussian_logvar": gaussian_logvar, "bernoulli": bernoulli, "categorical": categorical}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = os.environ.get("PTX_EMULATED") == "1"  # the compiled code runs in tests/ptx_emulator
 ON_CPU = pytest.mark.skipif(not INTERPRETED, reason="a CPU needs the interpreter: set TRITON_INTERPRET=1")
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")]
 
@@ -24,10 +25,10 @@ Spot = tuple[str, torch.dtype]
 
 
 def spots(*dtypes: torch.dtype):
-    """Device and dtype; bfloat16 is silently wrong in the interpreter, so on a GPU alone."""
+    """Device and dtype; bfloat16 is silently wrong in the interpreter, so where compiled code runs alone."""
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        if dtype != torch.bfloat16:
+        if dtype != torch.bfloat16 or EMULATED:
             yield pytest.param(("cpu", dtype), marks=ON_CPU, id=f"cpu-{name}")
         yield pytest.param(("cuda", dtype), marks=ON_GPU, id=f"cuda-{name}")
 

@@ -14,6 +14,7 @@ import torch
 
 from pc_triton import reference
 from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar
+from pc_triton.kernels.common import tile
 
 MODULES = {"gaussian": gaussian, "gaussian_logvar": gaussian_logvar, "bernoulli": bernoulli, "categorical": categorical}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,8 +60,13 @@ def poison(monkeypatch):
 @pytest.fixture
 def short_rows(monkeypatch):
     """Send rows over 16 columns through the loops of long ones."""
-    monkeypatch.setattr(categorical, "SHORT", 16)
-    monkeypatch.setattr(categorical, "LONG", 32)
+    cut_rows(monkeypatch, 32)
+
+
+def cut_rows(monkeypatch, longest: int) -> None:
+    """Tiles of so many columns for rows over 16, by one warp: of more, two would hold the state of the same place."""
+    tiles = lambda columns: (True, *tile(columns, 1024, 16)) if columns <= 16 else (False, 1, longest, 1)  # noqa: E731
+    monkeypatch.setattr(categorical, "plan", tiles)
 
 
 def double(x):
@@ -247,8 +253,7 @@ def test_attention_over_long_rows(causal, padded, device):
 )
 def test_attention_within_segments(tokens, causal, padded, device, monkeypatch):
     """A document's last tokens, and numbers that no 32 bits hold, mixed; rows of one tile and of two."""
-    monkeypatch.setattr(categorical, "SHORT", 16)
-    monkeypatch.setattr(categorical, "LONG", 16)
+    cut_rows(monkeypatch, 16)
     at = torch.arange(tokens, device=device)
     masks = {"segments": torch.stack([(at + 3) // 7, (at * 5 % 3 - 1) * 2**40])}
     if padded:

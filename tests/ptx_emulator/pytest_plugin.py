@@ -1,24 +1,23 @@
-"""pytest -p ptx_emulator.pytest_plugin --ptx=90: a project's tests of its kernels, compiled for that GPU and run here.
+"""pytest -p ptx_emulator.pytest_plugin --ptx=90: the tests of the kernels, compiled for that GPU and run here.
 
-Tests that skip a CPU where Triton does not interpret look at TRITON_INTERPRET: they are told 1, and Triton is told 0.
-A test in which the emulator has something to report fails (with --ptx-lenient it is listed only).
+Tests that skip a CPU where Triton does not interpret look at TRITON_INTERPRET: they are told 1, and Triton that it
+does not. A test in which the emulator has something to report fails, unless its faults are ``planted``.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 import triton
 
 from . import OPTIONS, STATS, activate
 
-FOUND: dict[str, list[str]] = defaultdict(list)  # a report, and the tests that it comes from
-SECONDS: dict[str, float] = defaultdict(float)  # of each test file: in all, and emulated
-EMULATED: dict[str, float] = defaultdict(float)
+FOUND: dict[str, list[str]] = {}  # a report, and the tests that it comes from
+TOTAL: Counter[str] = Counter()  # launches and instructions, in all processes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,32 +45,42 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    if not item.config.getoption("--ptx"):
+    """Fail a test for what the emulator reports."""
+    if not item.config.getoption("--ptx") or item.get_closest_marker("planted"):
         return (yield)
     STATS.reports.clear()
-    started, before = time.perf_counter(), STATS.seconds
     try:
         result = yield
     finally:
-        file = item.nodeid.partition("::")[0]
-        SECONDS[file] += time.perf_counter() - started
-        EMULATED[file] += STATS.seconds - before
         for report in STATS.reports:
-            FOUND[report].append(item.nodeid)
-    planted = item.get_closest_marker("planted") is not None
-    if STATS.reports and not planted and not item.config.getoption("--ptx-lenient"):
+            FOUND.setdefault(report, []).append(item.nodeid)
+    if STATS.reports and not item.config.getoption("--ptx-lenient"):
         pytest.fail("\n".join(STATS.reports), pytrace=False)
     return result
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist sends what it counted to the first one."""
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["ptx"] = {"launches": STATS.launches, "instructions": STATS.instructions}, FOUND
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    counts, found = getattr(node, "workeroutput", {}).get("ptx", ({}, {}))
+    TOTAL.update(counts)
+    for report, tests in found.items():
+        FOUND.setdefault(report, []).extend(tests)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     arch = config.getoption("--ptx")
     if not arch:
         return
+    TOTAL.update(launches=STATS.launches, instructions=STATS.instructions)
     write = terminalreporter.write_line
-    terminalreporter.section(f"kernels emulated from sm_{arch} PTX, warps in order {OPTIONS.order!r}")
-    write(f"{STATS.launches} launches, {STATS.instructions:.2e} instructions of warps, {STATS.seconds:.0f} s")
-    for file in sorted(SECONDS):
-        write(f"  {file}: {SECONDS[file]:.0f} s, {EMULATED[file]:.0f} s of it in launches")
+    terminalreporter.section(f"compiled for sm_{arch} by Triton {triton.__version__}, warps in order {OPTIONS.order!r}")
+    write(f"{TOTAL['launches']} launches, {TOTAL['instructions']:.2e} instructions of warps, {len(FOUND)} reports")
     for report, tests in FOUND.items():
         write(f"  {report}\n    in {len(tests)} tests, first {tests[0]}")

@@ -16,6 +16,12 @@ import triton
 
 from . import OPTIONS, STATS, activate
 
+# What Triton emits by itself, whatever a kernel says, and ptxas makes good or hardware has borne so far: listed in the
+# summary, and no failure. By the versions of Triton that do so.
+COMPILERS = {
+    "wgmma reads what was copied by cp.async with no fence.proxy.async since": ("3.6.",),
+    "a wgmma uses registers that are written after the last wgmma.fence": ("3.6.", "3.9."),
+}
 FOUND: dict[str, list[str]] = {}  # a report, and the tests that it comes from
 TOTAL: Counter[str] = Counter()  # launches and instructions, in all processes
 
@@ -43,6 +49,10 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     activate(given.ptx)
 
 
+def of_the_compiler(report: str) -> bool:
+    return any(what in report and triton.__version__.startswith(versions) for what, versions in COMPILERS.items())
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Fail a test for what the emulator reports."""
@@ -54,8 +64,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     finally:
         for report in STATS.reports:
             FOUND.setdefault(report, []).append(item.nodeid)
-    if STATS.reports and not item.config.getoption("--ptx-lenient"):
-        pytest.fail("\n".join(STATS.reports), pytrace=False)
+    faults = [report for report in STATS.reports if not of_the_compiler(report)]
+    if faults and not item.config.getoption("--ptx-lenient"):
+        pytest.fail("\n".join(faults), pytrace=False)
     return result
 
 

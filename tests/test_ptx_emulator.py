@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from ptx_emulator import OPTIONS, STATS, Fault, Kernel
 from test_kernels import EMULATED
+from triton.runtime.driver import driver
 
 if not EMULATED:
     pytest.skip("runs on the emulator: see docs/kernel.md", allow_module_level=True)
@@ -19,7 +20,10 @@ ORDERS = ("step", "forward", "reverse", "random")
 def order(request, monkeypatch):
     monkeypatch.setattr(OPTIONS, "order", request.param)
     STATS.reports.clear()
+    before = driver.active.get_current_target().arch
     ptx_emulator.activate(80)
+    yield
+    ptx_emulator.activate(before)
 
 
 @triton.jit

@@ -12,6 +12,9 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+if "PTX_EMULATED" in os.environ:  # a process of pytest-xdist inherits both, and Triton looks when it is imported
+    del os.environ["TRITON_INTERPRET"]
 import triton
 
 from . import OPTIONS, STATS, activate

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 if "PTX_EMULATED" in os.environ:  # a process of pytest-xdist inherits both, and Triton looks when it is imported
-    del os.environ["TRITON_INTERPRET"]
+    os.environ.pop("TRITON_INTERPRET", None)
 import triton
 
 from . import OPTIONS, STATS, activate
@@ -43,13 +43,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Before any conftest.py, which may import kernels."""
     given = early_config.known_args_namespace
-    if not given.ptx:
-        return
-    OPTIONS.order, OPTIONS.seed = given.ptx_order, given.ptx_seed
-    OPTIONS.late, OPTIONS.check = not given.ptx_early, not given.ptx_unchecked
+    if given.ptx:
+        late, check = int(not given.ptx_early), int(not given.ptx_unchecked)
+        os.environ["PTX_EMULATED"] = f"{given.ptx} {given.ptx_order} {given.ptx_seed} {late} {check}"
+        begin()
+
+
+def begin() -> None:
+    arch, OPTIONS.order, seed, late, check = os.environ["PTX_EMULATED"].split()
+    OPTIONS.seed, OPTIONS.late, OPTIONS.check = int(seed), late == "1", check == "1"
     triton.knobs.runtime.interpret = False
-    os.environ |= {"TRITON_INTERPRET": "1", "PTX_EMULATED": "1"}
-    activate(given.ptx)
+    os.environ["TRITON_INTERPRET"] = "1"
+    activate(int(arch))
+
+
+if "PTX_EMULATED" in os.environ:  # a process of pytest-xdist, which imports its plugins after the hook
+    begin()
 
 
 def of_the_compiler(report: str) -> bool:

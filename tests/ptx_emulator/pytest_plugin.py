@@ -7,14 +7,9 @@ does not. A test in which the emulator has something to report fails, unless its
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Generator
-from typing import Any
 
 import pytest
-
-if "PTX_EMULATED" in os.environ:  # a process of pytest-xdist inherits both, and Triton looks when it is imported
-    os.environ.pop("TRITON_INTERPRET", None)
 import triton
 
 from . import OPTIONS, STATS, activate
@@ -26,7 +21,6 @@ COMPILERS = {
     "a wgmma uses registers that are written after the last wgmma.fence": ("3.6.", "3.9."),
 }
 FOUND: dict[str, list[str]] = {}  # a report, and the tests that it comes from
-TOTAL: Counter[str] = Counter()  # launches and instructions, in all processes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,22 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Before any conftest.py, which may import kernels."""
     given = early_config.known_args_namespace
-    if given.ptx:
-        late, check = int(not given.ptx_early), int(not given.ptx_unchecked)
-        os.environ["PTX_EMULATED"] = f"{given.ptx} {given.ptx_order} {given.ptx_seed} {late} {check}"
-        begin()
-
-
-def begin() -> None:
-    arch, OPTIONS.order, seed, late, check = os.environ["PTX_EMULATED"].split()
-    OPTIONS.seed, OPTIONS.late, OPTIONS.check = int(seed), late == "1", check == "1"
+    if not given.ptx:
+        return
+    OPTIONS.order, OPTIONS.seed = given.ptx_order, given.ptx_seed
+    OPTIONS.late, OPTIONS.check = not given.ptx_early, not given.ptx_unchecked
     triton.knobs.runtime.interpret = False
-    os.environ["TRITON_INTERPRET"] = "1"
-    activate(int(arch))
-
-
-if "PTX_EMULATED" in os.environ:  # a process of pytest-xdist, which imports its plugins after the hook
-    begin()
+    os.environ |= {"TRITON_INTERPRET": "1", "PTX_EMULATED": "1"}
+    activate(given.ptx)
 
 
 def of_the_compiler(report: str) -> bool:
@@ -82,28 +67,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     return result
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A process of pytest-xdist sends what it counted to the first one."""
-    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
-    if output is not None:
-        output["ptx"] = {"launches": STATS.launches, "instructions": STATS.instructions}, FOUND
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any, error: object) -> None:
-    counts, found = getattr(node, "workeroutput", {}).get("ptx", ({}, {}))
-    TOTAL.update(counts)
-    for report, tests in found.items():
-        FOUND.setdefault(report, []).extend(tests)
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     arch = config.getoption("--ptx")
     if not arch:
         return
-    TOTAL.update(launches=STATS.launches, instructions=STATS.instructions)
     write = terminalreporter.write_line
     terminalreporter.section(f"compiled for sm_{arch} by Triton {triton.__version__}, warps in order {OPTIONS.order!r}")
-    write(f"{TOTAL['launches']} launches, {TOTAL['instructions']:.2e} instructions of warps, {len(FOUND)} reports")
+    write(f"{STATS.launches} launches, {STATS.instructions:.2e} instructions of warps, {len(FOUND)} reports")
     for report, tests in FOUND.items():
         write(f"  {report}\n    in {len(tests)} tests, first {tests[0]}")

@@ -135,7 +135,8 @@ def tile_row(u, mu, d, live, ROWS: tl.constexpr):
     peak_mu, total_mu, weights_mu, _ = online_softmax(mu, live, low, nil)
     flat_u, inverse_u = settle(peak_u, total_u)
     flat_mu, inverse_mu = settle(peak_mu, total_mu)
-    mean_d = tl.sum(weights * d, axis=1, keep_dims=True) * inverse_u
+    products = tl.where(live, weights * d, 0.0)  # chosen, so that no fused add makes each lane's sum another
+    mean_d = tl.sum(products, axis=1, keep_dims=True) * inverse_u
     kl = mean_d - (flat_u - flat_mu) - tl.log(inverse_mu / inverse_u)
     terms = kl_parts(weights * inverse_u, weights_mu * inverse_mu, d - mean_d, kl)
     kl = kl_of(tl.sum(terms, axis=1, keep_dims=True), kl)

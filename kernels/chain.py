@@ -300,6 +300,7 @@ def _chain(
             place = precision_ptr + (last - 1 - i) * S + rows
             pi = tl.load(place, mask=inside, other=1.0)
             if t == 0:
+                tl.debug_barrier()  # every warp has read the mean of mu^2 before one of them overwrites it
                 unit = tl.full([ROWS, 1], 1.0, tl.float32)
                 if AUTO:
                     unit = pi

@@ -14,9 +14,11 @@ import torch
 
 from pc_triton import reference
 from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar
+from pc_triton.kernels.common import tile
 
 MODULES = {"gaussian": gaussian, "gaussian_logvar": gaussian_logvar, "bernoulli": bernoulli, "categorical": categorical}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = "PTX_EMULATED" in os.environ  # the compiled code runs in tests/ptx_emulator
 ON_CPU = pytest.mark.skipif(not INTERPRETED, reason="a CPU needs the interpreter: set TRITON_INTERPRET=1")
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")]
 
@@ -24,10 +26,10 @@ Spot = tuple[str, torch.dtype]
 
 
 def spots(*dtypes: torch.dtype):
-    """Device and dtype; bfloat16 is silently wrong in the interpreter, so on a GPU alone."""
+    """Device and dtype; bfloat16 is silently wrong in the interpreter, so where compiled code runs alone."""
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        if dtype != torch.bfloat16:
+        if dtype != torch.bfloat16 or EMULATED:
             yield pytest.param(("cpu", dtype), marks=ON_CPU, id=f"cpu-{name}")
         yield pytest.param(("cuda", dtype), marks=ON_GPU, id=f"cuda-{name}")
 
@@ -58,8 +60,13 @@ def poison(monkeypatch):
 @pytest.fixture
 def short_rows(monkeypatch):
     """Send rows over 16 columns through the loops of long ones."""
-    monkeypatch.setattr(categorical, "SHORT", 16)
-    monkeypatch.setattr(categorical, "LONG", 32)
+    cut_rows(monkeypatch, 32)
+
+
+def cut_rows(monkeypatch, longest: int) -> None:
+    """Tiles of so many columns for rows over 16, by one warp: of more, two would hold the state of the same place."""
+    tiles = lambda columns: (True, *tile(columns, 1024, 16)) if columns <= 16 else (False, 1, longest, 1)  # noqa: E731
+    monkeypatch.setattr(categorical, "plan", tiles)
 
 
 def double(x):
@@ -246,8 +253,7 @@ def test_attention_over_long_rows(causal, padded, device):
 )
 def test_attention_within_segments(tokens, causal, padded, device, monkeypatch):
     """A document's last tokens, and numbers that no 32 bits hold, mixed; rows of one tile and of two."""
-    monkeypatch.setattr(categorical, "SHORT", 16)
-    monkeypatch.setattr(categorical, "LONG", 16)
+    cut_rows(monkeypatch, 16)
     at = torch.arange(tokens, device=device)
     masks = {"segments": torch.stack([(at + 3) // 7, (at * 5 % 3 - 1) * 2**40])}
     if padded:

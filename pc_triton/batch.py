@@ -8,6 +8,7 @@ graph; `Batch.move` is the backward pass in which the states answer their gradie
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -64,6 +65,8 @@ class ModelPass:
             return mu
         if node.state is None:
             return self._record(node, self._at_prediction(node, mu))
+        if batch.places is not None:
+            return self._record(node, self._placed(node, mu, batch.places.get(node)))
         if self.local:  # u as it is, whatever the order
             u = _u_of(node.state, mu, self.form)
             return self._record(node, *Emit.apply(mu, u, node, self, "state"))
@@ -130,6 +133,18 @@ class ModelPass:
         if self.first and not emission.requires_grad:  # here autograd begins
             emission = emission + emission.new_zeros((), requires_grad=True)
         return emission
+
+    def _placed(self, node: Node, mu: Tensor, u: Tensor | None) -> Tensor:
+        """Put the node's state at u, or at its prediction; what it then emits."""
+        assert node.state is not None
+        prediction = wide(mu.detach())
+        u = prediction if u is None else u
+        clamped = self.batch.clamp_input
+        if node.family is self.batch.input_node and isinstance(clamped, Tensor):
+            u = torch.where(clamped, prediction, u)
+        node.state = (u - prediction if self.form == "error" else u.clone()).to(node.state.dtype)
+        node.moved = True
+        return node.family.emission(u, **node.frozen).to(mu.dtype)
 
     def _leaf(self, state: Tensor) -> Tensor:
         leaf = state.detach().requires_grad_(self.differentiates)
@@ -285,6 +300,7 @@ class Batch:
         self.output: Node | None = None  # the node whose emission the model returns, if any
         self.output_shape: torch.Size | None = None  # that of what the model returns, where it is another
         self.items: Tensor | None = None  # what the loss is a mean over
+        self.places: dict[Node, Tensor] | None = None  # where the pass under way puts states u: see `place`
         self.begins: Callable[[Node], None] | None = None  # gives a node its state in the first pass already
         self.out = torch.empty(0)  # what the model returned in the last pass
         self.energies: list[Tensor] = []  # F [S] of every pass
@@ -302,7 +318,9 @@ class Batch:
                 f"mask is {self.mask.dtype} {tuple(self.mask.shape)}: give a bool tensor {tuple(self.target.shape)}, "
                 "True where y is clamped"
             )
-        self.target = torch.where(self.mask, self.target, 0)
+        first = self.mask.flatten().int().argmax().view(1)  # a value that is clamped fits the output's family
+        fill = self.target.flatten().index_select(0, first)
+        self.target = torch.where(self.mask, self.target, fill.nan_to_num() if fill.is_floating_point() else fill)
 
     # Passes.
 
@@ -325,7 +343,7 @@ class Batch:
                 held.enter_context(hold_statistics([] if first else self.calls.norms))
                 held.enter_context(hold_weights([] if learns else self.weights))
                 held.enter_context(self._errors_in_the_graph(here))
-                held.enter_context(self.calls.eager() if first else self.calls.traced())
+                held.enter_context(self.calls.eager() if first or self.places is not None else self.calls.traced())
                 args = self.args if self.clamp_input is True else (self._free_input(), *self.args[1:])
                 out = self.calls.run(self.model, *args, **self.kwargs)
                 self.out = out["logits"] if isinstance(out, Mapping) and "logits" in out else out
@@ -409,6 +427,10 @@ class Batch:
         labels = isinstance(family, Categorical) and not target.is_floating_point()
         if labels:
             energy = wide(family.clamped(mu, self.labels(family)))
+        elif self.mask is None:
+            energy = wide(family.clamped(mu, target))
+        elif len(inspect.signature(family.clamped).parameters) < 3:
+            raise TypeError(f"{type(family).__name__}.clamped(mu, target) takes no mask: give it the argument mask=None")
         else:
             energy = wide(family.clamped(mu, target, self.mask))
         return energy if self.output_weight == 1 else self.output_weight * energy
@@ -437,6 +459,15 @@ class Batch:
     def at_prediction(self, *, learns: bool = False) -> Tensor:
         """F ``[S]`` with every node at its prediction, where it is made."""
         return self.free_energy(first=True, learns=learns, moves=False)
+
+    def place(self, states: dict[Node, Tensor]) -> None:
+        """Put the states of these nodes at u, by one pass of the model; all others are at the predictions that follow."""
+        self.places = states
+        try:
+            self.free_energy(moves=False, shows=True)
+        finally:
+            self.places = None
+        self.energies.pop()
 
     def learn(self, *, local: bool = False) -> Tensor:
         """The learning pass: F ``[S]``, whose backward leaves the weight gradients.
@@ -468,7 +499,10 @@ class Batch:
             if in_units and node.family.measured:
                 node.unit = (sum_samples(wide(mu) ** 2, self.samples) * (self.samples / mu.numel())).sqrt()
             squared = node.family.fall(mu, grad, self.samples, node.unit, **node.frozen)
-            node.precision = precision(node, squared, free_energy, len(reached))
+            pi = precision(node, squared, free_energy, len(reached))
+            if not isinstance(pi, Tensor) or pi.shape != free_energy.shape:
+                raise ValueError(f"precision: {precision!r} gave no tensor {tuple(free_energy.shape)}, pi of each sample")
+            node.precision = pi.to(free_energy.dtype)
             node.squared = squared
         return reached
 

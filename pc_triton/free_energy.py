@@ -242,7 +242,7 @@ class FreeEnergy(nn.Module):
     ) -> tuple[Tensor, Batch]:
         """The loss of a call, and the batch behind it with its states; arguments and errors as in a call."""
         batch = self.batch(x, y, mask=mask)
-        if self.moves == 0:
+        if self.moves == 0 and start is None and not self.local:
             return self._per_item(batch, batch.at_prediction(learns=True)), batch
         with hold_gathered(self):
             self.settle(batch, self.moves, start)
@@ -266,8 +266,8 @@ class FreeEnergy(nn.Module):
         ``order="incremental"``, a state_optimizer or a model that FSDP2 shards, at the first batch for dropout or, on a
         GPU, any random numbers.
         """
-        if self.order == "incremental" or self.state_optimizer is not None:
-            raise ValueError("compile() needs order error, sweep or simultaneous, and state_optimizer=None")
+        if self.order == "incremental" or self.state_optimizer is not None or self.stop is not None:
+            raise ValueError("compile() needs order error, sweep or simultaneous, state_optimizer=None and stop=None")
         if self.sharded:
             raise ValueError(
                 "compile() needs whole parameters: give a model that FSDP2 shards to torch.compile instead"
@@ -364,6 +364,8 @@ class FreeEnergy(nn.Module):
                 if rose or parallel.together():  # all processes make the same passes
                     energy = batch.probe()
         states = {name: node.emission.detach() for name, node in batch.named_nodes().items()}
+        if isinstance(clamp_input, Tensor):
+            states["input"] = torch.where(clamp_input, x, states["input"])
         return Settled(x if clamp_input is True else states["input"], batch.out.detach(), energy, states)
 
     @torch.inference_mode(False)

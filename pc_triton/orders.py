@@ -16,10 +16,11 @@ from torch import Tensor
 
 from . import parallel
 from .batch import Batch
+from .checks import check_finite
 from .families import Gaussian
 from .node import Gradient, Move, Node
 from .reference import wide
-from .rules import Constant, Fixed, Rules
+from .rules import Constant, Fixed, Guarded, Rules
 
 Start = Mapping[str, Tensor] | Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 """States u by the name of their node, or a function of the predictions by name that gives them."""
@@ -34,13 +35,18 @@ def error(batch: Batch, rules: Rules, moves: int, start: Start | None = None) ->
     pushes = batch.calibrate(free_energy, rules.precision)
     f0 = free_energy.detach()
     del free_energy  # with the graph below the first node
-    if start is not None or rules.state_optimizer is not None or moves == 0:
+    stays = start is not None or rules.state_optimizer is not None or moves == 0
+    if stays or batch.watch is not None:
         for node, _ in pushes:
             assert node.mu is not None
             node.state = torch.zeros_like(wide(node.mu), dtype=rules.state_dtype)
+    if stays:
         _start_at(batch, start)
         steps, left = rules.step.start(f0, None, True), moves
+        batch.energies.clear()  # F at the states that the first move starts from is still to be taken
     else:
+        if batch.watch is not None:
+            batch.watch(batch)
         slope = sum((node.squared / node.precision for node, _ in pushes), torch.zeros_like(f0))
         steps, left = rules.step.start(f0, slope, rules.remembers), moves - 1
         step = torch.full_like(f0, rules.step.first)
@@ -77,9 +83,13 @@ def incremental(batch: Batch, rules: Rules, moves: int, start: Start | None = No
     first, steps = _begin(batch, rules, start, learns=True)
     for _ in range(moves):
         free_energy = batch.free_energy(learns=True, moves=True) if first is None else first
-        step = steps.step
-        batch.last.response = Move(1 - step, step, scaled=True)
+        last = rules.stop is not None and parallel.agreed(rules.stop(batch.energies))
+        guarded = isinstance(steps, Guarded)  # F falls and rises as the weights move, which no guard can tell apart
+        keep, move = Constant.next(steps, batch.nodes, free_energy) if guarded else steps.next(batch.nodes, free_energy.detach())
+        batch.last.response = Move(keep, move, scaled=True)
         yield free_energy
+        if last:
+            return
         first = None
 
 
@@ -99,7 +109,9 @@ def descend(
     for _ in range(moves):
         if batch.watch is not None:
             batch.watch(batch)
-            first = None
+            if first is not None:  # its backward pass would now answer the watch's pass
+                batch.energies.pop()
+                first = None
         free_energy = batch.free_energy() if first is None else first
         first = None
         if rules.stop is not None and parallel.agreed(rules.stop(batch.energies)):
@@ -112,8 +124,9 @@ def descend(
             still = min((node.number for node in batch.nodes if node.moved), default=math.inf) if skips else -math.inf
             batch.move(free_energy, Move(*steps.next(batch.nodes, free_energy.detach()), sweep, still))
         del free_energy  # with its graph, before the next is made
-    if batch.watch is not None:
-        batch.watch(batch)
+    else:
+        if batch.watch is not None:
+            batch.watch(batch)
     return steps
 
 
@@ -144,25 +157,27 @@ def _begin(
         node.state = wide(node.mu).clone()
     _start_at(batch, start)
     _let_go(batch)
+    batch.energies.clear()  # F at the states that the first move starts from is still to be taken
     return None, rules.step.start(free_energy.detach(), None, rules.remembers)
 
 
 def _start_at(batch: Batch, start: Start | None) -> None:
-    """Put the states where ``start`` says, each a tensor of its prediction's shape."""
+    """Put the states where ``start`` says; the others, at the predictions that follow from those."""
     if start is None:
         return
-    named = batch.named_nodes()
-    predictions = {name: node.mu.detach() for name, node in named.items() if node.mu is not None}
+    free = {name: node for name, node in batch.named_nodes().items() if node.state is not None}
+    predictions = {name: node.mu.detach() for name, node in free.items() if node.mu is not None}
+    states: dict[Node, Tensor] = {}
     for name, u in (start(predictions) if callable(start) else start).items():
-        if name not in named:
-            raise ValueError(f"start: no node {name!r} in the model; its nodes are {', '.join(named)}")
-        node, mu = named[name], predictions[name]
-        if u.shape != mu.shape:
-            raise ValueError(f"start: the state of {name!r} has shape {tuple(u.shape)}: give {tuple(mu.shape)}")
-        if node.state is not None:
-            u = u.detach().to(node.state.device, wide(mu).dtype)
-            node.state = (u - wide(mu) if batch.form == "error" else u.clone()).to(node.state.dtype)
-            node.moved = True
+        if name not in free:
+            raise ValueError(f"start: no free node {name!r}; the nodes that the output depends on: {', '.join(free)}")
+        mu = predictions[name]
+        if not isinstance(u, Tensor) or u.shape != mu.shape:
+            given = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
+            raise ValueError(f"start: the state of {name!r} is {given}: give a tensor {tuple(mu.shape)}")
+        check_finite(f"start[{name!r}]", u)
+        states[free[name]] = u.detach().to(mu.device, wide(mu).dtype)
+    batch.place(states)
 
 
 def _let_go(batch: Batch) -> None:

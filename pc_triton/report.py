@@ -56,10 +56,10 @@ class Report:
     worst_cosine: float
     """The smallest such cosine of one parameter, of those whose gradient is more than rounding."""
     total_to_local: float = 1.0
-    """Norm of the weight gradient over that of each node's own energy alone (E_local of Goemaere et al. 2025).
+    """Norm of the weight gradient over that of the gradient by each node's own energy alone, at the same states.
 
-    State orders learn by the latter. In error order the gradient is the total derivative, with e held: the two agree
-    where inference is settled.
+    State orders, and ``local=True``, learn by the latter, and have 1 here. In error order the weight gradient is the
+    total derivative with e held (Goemaere et al. 2025). The two agree where inference is settled.
     """
 
     @property
@@ -110,7 +110,8 @@ class Report:
         for node in self.nodes:
             numbers = f"{node.precision:>9.3g}  {node.energy:>9.3g}  {node.residual:>8.2g}"
             lines.append(f"{node.name:<{width}}  {node.family:<14}  {numbers}")
-        return "\n".join([*lines, self._falls, self.regime])
+        own = f"weight gradient: {self.total_to_local:.5g} times that of each node's own energy"
+        return "\n".join([*lines, self._falls, own, self.regime])
 
 
 def table(report: Report) -> str:
@@ -151,7 +152,8 @@ def report(
         random = batch.random  # every run below sees the same noise
         settle(batch)
         last = batch.probe()
-        local = _gradients(batch.learn(local=True).sum(), parameters)
+        free_energies = batch.energies[-moves - 1 :]
+        local = _gradients(batch.learn(local=True).sum(), parameters) if batch.form == "error" else None
         random.restore()
         begun = make(form="error")
         free, at_prediction, long_run = _long_run(begun, rules, batch)
@@ -175,12 +177,12 @@ def report(
     cosines = [_cosine([g], [b]) for g, b in zip(learning, backpropagation) if b.norm() > rounding]
     return Report(
         nodes,
-        tuple(float(e.sum()) / items for e in [*batch.energies[:-1]][-moves - 1 :]),
+        tuple(float(e.sum()) / items for e in free_energies),
         float(torch.minimum(long_run, last).sum()) / items,
         _ratio([node.residual for node in free.values()], list(at_prediction.values())),
         _cosine(learning, backpropagation),
         min(cosines, default=1.0),
-        _ratio(learning, [g / items for g in local]),
+        1.0 if local is None else _ratio(learning, [g / items for g in local]),
     )
 
 

@@ -66,7 +66,8 @@ class ModelPass:
         if node.state is None:
             return self._record(node, self._at_prediction(node, mu))
         if batch.places is not None:
-            return self._record(node, self._placed(node, mu, batch.places.get(node)))
+            emission = self._placed(node, mu, batch.places.get(node))
+            return self._record(node, emission, wide(mu.detach()).new_zeros(batch.samples))
         if self.local:  # u as it is, whatever the order
             u = _u_of(node.state, mu, self.form)
             return self._record(node, *Emit.apply(mu, u, node, self, "state"))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from . import checkpoint, parallel, reference
 from .data import StreamData, TextData
 from .dispatch import backend
-from .distributions import Gaussian
+from .families import Gaussian
 from .evaluate import perplexity, regime, target, unigram_perplexity
 from .free_energy import FreeEnergy
 from .memory import free_memory, step_memory

@@ -75,23 +75,35 @@ class FreeEnergy(nn.Module):
             has reached the top t nodes, and nothing below is computed backwards. ``"sweep"``: top-down, each node with
             the already moved error of those above. Both cost (2 T + 2) / 3, and 2 / 3 more with "auto".
             ``"incremental"``: the weights move at every step (Salvatori et al. 2024, arXiv 2212.00720); see
-            `incremental`.
+            `incremental`. Or an order of your own: a function settle(batch, rules, moves, start) that settles states
+            u, or an `Order` of it.
         precision: pi > 0 of every hidden node, which multiplies its energy (a Gaussian's variance is 1 / pi); or
             ``"auto"``: set per node and sample from the displacement, Gaussian errors in units of the node's root mean
-            square.
+            square. They are short for `Fixed` and `Displacement`. Or any function (node, squared, free_energy, nodes)
+            to pi ``[S]``, as in `rules.Precision`.
         displacement: with "auto", delta, the fraction of F that inference may explain away, each node the same part
             of it: 0 < delta < 1.
         step: 0 < step <= 1 in natural-gradient units (see ``reference.py``), for every move. None: it begins at 0.25
             for error, 0.5 for sweep, 0.2 else, and each later move but those of "incremental" is guarded: per sample,
             it first takes back a move that raised F and adapts the step, in error order by the parabola through F.
+            Numbers are short for `Constant`, None for `Guarded`; or give a subclass of either.
         state_optimizer: None for the plain step, or a function that makes a ``torch.optim`` optimiser of the list of
             states, as in ``lambda states: torch.optim.SGD(states, lr=0.5, momentum=0.3)``; it is given the natural
             gradient, of which lr = 1 is Newton's step. Adam's moves have the size of its lr, in units of the states: it
             goes with a precision that you set. Not for "sweep" and "incremental", which move within the backward pass.
+            Where it draws random numbers it gets new ones at every step; those of the model stay the same in a batch.
         state_dtype: what the states are kept in between the passes. None or ``torch.float32``: float32, and float64 in
             a float64 model. ``torch.bfloat16``: half the memory, and fewer bytes in every inference step; arithmetic
             stays as it is, each move is rounded. For order "error" alone, whose errors are small beside u; a chain of
             small layers that runs in one launch keeps its states on the chip, in float32 whatever this says.
+        output_weight: a factor on the energy of the clamped output, and so on the loss. A small one nudges the states
+            towards y, a negative one away from it.
+        stop: ends inference before its T steps. A number: once the last move changed F by at most that fraction of it,
+            in every sample (`Tolerance`). Or a function of the list of F ``[S]`` before the first move and after each
+            so far, that returns True to stop. The weights learn at the states reached.
+        local: True: each node's weights learn from its own energy alone, with the states u held (E_local of Goemaere et
+            al. 2025). The state orders always do. False: the error order learns by the total derivative of F with the
+            errors e held, which is equal to that only where inference is settled.
 
     Several processes: ``DistributedDataParallel(FreeEnergy(model))`` averages the gradients once a training step;
     order "incremental" has no single call to wrap, and takes ``FreeEnergy(DistributedDataParallel(model))``. FSDP2's

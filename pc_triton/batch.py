@@ -1,7 +1,7 @@
 """One batch: F as a function of the weights and of the states of its value nodes.
 
-A state is a leaf tensor. `Batch.free_energy` is one pass of the user's own model under the states, and returns F with its
-graph; `Batch.move` is the backward pass in which the states answer their gradients. What the T moves are is said in
+A state is a leaf tensor. `Batch.free_energy` is one pass of the user's own model under the states, and returns F with
+its graph; `Batch.move` is the backward pass in which the states answer their gradients. What the T moves are is said in
 ``orders.py``; what a move is, in ``node.py``.
 """
 
@@ -26,7 +26,7 @@ from .node import Gradient, Node, Response
 from .operations import Emit, respond_to
 from .plumbing import Calls, RandomState, hold_statistics, hold_weights, ones, sharded_modules
 from .recompute import Again, in_checkpoint
-from .reference import per_sample, sum_samples, wide
+from .reference import sum_samples, wide
 from .rules import Precision
 
 
@@ -229,6 +229,7 @@ class ModelPass:
                 if batch.output.state is not None:  # it has no energy of its own
                     del self.energies[[n for n, *_ in self.seen].index(batch.output)]
                 self.output_shape = emission.shape
+                assert batch.output.mu is not None
                 self.output_mu, batch.output.state, batch.output.energy = batch.output.mu, None, None
         for node, emission, version in self.seen:
             if node is not batch.output and emission._version != version:
@@ -425,13 +426,12 @@ class Batch:
         family = output_family(self.given_output, None if self.output is None else self.output.family, self.target)
         self.count_items(family, mu, here.first)
         target = self.target
-        labels = isinstance(family, Categorical) and not target.is_floating_point()
-        if labels:
+        if isinstance(family, Categorical) and not target.is_floating_point():
             energy = wide(family.clamped(mu, self.labels(family)))
         elif self.mask is None:
             energy = wide(family.clamped(mu, target))
         elif len(inspect.signature(family.clamped).parameters) < 3:
-            raise TypeError(f"{type(family).__name__}.clamped(mu, target) takes no mask: give it the argument mask=None")
+            raise TypeError(f"{type(family).__name__}.clamped(mu, target) takes no mask: add the argument mask=None")
         else:
             energy = wide(family.clamped(mu, target, self.mask))
         return energy if self.output_weight == 1 else self.output_weight * energy
@@ -462,7 +462,7 @@ class Batch:
         return self.free_energy(first=True, learns=learns, moves=False)
 
     def place(self, states: dict[Node, Tensor]) -> None:
-        """Put the states of these nodes at u, by one pass of the model; all others are at the predictions that follow."""
+        """Put the states of these nodes at u, by one pass of the model; the others, at the predictions that follow."""
         self.places = states
         try:
             self.free_energy(moves=False, shows=True)
@@ -502,7 +502,7 @@ class Batch:
             squared = node.family.fall(mu, grad, self.samples, node.unit, **node.frozen)
             pi = precision(node, squared, free_energy, len(reached))
             if not isinstance(pi, Tensor) or pi.shape != free_energy.shape:
-                raise ValueError(f"precision: {precision!r} gave no tensor {tuple(free_energy.shape)}, pi of each sample")
+                raise ValueError(f"precision={precision!r} gave no tensor {tuple(free_energy.shape)}, pi by sample")
             node.precision = pi.to(free_energy.dtype)
             node.squared = squared
         return reached

@@ -321,8 +321,8 @@ class FreeEnergy(nn.Module):
 
         x, y, mask, start: as in a call. ``clamp_input=False`` frees the input: x is then the prediction of a Gaussian
         input node, and is inferred from y together with the hidden states. A bool tensor of x's shape frees it where it
-        is False. With y None too, the model generates from x: the states stay at their predictions (GaussianLogVar nodes
-        at a sample).
+        is False. With y None too, the model generates from x: the states stay at their predictions (GaussianLogVar
+        nodes at a sample).
         Raises ValueError as a call does, and where a free input is no floating-point tensor.
         """
         return self._infer(x, y, clamp_input, mask, start)
@@ -334,9 +334,9 @@ class FreeEnergy(nn.Module):
     ) -> list[dict[str, NodeStep]]:
         """Energy and residual of every node as inference goes: before each of the T moves, and after the last.
 
-        Arguments and errors as in `infer`. Element t of the list has a `NodeStep` for each node that reaches the output,
-        by its name. It costs two passes a step. The guard's last look, by which `infer` takes back a move that raised F,
-        comes after the record.
+        Arguments and errors as in `infer`. Element t of the list has a `NodeStep` for each node that reaches the
+        output, by its name; there are T + 1, or fewer where ``stop`` ended inference. It costs two passes a step. The
+        guard's last look, by which `infer` takes back a move that raised F, comes after the record.
         """
         steps: list[dict[str, NodeStep]] = []
 
@@ -375,7 +375,8 @@ class FreeEnergy(nn.Module):
                 rose = steps.take_back(batch.nodes, energy)
                 if rose or parallel.together():  # all processes make the same passes
                     energy = batch.probe()
-        states = {name: node.emission.detach() for name, node in batch.named_nodes().items()}
+        nodes = batch.named_nodes()
+        states = {name: node.emission.detach() for name, node in nodes.items() if node.emission is not None}
         if isinstance(clamp_input, Tensor):
             states["input"] = torch.where(clamp_input, x, states["input"])
         return Settled(x if clamp_input is True else states["input"], batch.out.detach(), energy, states)

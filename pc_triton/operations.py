@@ -73,7 +73,8 @@ class EmitLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.node, ctx.here = node, here
         ctx.below = ctx.needs_input_grad[0] and node.number > 0  # no node is beneath the first one
-        rows, family, state = x.flatten(0, -2), node.family, leaf.detach()
+        rows, state = x.flatten(0, -2), leaf.detach()
+        family: Any = node.family  # a Gaussian
         ctx.save_for_backward(weight, rows if here.learns else None)
         emission, energy = family.linear_forward(rows, weight, bias, state.flatten(0, -2), node.precision, node.unit)
         ctx.shape = state.shape

@@ -20,7 +20,7 @@ from .checks import check_finite
 from .families import Gaussian
 from .node import Gradient, Move, Node
 from .reference import wide
-from .rules import Constant, Fixed, Guarded, Rules
+from .rules import Constant, Fixed, Rules
 
 Start = Mapping[str, Tensor] | Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 """States u by the name of their node, or a function of the predictions by name that gives them."""
@@ -47,12 +47,11 @@ def error(batch: Batch, rules: Rules, moves: int, start: Start | None = None) ->
     else:
         if batch.watch is not None:
             batch.watch(batch)
-        slope = sum((node.squared / node.precision for node, _ in pushes), torch.zeros_like(f0))
-        steps, left = rules.step.start(f0, slope, rules.remembers), moves - 1
-        step = torch.full_like(f0, rules.step.first)
+        steps, left = rules.step.start(f0, _slope(pushes, f0), rules.remembers), moves - 1
+        keep, move = steps.unguarded(batch.nodes, f0)
         for node, push in pushes:
-            first = {"form": "error", "state_dtype": rules.state_dtype}
-            node.state, _ = node.step(node.mu, None, push, 1 - step, step, **first)
+            assert node.mu is not None
+            node.state, _ = node.step(node.mu, None, push, keep, move, form="error", state_dtype=rules.state_dtype)
             node.moved = True
     _let_go(batch)
     _shift(batch, rules)
@@ -75,7 +74,7 @@ def simultaneous(batch: Batch, rules: Rules, moves: int, start: Start | None = N
 
 
 def incremental(batch: Batch, rules: Rules, moves: int, start: Start | None = None) -> Iterator[Tensor]:
-    """iPC (Salvatori et al. 2024, arXiv 2212.00720, algorithm 1): yields F ``[S]`` with its graph at each of the T steps.
+    """iPC (Salvatori et al. 2024, arXiv 2212.00720, algorithm 1): yields F ``[S]`` with its graph at each of T steps.
 
     Its ``backward()``, which the user calls, leaves the weight gradients and moves the states, both from the same old
     states; the weights may then move before the next step.
@@ -84,9 +83,7 @@ def incremental(batch: Batch, rules: Rules, moves: int, start: Start | None = No
     for _ in range(moves):
         free_energy = batch.free_energy(learns=True, moves=True) if first is None else first
         last = rules.stop is not None and parallel.agreed(rules.stop(batch.energies))
-        guarded = isinstance(steps, Guarded)  # F falls and rises as the weights move, which no guard can tell apart
-        keep, move = Constant.next(steps, batch.nodes, free_energy) if guarded else steps.next(batch.nodes, free_energy.detach())
-        batch.last.response = Move(keep, move, scaled=True)
+        batch.last.response = Move(*steps.unguarded(batch.nodes, free_energy.detach()), scaled=True)
         yield free_energy
         if last:
             return
@@ -130,14 +127,22 @@ def descend(
     return steps
 
 
+def _slope(pushes: list[tuple[Node, Tensor]], free_energy: Tensor) -> Tensor:
+    """How fast F ``[S]`` falls along the first move."""
+    slope = torch.zeros_like(free_energy)
+    for node, _ in pushes:
+        assert node.squared is not None
+        assert node.precision is not None
+        slope = slope + node.squared / node.precision
+    return slope
+
+
 def _give_gradient(node: Node, natural: Tensor) -> None:
     assert node.state is not None
     node.state.grad = natural
 
 
-def _begin(
-    batch: Batch, rules: Rules, start: Start | None, learns: bool = False
-) -> tuple[Tensor | None, Constant]:
+def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False) -> tuple[Tensor | None, Constant]:
     """The states u at their predictions; F there with its graph, unless that went into the precisions."""
     if isinstance(rules.precision, Fixed) and start is None:
         pi = float(rules.precision.pi)

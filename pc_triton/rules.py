@@ -29,8 +29,8 @@ class Precision(Protocol):
 
     node: with its prediction ``mu`` and ``family``. squared: |G|^2 ``[S]``, G the gradient of F in the node's errors at
     the prediction, in units of the node's scale. free_energy: F ``[S]`` there. nodes: how many share F's fall. Returns
-    pi ``[S]``, > 0. An attribute ``in_units = False`` has Gaussian errors counted as they are, and not in units of their
-    node's root mean square.
+    pi ``[S]``, > 0. An attribute ``in_units = False`` has Gaussian errors counted as they are, and not in units of
+    their node's root mean square.
     """
 
     def __call__(self, node: Node, squared: Tensor, free_energy: Tensor, nodes: int) -> Tensor: ...
@@ -107,6 +107,10 @@ class Constant:
         """keep and move ``[S]`` of the next move, for F ``[S]`` at the states of the nodes."""
         return 1 - self.step, self.step
 
+    def unguarded(self, nodes: Sequence[Node], free_energy: Tensor) -> tuple[Tensor, Tensor]:
+        """`next`, where F tells nothing of the move before: there was none, or the weights have moved since."""
+        return self.next(nodes, free_energy)
+
     def take_back(self, nodes: Sequence[Node], free_energy: Tensor) -> bool:
         """Undo the last move in the samples whose F rose by it; whether there were any."""
         return False
@@ -142,6 +146,9 @@ class Guarded(Constant):
         self.moves += 1
         self._remember(nodes, rose)
         return torch.where(rose, back, 1 - self.step), torch.where(rose, torch.zeros_like(back), self.step)
+
+    def unguarded(self, nodes: Sequence[Node], free_energy: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - self.step, self.step
 
     def _remember(self, nodes: Sequence[Node], rose: Tensor) -> None:
         """Keep the states that were accepted; where F rose, go halfway back to them."""

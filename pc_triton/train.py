@@ -24,8 +24,8 @@ from tqdm import tqdm
 from . import checkpoint, parallel, reference
 from .data import StreamData, TextData
 from .dispatch import backend
-from .families import Gaussian
 from .evaluate import perplexity, regime, target, unigram_perplexity
+from .families import Gaussian
 from .free_energy import FreeEnergy
 from .memory import free_memory, step_memory
 from .models import Transformer

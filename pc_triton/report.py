@@ -76,13 +76,13 @@ class Report:
 
     @property
     def regime(self) -> str:
-        """One line: settled fraction, what inference explained away of F, residual, cosines."""
+        """One line: settled fraction, what inference explained away of F, residual, cosines, total to local gradient."""
         if len(self.free_energies) == 1:
             return "backpropagation: the states are at their predictions"
         return (
             f"settled {self.settled:.1%} of the reachable fall in {len(self.free_energies) - 1} moves (it explains "
             f"{self.explained:.2%} of F), residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} "
-            f"(worst parameter {self.worst_cosine:.3f})"
+            f"(worst parameter {self.worst_cosine:.3f}), total to local {self.total_to_local:.4f}"
         )
 
     def scalars(self) -> dict[str, float]:
@@ -110,8 +110,7 @@ class Report:
         for node in self.nodes:
             numbers = f"{node.precision:>9.3g}  {node.energy:>9.3g}  {node.residual:>8.2g}"
             lines.append(f"{node.name:<{width}}  {node.family:<14}  {numbers}")
-        own = f"weight gradient: {self.total_to_local:.5g} times that of each node's own energy"
-        return "\n".join([*lines, self._falls, own, self.regime])
+        return "\n".join([*lines, self._falls, self.regime])
 
 
 def table(report: Report) -> str:

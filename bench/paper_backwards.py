@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 import pc_triton as pc
 
-VARIANCE, LATENT, BATCH, TEST_IMAGES = 0.1, 32, 64, 1000
+LATENT, BATCH, TEST_IMAGES = 32, 64, 1000
+PIXELS = pc.Gaussian(0.1)
+"""The output: a Gaussian of that variance for each pixel."""
 LEARNING_STEPS, FILLING_STEPS = 8, 32  # of the input, in PC with all states
 RATES = (1e-3, 3e-3)
 CHOICES: dict[str, list[Settings]] = {
@@ -36,18 +38,6 @@ SEEDS = (0, 1, 2)
 STEPS = 1000
 
 
-class Visible(pc.Distribution):
-    """An output of which the pixels of a mask ``[D]`` are observed."""
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.mask = mask
-
-    def energy(self, u: Tensor, mu: Tensor) -> Tensor:
-        """A Gaussian's, of the visible pixels."""
-        return self.mask * (u - mu) ** 2 / (2 * VARIANCE)
-
-
 def halves(pixels: int) -> list[Tensor]:
     """Masks ``[D]`` of the visible pixels: the upper, lower, left and right half."""
     side = math.isqrt(pixels)
@@ -56,12 +46,12 @@ def halves(pixels: int) -> list[Tensor]:
     return [upper, ~upper, left, ~left]
 
 
-def descend(model: nn.Module, output: Visible, y: Tensor, steps: int, step: float) -> Tensor:
-    """The input ``[B, LATENT]`` of an image, standard normal a priori, by gradient descent."""
+def descend(model: nn.Module, y: Tensor, steps: int, step: float, mask: Tensor | None = None) -> Tensor:
+    """The input ``[B, LATENT]`` of an image, or of what a mask leaves of it, standard normal a priori, by descent."""
     z = torch.zeros(len(y), LATENT)
     for _ in range(steps):
         z.requires_grad_()
-        loss = output.clamped(model(z), y).sum() + 0.5 * (z**2).sum()
+        loss = PIXELS.clamped(model(z), y, mask).sum() + 0.5 * (z**2).sum()
         z = (z - step * torch.autograd.grad(loss, z)[0]).detach()
     return z
 
@@ -70,22 +60,22 @@ def run(settings: Settings, data: Path | None) -> Record:
     """Train one network by Adam; its score is the hidden halves' squared error, in that of the mean image."""
     found, method = images(data, settings["tuning"]), settings["method"]
     pixels = found.x.shape[1]
-    masks, everything = halves(pixels), Visible(torch.ones(pixels, dtype=torch.bool))
+    masks = halves(pixels)
     torch.manual_seed(settings["seed"])
     inputs = pixels if method == "bp, from the visible half" else LATENT
     model = nn.Sequential(pc.Linear(inputs, 128), nn.Tanh(), nn.Linear(128, pixels))
     optimizer = torch.optim.Adam(model.parameters(), settings["lr"])
     inference: Settings = {"order": "error", "precision": settings.get("precision", 1.0)}
-    free_energy = pc.FreeEnergy(model, everything, steps=LEARNING_STEPS, **inference)
+    free_energy = pc.FreeEnergy(model, PIXELS, steps=LEARNING_STEPS, **inference)
     for step in range(settings["training_steps"]):
         y = found.x[torch.randint(len(found.x), (BATCH,))]
         if method == "pc":
             z = free_energy.infer(torch.zeros(BATCH, LATENT), y, clamp_input=False).input
             loss = free_energy(z, y)
         elif inputs == LATENT:
-            loss = everything.clamped(model(descend(model, everything, y, LEARNING_STEPS, settings["step"])), y).mean()
+            loss = PIXELS.clamped(model(descend(model, y, LEARNING_STEPS, settings["step"])), y).mean()
         else:
-            loss = everything.clamped(model(masks[step % len(masks)] * y), y).mean()
+            loss = PIXELS.clamped(model(masks[step % len(masks)] * y), y).mean()
         if not loss.isfinite():
             return {"diverged": f"the loss is {loss.item()} at step {step}"}
         optimizer.zero_grad()
@@ -94,10 +84,10 @@ def run(settings: Settings, data: Path | None) -> Record:
 
     def fill(mask: Tensor, y: Tensor) -> Tensor:
         if method == "pc":
-            backwards = pc.FreeEnergy(model, Visible(mask), steps=FILLING_STEPS, **inference)
-            return backwards.infer(torch.zeros(len(y), LATENT), mask * y, clamp_input=False).output
+            backwards = pc.FreeEnergy(model, PIXELS, steps=FILLING_STEPS, **inference)
+            return backwards.infer(torch.zeros(len(y), LATENT), y, clamp_input=False, mask=mask.expand_as(y)).output
         if inputs == LATENT:
-            return model(descend(model, Visible(mask), mask * y, FILLING_STEPS, settings["step"])).detach()
+            return model(descend(model, y, FILLING_STEPS, settings["step"], mask.expand_as(y))).detach()
         return model(mask * y).detach()
 
     test, errors, of_mean = found.test_x[:TEST_IMAGES], 0.0, 0.0

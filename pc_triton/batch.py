@@ -91,7 +91,9 @@ class Batch(Nodes):
                     held.enter_context(hold_weights(self.weights))
                 if self.calls.compiled:
                     self._put_errors_in_the_graph(here, held)
-                    held.enter_context(self.calls.eager() if first or local else self.calls.traced())
+                    held.enter_context(
+                        self.calls.eager() if first or local or self.places is not None else self.calls.traced()
+                    )
                 args = self.args if self.clamp_input is True else (self._free_input(), *self.args[1:])
                 out = self.calls.run(self.model, *args, **self.kwargs)
                 self.out = out["logits"] if isinstance(out, Mapping) and "logits" in out else out
@@ -167,6 +169,15 @@ class Batch(Nodes):
         for node in self.nodes:
             node.mu = node.emission = None
 
+    def place(self, states: dict[Node, Tensor]) -> None:
+        """Put the states of these nodes at u, by one pass of the model; the others, at the predictions that follow."""
+        self.places = states
+        try:
+            self.free_energy(moves=False, shows=True)
+        finally:
+            self.places = None
+        self.energies.pop()
+
     def learn(self, *, local: bool = False) -> Tensor:
         """The learning pass: F ``[S]``, whose backward leaves the weight gradients.
 
@@ -198,6 +209,9 @@ class Batch(Nodes):
             if in_units and node.family.measured:
                 node.unit = (sum_samples(wide(mu) ** 2, self.samples) * (self.samples / mu.numel())).sqrt()
             squared = node.family.fall(mu, grad, self.samples, node.unit, **node.frozen)
-            node.precision = precision(node, squared, free_energy, len(reached))
+            pi = precision(node, squared, free_energy, len(reached))
+            if not isinstance(pi, Tensor) or pi.shape != free_energy.shape:
+                raise ValueError(f"precision={precision!r} gave no tensor {tuple(free_energy.shape)}, pi by sample")
+            node.precision = pi.to(free_energy.dtype)
             slope = slope + squared / node.precision
         return reached, slope

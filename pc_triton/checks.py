@@ -100,3 +100,28 @@ def check_free_input(x: Any, clamp_input: Any) -> None:
             f"clamp_input is {clamp_input.dtype} {tuple(clamp_input.shape)}: give a bool, or a bool tensor "
             f"{tuple(x.shape)}, True where x is clamped"
         )
+
+
+def check_options(
+    steps: Any, order: Any, form: str, optimizes: bool, state_dtype: torch.dtype | None, output_weight: Any
+) -> None:
+    """Raise ValueError for an option out of range, or for two that do not go together."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r}: the number of inference steps is a whole number of at least 1")
+    if optimizes and order in ("sweep", "incremental"):
+        raise ValueError(f"order={order!r} moves its states within the backward pass: leave state_optimizer=None")
+    if state_dtype not in (None, torch.bfloat16):
+        raise ValueError(f"state_dtype={state_dtype!r}: give torch.float32, torch.bfloat16 or None")
+    if state_dtype is not None and form != "error":
+        raise ValueError(
+            f"state_dtype=torch.bfloat16 with order={order!r}, whose states are u: rounded, they lose the small "
+            "u - mu; use order='error', or float32 states"
+        )
+    if state_dtype is not None and optimizes:
+        raise ValueError(
+            "state_dtype=torch.bfloat16 with a state_optimizer, which would do its arithmetic in it: leave "
+            "state_optimizer=None, or use float32 states"
+        )
+    number = isinstance(output_weight, (int, float)) and not isinstance(output_weight, bool)
+    if not (number and math.isfinite(output_weight)):
+        raise ValueError(f"output_weight={output_weight!r}: give a finite number; a negative one nudges away")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -14,14 +13,14 @@ from torch import Tensor, nn
 from . import orders, parallel
 from .batch import Batch
 from .chain import chain_loss
-from .checks import check_free_input, check_model
+from .checks import check_free_input, check_model, check_options
 from .context import outside_graphs, prepare_compiler
 from .distributions import Distribution
 from .families import Gaussian
 from .orders import Order, Start, as_order
 from .plumbing import Calls, hold_gathered, hold_statistics, sharded_modules
 from .report import Report, report
-from .rules import Constant, Guarded, Precision, Rules, StateOptimizer, as_precision, as_step, as_stop, is_number
+from .rules import Constant, Guarded, Precision, Rules, StateOptimizer, as_precision, as_step, as_stop
 
 OrderName = Literal["error", "sweep", "simultaneous", "incremental"]
 
@@ -76,23 +75,35 @@ class FreeEnergy(nn.Module):
             has reached the top t nodes, and nothing below is computed backwards. ``"sweep"``: top-down, each node with
             the already moved error of those above. Both cost (2 T + 2) / 3, and 2 / 3 more with "auto".
             ``"incremental"``: the weights move at every step (Salvatori et al. 2024, arXiv 2212.00720); see
-            `incremental`.
+            `incremental`. Or an order of your own: a function settle(batch, rules, moves, start) that settles states
+            u, or an `Order` of it.
         precision: pi > 0 of every hidden node, which multiplies its energy (a Gaussian's variance is 1 / pi); or
             ``"auto"``: set per node and sample from the displacement, Gaussian errors in units of the node's root mean
-            square.
+            square. They are short for `Fixed` and `Displacement`. Or any function (node, squared, free_energy, nodes)
+            to pi ``[S]``, as in `rules.Precision`.
         displacement: with "auto", delta, the fraction of F that inference may explain away, each node the same part
             of it: 0 < delta < 1.
         step: 0 < step <= 1 in natural-gradient units (see ``reference.py``), for every move. None: it begins at 0.25
             for error, 0.5 for sweep, 0.2 else, and each later move but those of "incremental" is guarded: per sample,
             it first takes back a move that raised F and adapts the step, in error order by the parabola through F.
+            Numbers are short for `Constant`, None for `Guarded`; or give a subclass of either.
         state_optimizer: None for the plain step, or a function that makes a ``torch.optim`` optimiser of the list of
             states, as in ``lambda states: torch.optim.SGD(states, lr=0.5, momentum=0.3)``; it is given the natural
             gradient, of which lr = 1 is Newton's step. Adam's moves have the size of its lr, in units of the states: it
             goes with a precision that you set. Not for "sweep" and "incremental", which move within the backward pass.
+            Where it draws random numbers it gets new ones at every step; those of the model stay the same in a batch.
         state_dtype: what the states are kept in between the passes. None or ``torch.float32``: float32, and float64 in
             a float64 model. ``torch.bfloat16``: half the memory, and fewer bytes in every inference step; arithmetic
             stays as it is, each move is rounded. For order "error" alone, whose errors are small beside u; a chain of
             small layers that runs in one launch keeps its states on the chip, in float32 whatever this says.
+        output_weight: a factor on the energy of the clamped output, and so on the loss. A small one nudges the states
+            towards y, a negative one away from it.
+        stop: ends inference before its T steps. A number: once the last move changed F by at most that fraction of it,
+            in every sample (`Tolerance`). Or a function of the list of F ``[S]`` before the first move and after each
+            so far, that returns True to stop. The weights learn at the states reached.
+        local: True: each node's weights learn from its own energy alone, with the states u held (E_local of Goemaere et
+            al. 2025). The state orders always do. False: the error order learns by the total derivative of F with the
+            errors e held, which is equal to that only where inference is settled.
 
     Several processes: ``DistributedDataParallel(FreeEnergy(model))`` averages the gradients once a training step;
     order "incremental" has no single call to wrap, and takes ``FreeEnergy(DistributedDataParallel(model))``. FSDP2's
@@ -130,36 +141,12 @@ class FreeEnergy(nn.Module):
         self.output_weight, self.stop, self.local = output_weight, stop, local
         self.guarded = step is None and state_optimizer is None
         self.step = as_order(order).step if step is None else step
-        self._check()
+        _ = self.rules  # refuses what is out of range
+        form = as_order(order).form
+        check_options(steps, order, form, state_optimizer is not None, self.state_dtype, output_weight)
         prepare_compiler()
         self._calls = Calls(model)
         self._compiled: Callable[..., Tensor] | None = None
-
-    def _check(self) -> None:
-        """Raise ValueError for an argument out of range, or for two that do not go together."""
-        steps, dtype = self.steps, self.state_dtype
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps={steps!r}: the number of inference steps is a whole number of at least 1")
-        form = as_order(self.order).form
-        _ = self.rules
-        if self.state_optimizer is not None and self.order in ("sweep", "incremental"):
-            raise ValueError(
-                f"order={self.order!r} moves its states within the backward pass: leave state_optimizer=None"
-            )
-        if dtype not in (None, torch.bfloat16):
-            raise ValueError(f"state_dtype={dtype!r}: give torch.float32, torch.bfloat16 or None")
-        if dtype is not None and form != "error":
-            raise ValueError(
-                f"state_dtype=torch.bfloat16 with order={self.order!r}, whose states are u: rounded, they lose the "
-                "small u - mu; use order='error', or float32 states"
-            )
-        if dtype is not None and self.state_optimizer is not None:
-            raise ValueError(
-                "state_dtype=torch.bfloat16 with a state_optimizer, which would do its arithmetic in it: leave "
-                "state_optimizer=None, or use float32 states"
-            )
-        if not is_number(self.output_weight) or not math.isfinite(self.output_weight):
-            raise ValueError(f"output_weight={self.output_weight!r}: give a finite number; a negative one nudges away")
 
     @property
     def rules(self) -> Rules:
@@ -243,7 +230,7 @@ class FreeEnergy(nn.Module):
     ) -> tuple[Tensor, Batch]:
         """The loss of a call, and the batch behind it with its states; arguments and errors as in a call."""
         batch = self.batch(x, y, mask=mask)
-        if self.moves == 0:
+        if self.moves == 0 and start is None and not self.local:
             return self._per_item(batch, batch.at_prediction(learns=True)), batch
         with hold_gathered(self):
             self.settle(batch, self.moves, start)
@@ -267,8 +254,8 @@ class FreeEnergy(nn.Module):
         ``order="incremental"``, a state_optimizer or a model that FSDP2 shards, at the first batch for dropout or, on a
         GPU, any random numbers.
         """
-        if self.order == "incremental" or self.state_optimizer is not None:
-            raise ValueError("compile() needs order error, sweep or simultaneous, and state_optimizer=None")
+        if self.order == "incremental" or self.state_optimizer is not None or self.stop is not None:
+            raise ValueError("compile() needs order error, sweep or simultaneous, state_optimizer=None and stop=None")
         if self.sharded:
             raise ValueError(
                 "compile() needs whole parameters: give a model that FSDP2 shards to torch.compile instead"
@@ -324,8 +311,8 @@ class FreeEnergy(nn.Module):
         """Energy and residual of every node as inference goes: before each of the T moves, and after the last.
 
         Arguments and errors as in `infer`. Element t of the list has a `NodeStep` for each node that reaches the
-        output, by its name. It costs two passes a step. The guard's last look, by which `infer` takes back a move that
-        raised F, comes after the record.
+        output, by its name; there are T + 1, or fewer where ``stop`` ended inference. It costs two passes a step. The
+        guard's last look, by which `infer` takes back a move that raised F, comes after the record.
         """
         steps: list[dict[str, NodeStep]] = []
 
@@ -364,8 +351,10 @@ class FreeEnergy(nn.Module):
                 rose = steps.take_back(batch.nodes, energy)
                 if rose or parallel.together():  # all processes make the same passes
                     energy = batch.probe()
-        shown = {name: node.emission for name, node in batch.named_nodes().items()}
-        states = {name: emission.detach() for name, emission in shown.items() if emission is not None}
+        nodes = batch.named_nodes()
+        states = {name: node.emission.detach() for name, node in nodes.items() if node.emission is not None}
+        if isinstance(clamp_input, Tensor):
+            states["input"] = torch.where(clamp_input, x, states["input"])
         return Settled(x if clamp_input is True else states["input"], batch.out.detach(), energy, states)
 
     @torch.inference_mode(False)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import parallel
 from .batch import Batch
+from .checks import check_finite
 from .families import Gaussian
 from .node import Gradient, Move, Node
 from .reference import wide
@@ -30,10 +31,37 @@ def error(batch: Batch, rules: Rules, moves: int, start: Start | None = None) ->
 
     A step reaches every depth. The backward pass that sets the precisions already makes the first move, from e = 0.
     """
-    steps = _errors_at_zero(batch, rules, moves, start)
+    steps = begin_errors(batch, rules, moves, start)
+    moved = moves > 0 and start is None and rules.state_optimizer is None
+    return descend(batch, rules, steps, moves - moved)
+
+
+def begin_errors(batch: Batch, rules: Rules, moves: int, start: Start | None) -> Constant:
+    """Precisions from one backward pass at the prediction; it also makes the first move, where all start at e = 0."""
+    free_energy = batch.at_prediction()
+    pushes, slope = batch.calibrate(free_energy, rules.precision)
+    f0 = free_energy.detach()
+    del free_energy  # with the graph below the first node
+    if moves == 0 or start is not None or rules.state_optimizer is not None:
+        _errors_at_zero(pushes, rules)
+        _start_at(batch, start)
+        steps = rules.step.start(f0, None, True)
+        batch.energies.clear()  # F at the states that the first move starts from is still to be taken
+    else:
+        if batch.watch is not None:
+            _errors_at_zero(pushes, rules)
+            batch.watch(batch)
+        steps = rules.step.start(f0, slope, rules.remembers)
+        keep, move = steps.unguarded(batch.nodes, f0)
+        for i, (node, push) in enumerate(pushes):
+            assert node.mu is not None
+            options: dict[str, Any] = {"form": "error", "state_dtype": rules.state_dtype}
+            node.state, _ = node.step(node.mu, None, push, keep, move, **options)
+            node.mu = node.emission = None  # each is let go as soon as it is used
+            pushes[i] = (node, f0)
     batch.let_go()
     _shift(batch, rules)
-    return descend(batch, rules, steps, moves if start is not None or rules.state_optimizer is not None else moves - 1)
+    return steps
 
 
 def sweep(batch: Batch, rules: Rules, moves: int, start: Start | None = None) -> Constant:
@@ -60,9 +88,11 @@ def incremental(batch: Batch, rules: Rules, moves: int, start: Start | None = No
     first, steps = _begin(batch, rules, start, learns=True)
     for _ in range(moves):
         free_energy = batch.free_energy(learns=True, moves=True) if first is None else first
-        step = steps.step
-        batch.respond(Move(1 - step, step, scaled=True))
+        last = rules.stop is not None and parallel.agreed(rules.stop(batch.energies))
+        batch.respond(Move(*steps.unguarded(batch.nodes, free_energy.detach()), scaled=True))
         yield free_energy
+        if last:
+            return
         first = None
 
 
@@ -82,7 +112,9 @@ def descend(
     for _ in range(moves):
         if batch.watch is not None:
             batch.watch(batch)
-            first = None
+            if first is not None:  # its backward pass would now answer the watch's pass
+                batch.energies.pop()
+                first = None
         free_energy = batch.free_energy() if first is None else first
         first = None
         if rules.stop is not None and parallel.agreed(rules.stop(batch.energies)):
@@ -95,8 +127,9 @@ def descend(
             still = min((node.number for node in batch.nodes if node.moved), default=math.inf) if skips else -math.inf
             batch.move(free_energy, Move(*steps.next(batch.nodes, free_energy.detach()), sweep, still))
         del free_energy  # with its graph, before the next is made
-    if batch.watch is not None:
-        batch.watch(batch)
+    else:
+        if batch.watch is not None:
+            batch.watch(batch)
     return steps
 
 
@@ -105,26 +138,10 @@ def _give_gradient(node: Node, natural: Tensor) -> None:
     node.state.grad = natural
 
 
-def _errors_at_zero(batch: Batch, rules: Rules, moves: int, start: Start | None) -> Constant:
-    """ePC's beginning: precisions from one backward pass at the prediction, which also makes the first move."""
-    free_energy = batch.at_prediction()
-    pushes, slope = batch.calibrate(free_energy, rules.precision)
-    f0 = free_energy.detach()
-    del free_energy  # with the graph below the first node
-    moves_now = moves > 0 and start is None and rules.state_optimizer is None
-    step = torch.full_like(f0, rules.step.first)
-    for i, (node, push) in enumerate(pushes):
+def _errors_at_zero(pushes: list[tuple[Node, Tensor]], rules: Rules) -> None:
+    for node, _ in pushes:
         assert node.mu is not None
-        if moves_now:
-            options = {"form": "error", "state_dtype": rules.state_dtype}
-            node.state, _ = node.step(node.mu, None, push, 1 - step, step, **options)
-        else:
-            node.state = torch.zeros_like(wide(node.mu), dtype=rules.state_dtype)
-        if start is None:
-            node.mu = node.emission = None  # each is let go as soon as it is used
-        pushes[i] = (node, step)
-    _start_at(batch, start)
-    return rules.step.start(f0, slope if moves_now else None, rules.remembers or not moves_now)
+        node.state = torch.zeros_like(wide(node.mu), dtype=rules.state_dtype)
 
 
 def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False) -> tuple[Tensor | None, Constant]:
@@ -148,25 +165,27 @@ def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False
         node.state = wide(node.mu).clone()
     _start_at(batch, start)
     batch.let_go()
+    batch.energies.clear()  # F at the states that the first move starts from is still to be taken
     return None, rules.step.start(free_energy.detach(), None, rules.remembers)
 
 
 def _start_at(batch: Batch, start: Start | None) -> None:
-    """Put the states where ``start`` says, each a tensor of its prediction's shape."""
+    """Put the states where ``start`` says; the others, at the predictions that follow from those."""
     if start is None:
         return
-    named = batch.named_nodes()
-    predictions = {name: node.mu.detach() for name, node in named.items() if node.mu is not None}
+    free = {name: node for name, node in batch.named_nodes().items() if node.state is not None}
+    predictions = {name: node.mu.detach() for name, node in free.items() if node.mu is not None}
+    states: dict[Node, Tensor] = {}
     for name, u in (start(predictions) if callable(start) else start).items():
-        if name not in named:
-            raise ValueError(f"start: no node {name!r} in the model; its nodes are {', '.join(named)}")
-        node, mu = named[name], predictions[name]
-        if u.shape != mu.shape:
-            raise ValueError(f"start: the state of {name!r} has shape {tuple(u.shape)}: give {tuple(mu.shape)}")
-        if node.state is not None:
-            u = u.detach().to(node.state.device, wide(mu).dtype)
-            node.state = (u - wide(mu) if batch.form == "error" else u.clone()).to(node.state.dtype)
-            node.moved = True
+        if name not in free:
+            raise ValueError(f"start: no free node {name!r}; the nodes that the output depends on: {', '.join(free)}")
+        mu = predictions[name]
+        if not isinstance(u, Tensor) or u.shape != mu.shape:
+            given = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
+            raise ValueError(f"start: the state of {name!r} is {given}: give a tensor {tuple(mu.shape)}")
+        check_finite(f"start[{name!r}]", u)
+        states[free[name]] = u.detach().to(mu.device, wide(mu).dtype)
+    batch.place(states)
 
 
 def _shift(batch: Batch, rules: Rules) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ class Output:
             energy = family.clamped(mu, self.labels(family))
         elif self.mask is None:
             energy = family.clamped(mu, self.target)
+        elif len(inspect.signature(family.clamped).parameters) < 3:
+            raise TypeError(f"{type(family).__name__}.clamped(mu, target) takes no mask: add the argument mask=None")
         else:
             energy = family.clamped(mu, self.target, self.mask)
         return self.weigh(wide(energy))

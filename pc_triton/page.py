@@ -123,6 +123,7 @@ def _meaning(report: Report) -> str:
         ("residual", f"{report.residual:.2g}", "of the states' natural gradient is left; at their predictions it is 1"),
         ("cosine", f"{report.cosine:.4f}", "of the weight gradient to backpropagation's; 1 is its direction"),
         ("worst cosine", f"{report.worst_cosine:.3f}", "of the gradient of one parameter to backpropagation's"),
+        ("total to local", f"{report.total_to_local:.4f}", "norm of the weight gradient over each node's own"),
     )
     lines = "".join(f"<tr><td>{name}</td><td>{number}</td><td>{text}</td></tr>" for name, number, text in rows)
     return f"<table class=meaning><tbody>{lines}</tbody></table>"

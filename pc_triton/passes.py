@@ -35,6 +35,7 @@ class Nodes:
         self.shifted: list[Node] = []  # the others: in a compiled model they are mu + e in its graph
         self.anchor = torch.zeros((), requires_grad=True)  # stands for the states that move, in autograd's graph
         self.still = self.anchor.detach()  # and for those that do not
+        self.places: dict[Node, Tensor] | None = None  # where the pass under way puts states u
         self.begins: Callable[[Node], None] | None = None  # gives a node its state in the first pass already
 
     def name_of(self, family: Distribution) -> str:
@@ -87,6 +88,9 @@ class ModelPass:
             return mu
         if node.state is None:
             return self._record(node, self._at_prediction(node, mu))
+        if batch.places is not None:
+            emission = self._placed(node, mu, batch.places.get(node))
+            return self._record(node, emission, wide(mu.detach()).new_zeros(batch.samples))
         if self.local:  # u as it is, whatever the order
             u = wide(mu.detach()) + node.state if self.form == "error" else node.state
             return self._record(node, *Emit.apply(mu, self.anchor, node, self, "state", u))
@@ -158,6 +162,15 @@ class ModelPass:
         if self.first and not emission.requires_grad:  # here autograd begins
             emission = emission + emission.new_zeros((), requires_grad=True)
         return emission
+
+    def _placed(self, node: Node, mu: Tensor, u: Tensor | None) -> Tensor:
+        """Put the node's state at u, or at its prediction; what it then emits."""
+        assert node.state is not None
+        prediction = wide(mu.detach())
+        u = prediction if u is None else u
+        node.state = (u - prediction if self.form == "error" else u.clone()).to(node.state.dtype)
+        node.moved = True
+        return node.family.emission(u, **node.frozen).to(mu.dtype)
 
     def error_of(self, node: Node, dtype: torch.dtype) -> Tensor:
         """The leaf e of a Gaussian node that emits mu + e in plain autograd; counts the node's energy."""

@@ -56,10 +56,10 @@ class Report:
     worst_cosine: float
     """The smallest such cosine of one parameter, of those whose gradient is more than rounding."""
     total_to_local: float = 1.0
-    """Norm of the weight gradient over that of each node's own energy alone (E_local of Goemaere et al. 2025).
+    """Norm of the weight gradient over that of the gradient by each node's own energy alone, at the same states.
 
-    State orders learn by the latter. In error order the gradient is the total derivative, with e held: the two agree
-    where inference is settled.
+    State orders, and ``local=True``, learn by the latter, and have 1 here. In error order the weight gradient is the
+    total derivative with e held (Goemaere et al. 2025). The two agree where inference is settled.
     """
 
     @property
@@ -76,13 +76,13 @@ class Report:
 
     @property
     def regime(self) -> str:
-        """One line: settled fraction, what inference explained away of F, residual, cosines."""
+        """One line: settled fraction, the part of F explained away, residual, cosines, total to local gradient."""
         if len(self.free_energies) == 1:
             return "backpropagation: the states are at their predictions"
         return (
             f"settled {self.settled:.1%} of the reachable fall in {len(self.free_energies) - 1} moves (it explains "
             f"{self.explained:.2%} of F), residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} "
-            f"(worst parameter {self.worst_cosine:.3f})"
+            f"(worst parameter {self.worst_cosine:.3f}), total to local {self.total_to_local:.4f}"
         )
 
     def scalars(self) -> dict[str, float]:
@@ -151,7 +151,8 @@ def report(
         random = batch.random  # every run below sees the same noise
         settle(batch)
         last = batch.probe()
-        local = _gradients(batch.learn(local=True).sum(), parameters)
+        free_energies = batch.energies[-moves - 1 :]
+        local = _gradients(batch.learn(local=True).sum(), parameters) if batch.form == "error" else None
         random.restore()
         begun = make(form="error")
         free, at_prediction, long_run = _long_run(begun, rules, batch)
@@ -175,12 +176,12 @@ def report(
     cosines = [_cosine([g], [b]) for g, b in zip(learning, backpropagation) if b.norm() > rounding]
     return Report(
         nodes,
-        tuple(float(e.sum()) / items for e in [*batch.energies[:-1]][-moves - 1 :]),
+        tuple(float(e.sum()) / items for e in free_energies),
         float(torch.minimum(long_run, last).sum()) / items,
         _ratio([node.residual for node in free.values()], list(at_prediction.values())),
         _cosine(learning, backpropagation),
         min(cosines, default=1.0),
-        _ratio(learning, [g / items for g in local]),
+        1.0 if local is None else _ratio(learning, [g / items for g in local]),
     )
 
 

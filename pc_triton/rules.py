@@ -5,6 +5,7 @@ Each is an object that a user may replace. `FreeEnergy` takes numbers and words 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,23 +85,31 @@ class Constant:
     """
 
     def __init__(self, step: float) -> None:
+        if not (is_number(step) and 0 < step <= 1):
+            raise ValueError(f"step={step!r}: between 0 and 1 (1 is Newton's step of an isolated node)")
         self.first = step
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.first})"
 
     def start(self, free_energy: Tensor, slope: Tensor | None, remembers: bool) -> Constant:
         """The rule for a batch with F ``[S]`` at its prediction. slope: of F along the first move, where that is made
         already. remembers: whether accepted states have to be kept."""
-        batch = type(self)(self.first)
+        batch = copy.copy(self)
         batch.begin(free_energy, slope, remembers)
         return batch
 
     def begin(self, free_energy: Tensor, slope: Tensor | None, remembers: bool) -> None:
         """Set up what the moves of a batch need."""
         self.step = torch.full_like(free_energy, self.first)
-        self.keep = 1 - self.step
 
     def next(self, nodes: Sequence[Node], free_energy: Tensor) -> tuple[Tensor, Tensor]:
         """keep and move ``[S]`` of the next move, for F ``[S]`` at the states of the nodes."""
-        return self.keep, self.step
+        return 1 - self.step, self.step
+
+    def unguarded(self, nodes: Sequence[Node], free_energy: Tensor) -> tuple[Tensor, Tensor]:
+        """`next`, where F tells nothing of the move before: there was none, or the weights have moved since."""
+        return self.next(nodes, free_energy)
 
     def take_back(self, nodes: Sequence[Node], free_energy: Tensor) -> bool:
         """Undo the last move in the samples whose F rose by it; whether there were any."""
@@ -138,6 +147,9 @@ class Guarded(Constant):
         self._remember(nodes, rose)
         return torch.where(rose, back, 1 - self.step), torch.where(rose, torch.zeros_like(back), self.step)
 
+    def unguarded(self, nodes: Sequence[Node], free_energy: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - self.step, self.step
+
     def _remember(self, nodes: Sequence[Node], rose: Tensor) -> None:
         """Keep the states that were accepted; where F rose, go halfway back to them."""
         if self.remembered is None:
@@ -166,7 +178,7 @@ class Guarded(Constant):
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Stop once the last move lowered F by less than the fraction ``tolerance`` of it, in every sample.
+    """Stop once the last move changed F by at most the fraction ``tolerance`` of it, in every sample.
 
     To look at F waits for the GPU. Raises ValueError unless 0 <= tolerance < 1.
     """
@@ -181,7 +193,7 @@ class Tolerance:
         if len(free_energies) < 2:
             return False
         before, now = free_energies[-2:]
-        return bool((before - now <= self.tolerance * now.abs()).all())
+        return bool(((before - now).abs() <= self.tolerance * now.abs()).all())
 
 
 @dataclass(frozen=True)
@@ -214,11 +226,7 @@ def as_precision(given: Any, displacement: float) -> Precision:
 
 def as_step(given: Any) -> Constant:
     """A step rule: the one given, or a number's. Raises ValueError unless 0 < step <= 1."""
-    if isinstance(given, Constant):
-        return given
-    if not (is_number(given) and 0 < given <= 1):
-        raise ValueError(f"step={given!r}: between 0 and 1 (1 is Newton's step of an isolated node)")
-    return Constant(given)
+    return given if isinstance(given, Constant) else Constant(given)
 
 
 def as_stop(given: Any) -> Callable[[Sequence[Tensor]], bool] | None:

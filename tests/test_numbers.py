@@ -101,9 +101,7 @@ MODELS = {
     "packed": lambda: Transformer(11, width=8, heads=2, blocks=1, context=5, separator=0),
     "gaussian attention": lambda: Transformer(11, width=8, heads=2, blocks=2, context=5, attention=pc.Gaussian()),
 }
-GRID = list(
-    itertools.product(MODELS, ("error", "sweep", "simultaneous", "incremental"), (1, 2, 3, 5), ("auto", 2.0))
-)
+GRID = list(itertools.product(MODELS, ("error", "sweep", "simultaneous", "incremental"), (1, 2, 3, 5), ("auto", 2.0)))
 
 
 def make(name: str):

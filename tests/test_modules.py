@@ -1,0 +1,69 @@
+"""The package as docs/core.md has it: imports point one way, files are short, the code shown is the code."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from pc_triton import orders
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "pc_triton").glob("*.py"))
+APART = {"convert", "huggingface"}
+LINE = ["free_energy", "orders", "batch", "node", "distributions", "context"]
+
+
+def imported(code: str, modules: set[str]) -> Iterator[str]:
+    """The modules of the package that a file imports, anywhere: in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            name = (node.module or "").removeprefix("pc_triton").lstrip(".").split(".")[0]
+            if node.level == 1 or (node.module or "").split(".")[0] == "pc_triton":
+                yield from [name] if name else [alias.name for alias in node.names if alias.name in modules]
+        elif isinstance(node, ast.Import):
+            parts = [alias.name.split(".") for alias in node.names]
+            yield from [part[1] for part in parts if part[0] == "pc_triton" and len(part) > 1]
+
+
+def arrows() -> dict[str, set[str]]:
+    """What each module imports, convert and huggingface apart."""
+    modules = {path.stem for path in FILES} - {"__init__"}
+    found = {path.stem: set(imported(path.read_text(encoding="utf-8"), modules)) for path in FILES}
+    return {name: (to & modules) - APART for name, to in found.items() if name not in {*APART, "__init__"}}
+
+
+def test_no_import_circle():
+    found = arrows()
+    try:
+        placed = list(TopologicalSorter(found).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
+    assert set(LINE) <= set(placed)
+    assert {"orders", "rules"} <= found["free_energy"]
+    assert "context" in found["distributions"]
+    later = {name: placed.index(name) for name in LINE}
+    assert later == dict(sorted(later.items(), key=lambda item: -item[1]))
+
+
+def test_imports_are_found_wherever_they_are():
+    hidden = "def f():\n    from .a import x\nif TYPE_CHECKING:\n    from . import b, y\n"
+    code = hidden + "import pc_triton.c\nfrom pc_triton.d import z"
+    assert sorted(imported(code, {"a", "b", "c", "d"})) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_file_is_long(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_the_code_shown_is_the_code():
+    """The page's blocks are the functions of the default order, as they run."""
+    page = (ROOT / "docs" / "core.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python[^\n]*orders\.py\"\n(?s:(.*?))^```", page, re.MULTILINE)
+    assert blocks == [inspect.getsource(f) for f in (orders.error, orders.begin_errors, orders.descend)]

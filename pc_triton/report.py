@@ -76,7 +76,7 @@ class Report:
 
     @property
     def regime(self) -> str:
-        """One line: settled fraction, what inference explained away of F, residual, cosines, total to local gradient."""
+        """One line: settled fraction, what inference explained away of F, residual, cosines, total to local."""
         if len(self.free_energies) == 1:
             return "backpropagation: the states are at their predictions"
         return (

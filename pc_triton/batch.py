@@ -171,6 +171,9 @@ class Batch(Nodes):
 
     def place(self, states: dict[Node, Tensor]) -> None:
         """Put the states of these nodes at u, by one pass of the model; the others, at the predictions that follow."""
+        if isinstance(self.clamp_input, Tensor):  # where it is clamped the input stays as it is
+            x, free = self.args[0], {node: u for node, u in states.items() if node.family is self.input_node}
+            states = states | {node: torch.where(self.clamp_input, wide(x), u) for node, u in free.items()}
         self.places = states
         try:
             self.free_energy(moves=False, shows=True)

@@ -306,7 +306,13 @@ class FreeEnergy(nn.Module):
     @torch.inference_mode(False)
     @torch.enable_grad()
     def record(
-        self, x: Any, y: Tensor | None = None, *, mask: Tensor | None = None, start: Start | None = None
+        self,
+        x: Any,
+        y: Tensor | None = None,
+        *,
+        clamp_input: bool | Tensor = True,
+        mask: Tensor | None = None,
+        start: Start | None = None,
     ) -> list[dict[str, NodeStep]]:
         """Energy and residual of every node as inference goes: before each of the T moves, and after the last.
 
@@ -328,7 +334,7 @@ class FreeEnergy(nn.Module):
                 }
             )
 
-        self._infer(x, y, True, mask, start, look)
+        self._infer(x, y, clamp_input, mask, start, look)
         return steps
 
     def _infer(

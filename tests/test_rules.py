@@ -498,6 +498,9 @@ def test_an_input_clamped_in_part(order):
     assert_close([everything.free_energy], [free_energy.infer(x, y).free_energy], 1e-12)
     nothing = free_energy.infer(x, y, clamp_input=torch.zeros_like(clamped))
     assert_close([nothing.input], [free_energy.infer(x, y, clamp_input=False).input], 1e-12)
+    (first, *_, last) = free_energy.record(x, y, clamp_input=clamped)
+    assert_close([last["input"].energy], [pi / 2 * terms[0].detach().sum(1)], 1e-9)
+    assert first["input"].energy.max() < 1e-20
     started = free_energy.infer(x, y, clamp_input=clamped, start={"input": x + 1})
     assert_close(started.states.values(), settled.states.values(), 1e-9)
 
@@ -825,6 +828,15 @@ def test_local_learning_of_every_family():
     truth = gradients(model, pc.FreeEnergy(model, precision=3.0, order="simultaneous", steps=50, step=0.4)(x, y))
     local = gradients(model, pc.FreeEnergy(model, precision=3.0, steps=30, step=0.4, local=True)(x, y))
     assert_close(local, truth, 1e-3)
+
+
+def test_local_learning_through_a_head():
+    model, x, y = deep()
+    options = {"precision": 2.0, "steps": 4, "step": 0.2, "local": True}
+    plain = gradients(model, pc.FreeEnergy(model, **options)(x, y))
+    head = nn.Sequential(*model[:4], pc.Head(5, 3).double())
+    head[4].load_state_dict(model[4].state_dict())
+    assert_close(gradients(head, pc.FreeEnergy(head, **options)(x, y)), plain, 1e-12)
 
 
 def test_local_learning_of_a_compiled_model():

@@ -6,10 +6,7 @@ import contextlib
 import dataclasses
 import io
 import math
-import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +27,7 @@ from .free_energy import FreeEnergy
 from .inference import Inference
 from .memory import free_memory, step_memory
 from .models import Transformer
+from .run_files import choose_device, ctrl_c, make_folder, restore, state, status
 from .settings import STATE_DTYPES, Settings, check_resumed, stored_settings
 from .text import InputError
 
@@ -112,23 +110,6 @@ def micro_batches(x: Tensor, y: Tensor, size: int | None) -> list[tuple[Tensor, 
     return list(zip(x.split(size or len(x)), y.split(size or len(y))))
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called auto (a GPU if there is one), cpu or cuda: of several processes each has a GPU of its own.
-
-    Raises InputError if it is not available.
-    """
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("no CUDA GPU is available here: use --device cpu, or auto")
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    if number >= torch.cuda.device_count():
-        raise InputError(f"no GPU is left for process {number}: use --nproc-per-node {torch.cuda.device_count()}")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
-
-
 def train(
     settings: Settings,
     out: str | Path,
@@ -164,12 +145,12 @@ def train(
     writer = _summary_writer() if tensorboard else None
     run = _start(settings, path, place, resume, quiet)
     if run.writes:
-        _make_folder(folder)
+        make_folder(folder)
         run.events = writer(folder, purge_step=run.done + 1) if writer is not None else None
     _announce(run)
     silent = quiet or not run.writes or not sys.stderr.isatty()
     bar = tqdm(total=settings.steps, initial=run.done, unit="step", disable=silent)
-    with _ctrl_c() as pressed, bar:
+    with ctrl_c() as pressed, bar:
         while run.done < settings.steps:
             x, y = (t.to(place) for t in run.data.batch())
             _step(run, x, y)
@@ -250,7 +231,7 @@ def _start(settings: Settings, path: Path, place: torch.device, resume: bool, qu
     model.to(place)
     optimizer = adamw(model, settings.lr)
     if resume:
-        _restore(path, tensors, model, optimizer)
+        restore(path, tensors, model, optimizer)
     return _Training(
         settings,
         path,
@@ -314,15 +295,15 @@ def _after_step(run: _Training, x: Tensor, y: Tensor, pressed: Callable[[], bool
     if due or len(run.fresh) == run.often or (parallel.processes() == 1 and pressed()):
         stop = bool(parallel.total(torch.tensor(int(pressed()))))  # all stop at the same step
         _read_losses(run, x, y)
-        bar.set_postfix_str(_status(run.losses, run.evaluations), refresh=False)
+        bar.set_postfix_str(status(run.losses, run.evaluations), refresh=False)
     if due:
         _evaluate(run)
     if due or stop:
         _save(run)
     if due:
-        status = _status(run.losses, run.evaluations)
-        bar.set_postfix_str(status)
-        run.say(f"step {done}/{settings.steps}: {status} (unigram {run.unigram:.1f})")
+        line = status(run.losses, run.evaluations)
+        bar.set_postfix_str(line)
+        run.say(f"step {done}/{settings.steps}: {line} (unigram {run.unigram:.1f})")
     if stop:
         raise KeyboardInterrupt(f"stopped at step {done}: continue with --resume --out {run.path.parent}")
 
@@ -355,7 +336,7 @@ def _evaluate(run: _Training) -> None:
 def _save(run: _Training) -> None:
     tensors, record = run.data.state()  # every process takes part, rank 0 writes
     if run.writes:
-        tensors |= _state(run.model, run.optimizer)
+        tensors |= state(run.model, run.optimizer)
         tensors |= {"unigram": run.data.counts, "held_out": run.data.held_out.to(torch.int32)}
         record |= {
             "settings": dataclasses.asdict(run.settings),
@@ -414,7 +395,7 @@ def load(path: str | Path, device: str = "auto") -> Run:
     place = choose_device(device)
     tensors, record = checkpoint.load(path)
     model, free_energy = build(stored_settings(path, record))
-    _restore(path, tensors, model)
+    restore(path, tensors, model)
     with checkpoint.fitting(path):
         tokenizer, held_out = Tokenizer.from_str(record["tokenizer"]), tensors["held_out"].to(torch.int64)
         return Run(model.to(place), free_energy, tokenizer, tensors["unigram"], held_out, record)
@@ -449,17 +430,6 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return min(1.0, (step + 1) / max(1, int(steps * warmup))) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def _status(losses: list[float], evaluations: list[dict[str, Any]]) -> str:
-    recent = losses[-10:]
-    parts = [f"loss {sum(recent) / len(recent):.3f}"] if recent else []
-    if evaluations:
-        last = evaluations[-1]
-        parts.append(f"held-out perplexity {last['perplexity']:.1f}")
-        if "settled" in last:
-            parts.append(f"settled {last['settled']:.0%}, cosine {last['cosine']:.4f}")
-    return ", ".join(parts)
-
-
 def _fault(loss: float, norm: float, earlier: list[float]) -> str | None:
     """What is wrong with a step's loss or the norm of its gradient, after the earlier losses; None where nothing is."""
     if not math.isfinite(loss):
@@ -489,62 +459,3 @@ def _faulty_node(free_energy: FreeEnergy | None, x: Tensor, y: Tensor, micro_bat
 def _diverged(step: int, fault: str, where: str, settings: Settings, path: Path) -> Diverged:
     kept = f"; the earlier checkpoint is kept in {path}" if path.exists() else ""
     return Diverged(f"at step {step} the {fault}{where}: train with a --lr below {settings.lr}{kept}")
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What changes in training: weights, optimiser state and torch's random generator."""
-    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
-    for number, entries in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": t for name, t in entries.items()}
-    return tensors | {"rng.torch": torch.get_rng_state()}
-
-
-def _restore(
-    path: str | Path, tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
-) -> None:
-    """Put what `_state` took back. Raises InputError if it does not fit the model."""
-    with checkpoint.fitting(path):
-        model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
-        if optimizer is not None:
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, t in tensors.items():
-                if name.startswith("optimizer."):
-                    _, number, entry = name.split(".")
-                    state.setdefault(int(number), {})[entry] = t
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-            torch.set_rng_state(tensors["rng.torch"])
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder and try to write in it, so that a run does not fail at its first checkpoint.
-
-    What a killed run left half-written there is removed.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}: choose another --out") from None
-    probe = folder / ".probe"
-    checkpoint.write(probe, b"")
-    for left in (probe, *folder.glob(".*.tmp")):
-        left.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C only sets what the yielded function returns; a second one interrupts at once."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -6,10 +6,7 @@ import contextlib
 import dataclasses
 import io
 import math
-import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +26,7 @@ from .families import Gaussian
 from .free_energy import FreeEnergy
 from .memory import free_memory, step_memory
 from .models import Transformer
+from .run_files import choose_device, ctrl_c, make_folder, restore, state, status
 from .settings import STATE_DTYPES, Settings, check_resumed, stored_settings
 from .text import InputError
 
@@ -111,23 +109,6 @@ def micro_batches(x: Tensor, y: Tensor, size: int | None) -> list[tuple[Tensor, 
     return list(zip(x.split(size or len(x)), y.split(size or len(y))))
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called auto (a GPU if there is one), cpu or cuda: of several processes each has a GPU of its own.
-
-    Raises InputError if it is not available.
-    """
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("no CUDA GPU is available here: use --device cpu, or auto")
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    if number >= torch.cuda.device_count():
-        raise InputError(f"no GPU is left for process {number}: use --nproc-per-node {torch.cuda.device_count()}")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
-
-
 def train(
     settings: Settings,
     out: str | Path,
@@ -159,152 +140,235 @@ def train(
     """
     folder, place = Path(out), choose_device(device)
     path = folder / checkpoint.NAME
-    if path.exists() and not (resume or overwrite):
+    _check_start(settings, folder, resume or overwrite)
+    writer = _summary_writer() if tensorboard else None
+    run = _start(settings, path, place, resume, quiet)
+    if run.writes:
+        make_folder(folder)
+        run.events = writer(folder, purge_step=run.done + 1) if writer is not None else None
+    _announce(run)
+    silent = quiet or not run.writes or not sys.stderr.isatty()
+    bar = tqdm(total=settings.steps, initial=run.done, unit="step", disable=silent)
+    with ctrl_c() as pressed, bar:
+        while run.done < settings.steps:
+            x, y = (t.to(place) for t in run.data.batch())
+            _step(run, x, y)
+            bar.update()
+            _after_step(run, x, y, pressed, bar)
+    if not run.evaluations or run.evaluations[-1]["step"] < run.done:  # resumed at its last step, not yet evaluated
+        _evaluate(run)
+        _save(run)
+    return _finish(run)
+
+
+@dataclasses.dataclass
+class _Training:
+    """A run in progress: what it trains, on what, and how far it is."""
+
+    settings: Settings
+    path: Path
+    place: torch.device
+    quiet: bool
+    data: TextData | StreamData
+    unigram: float
+    model: Transformer
+    free_energy: FreeEnergy | None
+    learner: nn.Module
+    optimizer: torch.optim.Optimizer
+    done: int
+    losses: list[float]
+    evaluations: list[dict[str, Any]]
+    writes: bool
+    reported: int
+    events: Any = None
+    fresh: list[Tensor] = dataclasses.field(default_factory=list)
+    """The loss and the gradient's norm of each step since they were last read."""
+
+    @property
+    def often(self) -> int:
+        """Steps between two readings of the loss: reading it waits for a GPU, so not at every step there."""
+        return 1 if self.place.type == "cpu" else 10
+
+    def say(self, line: str) -> None:
+        if self.writes and not self.quiet:
+            tqdm.write(line)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        if self.events is not None:
+            for name, number in numbers.items():
+                self.events.add_scalar(name, number, step)
+
+
+def _check_start(settings: Settings, folder: Path, may_exist: bool) -> None:
+    if (folder / checkpoint.NAME).exists() and not may_exist:
         raise InputError(f"{folder} already holds a run: add --resume or --overwrite, or choose another --out")
     if settings.batch % parallel.processes():
         raise InputError(
             f"batch={settings.batch} is no multiple of the {parallel.processes()} processes: give a --batch that is"
         )
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError:
-            raise InputError("tensorboard is not installed: pip install tensorboard") from None
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise InputError("tensorboard is not installed: pip install tensorboard") from None
+    return SummaryWriter
+
+
+def _start(settings: Settings, path: Path, place: torch.device, resume: bool, quiet: bool) -> _Training:
+    """A new run, or the one of the checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    record: dict[str, Any] = {}
     if resume:
         tensors, record = checkpoint.load(path)
         check_resumed(path, settings, record)
-    else:
-        tensors, record = {}, {}
     data = (TextData if settings.stream is None else StreamData)(settings, path, tensors, record)
-    held_out = data.held_out
-    unigram = unigram_perplexity(data.counts, held_out, settings.context)
-
+    unigram = unigram_perplexity(data.counts, data.held_out, settings.context)
     torch.manual_seed(settings.seed)
     model, free_energy = build(settings)
     model.to(place)
     optimizer = adamw(model, settings.lr)
     if resume:
-        _restore(path, tensors, model, optimizer)
-    del tensors  # as large as the model and AdamW's state
-    learner, writes = parallel.replicate(model, free_energy), parallel.rank() == 0
-    reported = settings.reported(parallel.processes())
-    done: int = record.get("step", 0)
-    loss_curve: list[float] = record.get("losses", [])
-    evaluations: list[dict[str, Any]] = record.get("evaluations", [])
-    if writes:
-        _make_folder(folder)
-    events = SummaryWriter(folder, purge_step=done + 1) if tensorboard and writes else None
-
-    def log(numbers: dict[str, float], step: int) -> None:
-        if events is not None:
-            for name, number in numbers.items():
-                events.add_scalar(name, number, step)
-
-    def save() -> None:
-        tensors, record = data.state()
-        if writes:
-            tensors |= _state(model, optimizer) | {"unigram": data.counts, "held_out": held_out.to(torch.int32)}
-            record |= {
-                "settings": dataclasses.asdict(settings),
-                "step": done,
-                "losses": loss_curve,
-                "evaluations": evaluations,
-                "tokenizer": data.tokenizer.to_str(),
-            }
-            checkpoint.save(path, tensors, record)
-        if events is not None:
-            events.flush()
-
-    def evaluate() -> None:
-        row = {"perplexity": perplexity(model, held_out)}
-        if not row["perplexity"] < settings.vocabulary**RISE:
-            raise _diverged(done, f"held-out perplexity is {row['perplexity']:.4g}", "", settings, path)
-        if free_energy is not None:
-            row |= regime(free_energy, held_out, settings.context, min(4, reported)).scalars()
-        evaluations.append({"step": done, **row})
-        log(row, done)
-
-    def say(line: str) -> None:
-        if writes and not quiet:
-            tqdm.write(line)
-
-    say(
-        f"{settings.method} on {parallel.processes()} x {place.type}: "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {data.about}"
+        restore(path, tensors, model, optimizer)
+    return _Training(
+        settings,
+        path,
+        place,
+        quiet,
+        data,
+        unigram,
+        model,
+        free_energy,
+        parallel.replicate(model, free_energy),
+        optimizer,
+        done=record.get("step", 0),
+        losses=record.get("losses", []),
+        evaluations=record.get("evaluations", []),
+        writes=parallel.rank() == 0,
+        reported=settings.reported(parallel.processes()),
     )
-    say(f"held-out perplexity of the unigram model: {unigram:.1f} per token")
-    needs = step_memory(settings, parallel.processes(), triton=backend(model.head.weight) is not reference)
-    say(f"memory of a step: {needs}")
+
+
+def _announce(run: _Training) -> None:
+    """Say what is trained, and whether a step fits in memory."""
+    settings, place = run.settings, run.place
+    run.say(
+        f"{settings.method} on {parallel.processes()} x {place.type}: "
+        f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.data.about}"
+    )
+    run.say(f"held-out perplexity of the unigram model: {run.unigram:.1f} per token")
+    needs = step_memory(settings, parallel.processes(), triton=backend(run.model.head.weight) is not reference)
+    run.say(f"memory of a step: {needs}")
     free = free_memory(place)
     if free is not None and free < needs.total:
-        say(f"warning: that is more than the {free / 1e9:.2g} GB free on {place.type}: give a smaller --micro-batch")
+        run.say(
+            f"warning: that is more than the {free / 1e9:.2g} GB free on {place.type}: give a smaller --micro-batch"
+        )
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
-    silent = quiet or not writes or not sys.stderr.isatty()
-    bar = tqdm(total=settings.steps, initial=done, unit="step", disable=silent)
-    often = 1 if place.type == "cpu" else 10  # reading the loss waits for a GPU, so not at every step
-    fresh: list[Tensor] = []
-    with _ctrl_c() as pressed, bar:
-        while done < settings.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * schedule(done, settings.steps, settings.warmup)
-            x, y = (t.to(place) for t in data.batch())
-            for loss in backward(learner, free_energy, x, y, settings.micro_batch):
-                norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                both = torch.stack([loss, norm])
-                if often == 1 and not norm.isfinite():
-                    break  # with the weights that made it
-                optimizer.step()
-                optimizer.zero_grad()  # so that the next inference has their memory
-            fresh.append(both)
-            done += 1
-            bar.update()
-            due = done % settings.eval_every == 0 or done == settings.steps
-            if due and place.type == "cuda" and not evaluations:
-                say(f"memory of a step, measured: {torch.cuda.max_memory_allocated(place) / 1e9:.3g} GB")
-            stop = False
-            if due or len(fresh) == often or (parallel.processes() == 1 and pressed()):
-                stop = bool(parallel.total(torch.tensor(int(pressed()))))  # all stop at the same step
-                rows = parallel.mean(torch.stack(fresh)).tolist()
-                for k, (value, size) in enumerate(rows, done - len(fresh) + 1):
-                    fault = _fault(value, size, loss_curve)
-                    if fault is not None:
-                        finite = math.isfinite(value + size)
-                        node = "" if finite else _faulty_node(free_energy, x, y, settings.micro_batch)
-                        raise _diverged(k, fault, node, settings, path)
-                    loss_curve.append(value)
-                    log({"loss": value}, k)
-                fresh.clear()
-                bar.set_postfix_str(_status(loss_curve, evaluations), refresh=False)
-            if due:
-                evaluate()
-            if due or stop:
-                save()
-            if due:
-                bar.set_postfix_str(_status(loss_curve, evaluations))
-                say(f"step {done}/{settings.steps}: {_status(loss_curve, evaluations)} (unigram {unigram:.1f})")
-            if stop:
-                raise KeyboardInterrupt(f"stopped at step {done}: continue with --resume --out {folder}")
 
-    if not evaluations or evaluations[-1]["step"] < done:  # resumed where it was stopped, with no step to go
-        evaluate()
-        save()
-    if events is not None:
-        events.close()
-    curves = folder / "curves.png"
-    if writes:
-        checkpoint.write(curves, plot(settings, loss_curve, evaluations, unigram))
-    final = regime(free_energy, held_out, settings.context, reported) if free_energy is not None else None
+
+def _step(run: _Training, x: Tensor, y: Tensor) -> None:
+    """One training step."""
+    settings = run.settings
+    for group in run.optimizer.param_groups:
+        group["lr"] = settings.lr * schedule(run.done, settings.steps, settings.warmup)
+    for loss in backward(run.learner, run.free_energy, x, y, settings.micro_batch):
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        both = torch.stack([loss, norm])
+        if run.often == 1 and not norm.isfinite():
+            break  # before the update, so that the faulty weights can be inspected
+        run.optimizer.step()
+        run.optimizer.zero_grad()  # so that the next inference has their memory
+    run.fresh.append(both)
+    run.done += 1
+
+
+def _after_step(run: _Training, x: Tensor, y: Tensor, pressed: Callable[[], bool], bar: Any) -> None:
+    """Read the losses, evaluate and save where it is time; raises KeyboardInterrupt after a Ctrl-C."""
+    settings, done = run.settings, run.done
+    due, stop = done % settings.eval_every == 0 or done == settings.steps, False
+    if due and run.place.type == "cuda" and not run.evaluations:
+        run.say(f"memory of a step, measured: {torch.cuda.max_memory_allocated(run.place) / 1e9:.3g} GB")
+    if due or len(run.fresh) == run.often or (parallel.processes() == 1 and pressed()):
+        stop = bool(parallel.total(torch.tensor(int(pressed()))))  # all stop at the same step
+        _read_losses(run, x, y)
+        bar.set_postfix_str(status(run.losses, run.evaluations), refresh=False)
+    if due:
+        _evaluate(run)
+    if due or stop:
+        _save(run)
+    if due:
+        line = status(run.losses, run.evaluations)
+        bar.set_postfix_str(line)
+        run.say(f"step {done}/{settings.steps}: {line} (unigram {run.unigram:.1f})")
+    if stop:
+        raise KeyboardInterrupt(f"stopped at step {done}: continue with --resume --out {run.path.parent}")
+
+
+def _read_losses(run: _Training, x: Tensor, y: Tensor) -> None:
+    """Move the fresh losses to the record; raises Diverged at the first that is at fault."""
+    rows = parallel.mean(torch.stack(run.fresh)).tolist()
+    for k, (value, size) in enumerate(rows, run.done - len(run.fresh) + 1):
+        fault = _fault(value, size, run.losses)
+        if fault is not None:
+            finite = math.isfinite(value + size)
+            node = "" if finite else _faulty_node(run.free_energy, x, y, run.settings.micro_batch)
+            raise _diverged(k, fault, node, run.settings, run.path)
+        run.losses.append(value)
+        run.log({"loss": value}, k)
+    run.fresh.clear()
+
+
+def _evaluate(run: _Training) -> None:
+    settings, held_out = run.settings, run.data.held_out
+    row = {"perplexity": perplexity(run.model, held_out)}
+    if not row["perplexity"] < settings.vocabulary**RISE:
+        raise _diverged(run.done, f"held-out perplexity is {row['perplexity']:.4g}", "", settings, run.path)
+    if run.free_energy is not None:
+        row |= regime(run.free_energy, held_out, settings.context, min(4, run.reported)).scalars()
+    run.evaluations.append({"step": run.done, **row})
+    run.log(row, run.done)
+
+
+def _save(run: _Training) -> None:
+    tensors, record = run.data.state()  # every process takes part, rank 0 writes
+    if run.writes:
+        tensors |= state(run.model, run.optimizer)
+        tensors |= {"unigram": run.data.counts, "held_out": run.data.held_out.to(torch.int32)}
+        record |= {
+            "settings": dataclasses.asdict(run.settings),
+            "step": run.done,
+            "losses": run.losses,
+            "evaluations": run.evaluations,
+            "tokenizer": run.data.tokenizer.to_str(),
+        }
+        checkpoint.save(run.path, tensors, record)
+    if run.events is not None:
+        run.events.flush()
+
+
+def _finish(run: _Training) -> dict[str, Any]:
+    """Draw the curves; returns what `train` returns."""
+    if run.events is not None:
+        run.events.close()
+    curves = run.path.parent / "curves.png"
+    if run.writes:
+        checkpoint.write(curves, plot(run.settings, run.losses, run.evaluations, run.unigram))
+    final = None
+    if run.free_energy is not None:
+        final = regime(run.free_energy, run.data.held_out, run.settings.context, run.reported)
     return {
-        "settings": settings,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "held_out_perplexity": evaluations[-1]["perplexity"],
-        "unigram_perplexity": unigram,
-        "losses": loss_curve,
-        "evaluations": evaluations,
+        "settings": run.settings,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "held_out_perplexity": run.evaluations[-1]["perplexity"],
+        "unigram_perplexity": run.unigram,
+        "losses": run.losses,
+        "evaluations": run.evaluations,
         "report": final,
         "regime": final.regime if final is not None else BACKPROPAGATION,
-        "checkpoint": path,
+        "checkpoint": run.path,
         "curves": curves,
     }
 
@@ -330,7 +394,7 @@ def load(path: str | Path, device: str = "auto") -> Run:
     place = choose_device(device)
     tensors, record = checkpoint.load(path)
     model, free_energy = build(stored_settings(path, record))
-    _restore(path, tensors, model)
+    restore(path, tensors, model)
     with checkpoint.fitting(path):
         tokenizer, held_out = Tokenizer.from_str(record["tokenizer"]), tensors["held_out"].to(torch.int64)
         return Run(model.to(place), free_energy, tokenizer, tensors["unigram"], held_out, record)
@@ -365,17 +429,6 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return min(1.0, (step + 1) / max(1, int(steps * warmup))) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def _status(losses: list[float], evaluations: list[dict[str, Any]]) -> str:
-    recent = losses[-10:]
-    parts = [f"loss {sum(recent) / len(recent):.3f}"] if recent else []
-    if evaluations:
-        last = evaluations[-1]
-        parts.append(f"held-out perplexity {last['perplexity']:.1f}")
-        if "settled" in last:
-            parts.append(f"settled {last['settled']:.0%}, cosine {last['cosine']:.4f}")
-    return ", ".join(parts)
-
-
 def _fault(loss: float, norm: float, earlier: list[float]) -> str | None:
     """What is wrong with a step's loss or the norm of its gradient, after the earlier losses; None where nothing is."""
     if not math.isfinite(loss):
@@ -405,62 +458,3 @@ def _faulty_node(free_energy: FreeEnergy | None, x: Tensor, y: Tensor, micro_bat
 def _diverged(step: int, fault: str, where: str, settings: Settings, path: Path) -> Diverged:
     kept = f"; the earlier checkpoint is kept in {path}" if path.exists() else ""
     return Diverged(f"at step {step} the {fault}{where}: train with a --lr below {settings.lr}{kept}")
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What changes in training: weights, optimiser state and torch's random generator."""
-    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
-    for number, entries in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": t for name, t in entries.items()}
-    return tensors | {"rng.torch": torch.get_rng_state()}
-
-
-def _restore(
-    path: str | Path, tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
-) -> None:
-    """Put what `_state` took back. Raises InputError if it does not fit the model."""
-    with checkpoint.fitting(path):
-        model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
-        if optimizer is not None:
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, t in tensors.items():
-                if name.startswith("optimizer."):
-                    _, number, entry = name.split(".")
-                    state.setdefault(int(number), {})[entry] = t
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-            torch.set_rng_state(tensors["rng.torch"])
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder and try to write in it, so that a run does not fail at its first checkpoint.
-
-    What a killed run left half-written there is removed.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}: choose another --out") from None
-    probe = folder / ".probe"
-    checkpoint.write(probe, b"")
-    for left in (probe, *folder.glob(".*.tmp")):
-        left.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C only sets what the yielded function returns; a second one interrupts at once."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,104 @@
+"""What surrounds a training run: its device, folder, saved tensors, status line and Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .text import InputError
+
+
+def status(losses: list[float], evaluations: list[dict[str, Any]]) -> str:
+    recent = losses[-10:]
+    parts = [f"loss {sum(recent) / len(recent):.3f}"] if recent else []
+    if evaluations:
+        last = evaluations[-1]
+        parts.append(f"held-out perplexity {last['perplexity']:.1f}")
+        if "settled" in last:
+            parts.append(f"settled {last['settled']:.0%}, cosine {last['cosine']:.4f}")
+    return ", ".join(parts)
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What changes in training: weights, optimiser state and torch's random generator."""
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    for number, entries in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": t for name, t in entries.items()}
+    return tensors | {"rng.torch": torch.get_rng_state()}
+
+
+def restore(
+    path: str | Path, tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Put what `state` took back. Raises InputError if it does not fit the model."""
+    with checkpoint.fitting(path):
+        model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
+        if optimizer is not None:
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, t in tensors.items():
+                if name.startswith("optimizer."):
+                    _, number, entry = name.split(".")
+                    state.setdefault(int(number), {})[entry] = t
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            torch.set_rng_state(tensors["rng.torch"])
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and try to write in it, so that a run does not fail at its first checkpoint.
+
+    What a killed run left half-written there is removed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}: choose another --out") from None
+    probe = folder / ".probe"
+    checkpoint.write(probe, b"")
+    for left in (probe, *folder.glob(".*.tmp")):
+        left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C only sets what the yielded function returns; a second one interrupts at once."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called auto (a GPU if there is one), cpu or cuda: of several processes each has a GPU of its own.
+
+    Raises InputError if it is not available.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("no CUDA GPU is available here: use --device cpu, or auto")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise InputError(f"no GPU is left for process {number}: use --nproc-per-node {torch.cuda.device_count()}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)

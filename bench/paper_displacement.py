@@ -11,15 +11,15 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import paper_lm
 from matplotlib.figure import Figure
 from paper_lm import LONG_WARMUP, TINY, table
-from pc_triton.inference import Inference
-from pc_triton.visits import ValueNode
 from runs import Record, Settings, complete, score
 from torch import Tensor
+
+from pc_triton.node import Node
+from pc_triton.rules import Displacement
 
 FOUR_BLOCKS: Settings = {"width": 64, "heads": 4, "blocks": 4, "context": 32, "vocabulary": 1024, "batch": 16}
 DISPLACEMENTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -28,20 +28,19 @@ SEVERAL = 8  # inference steps, where three may not settle
 STEPS = 600
 
 
+class PerBatch(Displacement):
+    """One precision for all samples of a batch, by the displacement of the whole batch's F."""
+
+    def __call__(self, node: Node, squared: Tensor, free_energy: Tensor, nodes: int) -> Tensor:
+        weight = free_energy.abs()
+        pi = super().__call__(node, squared, free_energy, nodes)
+        return ((pi * weight).sum() / weight.sum()).expand_as(pi)
+
+
 def run(settings: Settings, data: Path | None) -> Record:
     """As `paper_lm.run`; with ``per`` "batch" the displacement is that of the batch's F, and not of each sample's."""
-    per_sample = Inference._set_precision
-
-    def per_batch(self: Inference, node: ValueNode, grad: Tensor, nodes: int) -> None:
-        slope = self.slope
-        per_sample(self, node, grad, nodes)
-        squared = (self.slope - slope) * node.pi  # |G|^2
-        node.pi = (node.pi * self.accepted.abs()).sum().expand_as(node.pi) / self.accepted.abs().sum()
-        self.slope = slope + squared / node.pi
-
-    with patch.object(Inference, "_set_precision", per_batch if settings.get("per") == "batch" else per_sample):
-        options = {name: value for name, value in settings.items() if name != "per"}
-        return paper_lm.run(options, data)
+    options = {name: value for name, value in settings.items() if name != "per"}
+    return paper_lm.run(options, data, PerBatch(settings["displacement"]) if settings.get("per") == "batch" else None)
 
 
 def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:

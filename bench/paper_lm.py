@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from runs import TUNING_SEED, Record, Settings, load, markdown, regime, score, spread, standing, tuned
 
+from pc_triton.rules import Precision
 from pc_triton.settings import Settings as TrainSettings
 from pc_triton.text import InputError, read_text, split
 from pc_triton.train import Diverged, train
@@ -58,8 +59,11 @@ def texts(data: Path | None, tuning: bool) -> tuple[str, str]:
     return split(training) if valid is None else (training, valid)
 
 
-def run(settings: Settings, data: Path | None) -> Record:
-    """Train one model, as ``pc-triton train`` does; its score is the perplexity per token of the text measured on."""
+def run(settings: Settings, data: Path | None, precision: Precision | None = None) -> Record:
+    """Train one model, as ``pc-triton train`` does; its score is the perplexity per token of the text measured on.
+
+    precision: as in `train`.
+    """
     options = {name: value for name, value in settings.items() if name != "tuning"}
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("train.txt", "held_out.txt")]
@@ -68,7 +72,8 @@ def run(settings: Settings, data: Path | None) -> Record:
         every = settings["steps"] if settings["tuning"] else -(-settings["steps"] // 4)
         options = {"eval_every": every} | options | {"data": str(paths[0]), "held_out": str(paths[1])}
         try:
-            result = train(TrainSettings(**options), Path(folder) / "run", device="cpu", quiet=True)
+            out = Path(folder) / "run"
+            result = train(TrainSettings(**options), out, device="cpu", quiet=True, precision=precision)
         except Diverged as error:
             return {"diverged": str(error)}
     record = {"score": result["held_out_perplexity"], "unigram_perplexity": result["unigram_perplexity"]}

@@ -1,11 +1,14 @@
-"""A trained language model in use: its perplexity, the regime of its inference, the text it generates."""
+"""A trained language model in use: its perplexity, the regime of its inference, its curves, the text it generates."""
 
 from __future__ import annotations
 
+import io
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import parallel
@@ -14,6 +17,7 @@ from .free_energy import FreeEnergy
 from .head import Head
 from .models import Transformer
 from .report import Report
+from .settings import Settings
 from .text import InputError
 
 LOGITS = 2**24
@@ -110,3 +114,22 @@ def generate(
             break
         tokens = torch.cat([tokens, drawn])
     return tokens
+
+
+def plot(settings: Settings, losses: list[float], evaluations: list[dict[str, Any]], unigram: float) -> bytes:
+    """A PNG of both curves: the training loss of each step, and the held-out perplexity beside the unigram model's.
+
+    losses, evaluations, unigram: as `train` returns them.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(range(1, len(losses) + 1), losses, linewidth=0.8)
+    name = "cross-entropy" if settings.method == "bp" else "free energy"
+    left.set(title=f"training {name} ({settings.method})", xlabel="step", ylabel=f"{name}, nats per token")
+    right.plot([row["step"] for row in evaluations], [row["perplexity"] for row in evaluations], marker="o")
+    right.axhline(unigram, color="gray", linestyle="--", label=f"unigram model, {unigram:.0f}")
+    right.set(title="held-out perplexity", xlabel="step", ylabel="per token", yscale="log")
+    right.legend()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return png.getvalue()

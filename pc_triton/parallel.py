@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +36,23 @@ def joined() -> Iterator[None]:
             raise InputError("another process of this run has ended: see what it said, and --resume") from None
         raise
     dist.destroy_process_group()  # not after an error, when the others may never come to it
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called auto (a GPU if there is one), cpu or cuda: of several processes each has a GPU of its own.
+
+    Raises InputError if it is not available.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("no CUDA GPU is available here: use --device cpu, or auto")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise InputError(f"no GPU is left for process {number}: use --nproc-per-node {torch.cuda.device_count()}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def together() -> bool:

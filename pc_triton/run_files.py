@@ -1,9 +1,8 @@
-"""What surrounds a training run: its device, folder, saved tensors, status line and Ctrl-C."""
+"""What surrounds a training run: its folder, saved tensors, status line and Ctrl-C."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -85,20 +84,3 @@ def ctrl_c() -> Iterator[Callable[[], bool]]:
         yield pressed.is_set
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called auto (a GPU if there is one), cpu or cuda: of several processes each has a GPU of its own.
-
-    Raises InputError if it is not available.
-    """
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("no CUDA GPU is available here: use --device cpu, or auto")
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    if number >= torch.cuda.device_count():
-        raise InputError(f"no GPU is left for process {number}: use --nproc-per-node {torch.cuda.device_count()}")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -52,5 +54,5 @@ def laplace_step(
     state_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """The moved state and dF/dmu, in error form ``grad`` itself; arguments and errors as in `elementwise.step`."""
-    options = {"form": form, "moved": moved, "state_dtype": state_dtype}
+    options: dict[str, Any] = {"form": form, "moved": moved, "state_dtype": state_dtype}
     return step(LAPLACE, mu, state, grad, precision, keep, move, unit=unit, **options)

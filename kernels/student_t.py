@@ -5,6 +5,8 @@ The parameter of the device functions is nu, an argument at run time: one compil
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl  # noqa: F401 (the interpreter looks for it beside each device function)
@@ -55,7 +57,7 @@ def student_t_step(
     state_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """The moved state and dF/dmu, in error form ``grad`` itself; arguments and errors as in `elementwise.step`."""
-    options = {"form": form, "moved": moved, "state_dtype": state_dtype}
+    options: dict[str, Any] = {"form": form, "moved": moved, "state_dtype": state_dtype}
     return step(
         STUDENT_T, mu, state, grad, precision, keep, move, unit=unit, parameter=nu, variance=nu / (nu + 1), **options
     )

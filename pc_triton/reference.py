@@ -28,54 +28,27 @@ Arithmetic is in float32, or in float64 where mu is float64; the emission has mu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Step = tuple[Tensor | None, Tensor]
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in the dtype of the arithmetic: float32, or float64 where x is float64."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
-    """A coefficient per sample ``[S]`` spread over the rows of ``like`` ``[S * r, ...]``, ready to broadcast."""
-    rows = like.shape[0] // coefficient.shape[0]
-    if rows != 1:
-        coefficient = coefficient.repeat_interleave(rows)
-    return coefficient.view(-1, *[1] * (like.dim() - 1))
-
-
-def error_of(state: Tensor | None, mu: Tensor, form: str = "error") -> Tensor:
-    """d = u - mu of a state, in the dtype of the arithmetic; None stands for 0."""
-    if state is not None and form == "error":
-        return state.to(torch.promote_types(mu.dtype, torch.float32))
-    return torch.zeros_like(wide(mu)) if state is None else state - wide(mu)
-
-
-def kept(new: Tensor, state: Tensor | None, state_dtype: torch.dtype | None) -> Tensor:
-    """A moved error in the dtype that the state is kept in; None for that of the arithmetic."""
-    dtype = state_dtype if state is None else state.dtype
-    return new if dtype is None else new.to(dtype)
-
-
-def sum_samples(x: Tensor, samples: int) -> Tensor:
-    """The sum of x ``[S * r, ...]`` over everything but the samples: ``[S]``."""
-    return x.reshape(samples, -1).sum(1)
-
-
-def _sent(grad: Tensor | None, mu: Tensor) -> Tensor:
-    """What the children send back; 0 where nothing reads it."""
-    return wide(mu).new_zeros(()) if grad is None else wide(grad)
-
-
-def _moved(d: Tensor | None, push: Tensor, keep: Tensor, move_over_precision: Tensor) -> Tensor:
-    """d <- keep d - (move / pi) push."""
-    new = -per_sample(move_over_precision, push) * push
-    return new if d is None else torch.addcmul(new, per_sample(keep, d), d)
-
+from .arithmetic import Step as Step
+from .arithmetic import error_of, kept, moved_by, sent
+from .arithmetic import per_sample as per_sample
+from .arithmetic import sum_samples as sum_samples
+from .arithmetic import wide as wide
+from .reference_softmax import attention_forward as attention_forward
+from .reference_softmax import attention_step as attention_step
+from .reference_softmax import categorical_energy as categorical_energy
+from .reference_softmax import categorical_forward as categorical_forward
+from .reference_softmax import categorical_step as categorical_step
+from .reference_softmax import clamped_categorical_backward as clamped_categorical_backward
+from .reference_softmax import clamped_categorical_forward as clamped_categorical_forward
+from .reference_softmax import clamped_categorical_gradient_ as clamped_categorical_gradient_
+from .reference_softmax import log_softmax as log_softmax
+from .reference_softmax import mask_logits as mask_logits
 
 # Gaussian with a fixed variance: E = pi sum d^2 / 2, where pi holds 1 / sigma^2 as well.
 
@@ -109,7 +82,7 @@ def gaussian_step(
     d = None if state is None else error_of(state, mu, form)
     new = d
     if keep is not None and move is not None:
-        new = _moved(d, _sent(grad, mu), keep, move / precision)
+        new = moved_by(d, sent(grad, mu), keep, move / precision)
     shown = new if moved else d
     assert new is not None
     if error:
@@ -190,7 +163,7 @@ def gaussian_logvar_step(
 
     grad may have ``[..., 3 C]``: for a node with a prior, whose emission is the sample followed by u.
     """
-    mu_, g, xi = wide(mu), _sent(grad, mu), wide(noise)
+    mu_, g, xi = wide(mu), sent(grad, mu), wide(noise)
     g_u = None
     if g.shape[-1:] == (3 * xi.shape[-1],):
         g, g_u = g.split([xi.shape[-1], mu.shape[-1]], -1)
@@ -223,18 +196,33 @@ def laplace_energy(d: Tensor) -> Tensor:
     return torch.where(a < 1e-2, series, a + torch.expm1(-a))
 
 
-def _location_forward(energy, mu, state, precision, unit, form) -> tuple[Tensor, Tensor]:
+def _location_forward(
+    energy: Callable[[Tensor], Tensor], mu: Tensor, state: Tensor, precision: Tensor, unit: Tensor | None, form: str
+) -> tuple[Tensor, Tensor]:
     d = error_of(state, mu, form)
     u = wide(mu) + d if form == "error" else state
     return u.to(mu.dtype), precision * sum_samples(energy(d / _scale(unit, mu)), len(precision))
 
 
-def _location_step(natural, v, mu, state, grad, precision, unit, keep, move, form, moved, state_dtype) -> Step:
+def _location_step(
+    natural: Callable[[Tensor], Tensor],
+    v: float,
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor | None,
+    precision: Tensor,
+    unit: Tensor | None,
+    keep: Tensor | None,
+    move: Tensor | None,
+    form: str,
+    moved: bool,
+    state_dtype: torch.dtype | None,
+) -> Step:
     """natural(d): V dE/dd, with V = v at d = 0, all in units of the node's scale."""
     d, scale = error_of(state, mu, form), _scale(unit, mu)
     new = d
     if keep is not None and move is not None:
-        push = per_sample(move / precision, mu) * scale**2 * v * _sent(grad, mu)
+        push = per_sample(move / precision, mu) * scale**2 * v * sent(grad, mu)
         new = d - per_sample(1 - keep, mu) * scale * natural(d / scale) - push
     if form == "error":
         assert grad is not None
@@ -248,12 +236,26 @@ def _scale(unit: Tensor | None, mu: Tensor) -> Tensor:
     return one if unit is None else per_sample(unit, mu).clamp_min(torch.finfo(one.dtype).tiny)
 
 
-def laplace_forward(mu, state, precision, unit=None, *, form) -> tuple[Tensor, Tensor]:
+def laplace_forward(
+    mu: Tensor, state: Tensor, precision: Tensor, unit: Tensor | None = None, *, form: str
+) -> tuple[Tensor, Tensor]:
     """Emission u and pi (|d| + e^-|d| - 1)."""
     return _location_forward(laplace_energy, mu, state, precision, unit, form)
 
 
-def laplace_step(mu, state, grad, precision, unit, keep, move, *, form, moved=False, state_dtype=None) -> Step:
+def laplace_step(
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor | None,
+    precision: Tensor,
+    unit: Tensor | None,
+    keep: Tensor | None,
+    move: Tensor | None,
+    *,
+    form: str,
+    moved: bool = False,
+    state_dtype: torch.dtype | None = None,
+) -> Step:
     """dE/du = pi sign(d) (1 - e^-|d|) / unit, V = unit^2."""
 
     def natural(d: Tensor) -> Tensor:
@@ -262,7 +264,9 @@ def laplace_step(mu, state, grad, precision, unit, keep, move, *, form, moved=Fa
     return _location_step(natural, 1.0, mu, state, grad, precision, unit, keep, move, form, moved, state_dtype)
 
 
-def student_t_forward(mu, state, precision, unit=None, *, nu, form) -> tuple[Tensor, Tensor]:
+def student_t_forward(
+    mu: Tensor, state: Tensor, precision: Tensor, unit: Tensor | None = None, *, nu: float, form: str
+) -> tuple[Tensor, Tensor]:
     """Emission u and pi (nu + 1) / 2 log(1 + d^2 / nu)."""
 
     def energy(d: Tensor) -> Tensor:
@@ -271,7 +275,20 @@ def student_t_forward(mu, state, precision, unit=None, *, nu, form) -> tuple[Ten
     return _location_forward(energy, mu, state, precision, unit, form)
 
 
-def student_t_step(mu, state, grad, precision, unit, keep, move, *, nu, form, moved=False, state_dtype=None) -> Step:
+def student_t_step(
+    mu: Tensor,
+    state: Tensor | None,
+    grad: Tensor | None,
+    precision: Tensor,
+    unit: Tensor | None,
+    keep: Tensor | None,
+    move: Tensor | None,
+    *,
+    nu: float,
+    form: str,
+    moved: bool = False,
+    state_dtype: torch.dtype | None = None,
+) -> Step:
     """dE/du = pi (nu + 1) d / (nu + d^2) / unit, V = unit^2 nu / (nu + 1)."""
 
     def natural(d: Tensor) -> Tensor:
@@ -308,197 +325,14 @@ def bernoulli_step(
     state_dtype: torch.dtype | None = None,
 ) -> Step:
     """dE/du = pi p (1 - p) d, dE/dmu = pi (q - p); what the children send returns to u as p (1 - p) g."""
-    mu_, g = wide(mu), _sent(grad, mu)
+    mu_, g = wide(mu), sent(grad, mu)
     d = error_of(state, mu_, form)
     p, q, pi = torch.sigmoid(mu_ + d), torch.sigmoid(mu_), per_sample(precision, mu_)
     new = d
     if keep is not None and move is not None:
-        new = _moved(d, g, keep, move / precision)
+        new = moved_by(d, g, keep, move / precision)
     if form == "error":
         return kept(new, state, state_dtype), (p * (1 - p) * (pi * d + g) + pi * (q - p)).to(mu.dtype)
     if moved:
         p = torch.sigmoid(mu_ + new)
     return mu_ + new, (pi * (q - p)).to(mu.dtype)
-
-
-# Categorical with logits along the last axis: p = softmax(u), q = softmax(mu). A logit of -inf is masked: p = q = 0.
-
-
-def mask_logits(mu: Tensor, causal: bool, padding: Tensor | None, segments: Tensor | None = None) -> Tensor:
-    """Attention's logits ``[B, heads, N, K]`` with -inf where a query may not look.
-
-    causal: query i sees keys 0 .. i + K - N. padding ``[B, K]``: True where a key is padding. segments ``[B, N]``,
-    N = K: a query sees the keys of its own number.
-    """
-    if causal:
-        n, k = mu.shape[-2:]
-        hidden = torch.ones(n, k, dtype=torch.bool, device=mu.device).triu(1 + k - n)
-        mu = mu.masked_fill(hidden, -torch.inf)
-    if padding is not None:
-        mu = mu.masked_fill(padding[:, None, None, :], -torch.inf)
-    if segments is not None:
-        mu = mu.masked_fill((segments[:, :, None] != segments[:, None, :])[:, None], -torch.inf)
-    return mu
-
-
-def log_softmax(u: Tensor) -> Tensor:
-    """log softmax along the last axis that gives -inf, not NaN, in rows whose every logit is -inf."""
-    lse = torch.logsumexp(u, -1, keepdim=True)
-    return u - torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
-
-
-def categorical_energy(u: Tensor, mu: Tensor) -> Tensor:
-    """p (log p - log q) per element, 0 where masked."""
-    log_p, log_q = log_softmax(u), log_softmax(mu)
-    return torch.where(mu == -torch.inf, torch.zeros_like(u), log_p.exp() * (log_p - log_q))
-
-
-def categorical_forward(
-    mu: Tensor,
-    state: Tensor,
-    precision: Tensor,
-    *,
-    form: str,
-    causal: bool = False,
-    padding: Tensor | None = None,
-    segments: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Emission softmax(u) and pi KL of the softmaxes, over the last axis."""
-    logits = mask_logits(wide(mu), causal, padding, segments)
-    u = logits + state if form == "error" else state.masked_fill(logits == -torch.inf, -torch.inf)
-    return log_softmax(u).exp().to(mu.dtype), precision * sum_samples(categorical_energy(u, logits), len(precision))
-
-
-def categorical_step(
-    mu: Tensor,
-    state: Tensor | None,
-    grad: Tensor | None,
-    precision: Tensor,
-    keep: Tensor | None,
-    move: Tensor | None,
-    *,
-    form: str,
-    moved: bool = False,
-    state_dtype: torch.dtype | None = None,
-    causal: bool = False,
-    padding: Tensor | None = None,
-    segments: Tensor | None = None,
-) -> Step:
-    """dE/du = pi p (log p - log q - KL), dE/dmu = pi (q - p); the children's g returns to u as p (g - <p, g>).
-
-    The state moves by g - <p, g>: logits count only up to a shift. Masked entries of d and of dF/dmu are 0.
-    """
-    logits, g = mask_logits(wide(mu), causal, padding, segments), _sent(grad, mu)
-    masked = logits == -torch.inf
-    d = error_of(state, logits, form)
-    d = d.masked_fill(masked, 0.0)
-    p, q, pi = log_softmax(logits + d).exp(), log_softmax(logits).exp(), per_sample(precision, logits)
-    push = (g - (p * g).sum(-1, keepdim=True)).masked_fill(masked, 0.0)
-    new = d
-    if keep is not None and move is not None:
-        new = _moved(d, push, keep, move / precision)
-    if form == "error":
-        total = p * (pi * (d - (p * d).sum(-1, keepdim=True)) + push) + pi * (q - p)
-        return kept(new, state, state_dtype), total.to(mu.dtype)
-    if moved:
-        p = log_softmax(logits + new).exp()
-    u = (logits + new).masked_fill(masked, 0.0)
-    return u, (pi * (q - p)).to(mu.dtype)
-
-
-# Attention: a Categorical node over the keys for every query, mu = scale q k', and its output p v. In error form.
-
-
-def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return scale * (wide(q) @ _for_queries(k, q).mT)
-
-
-def _for_queries(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values ``[B, heads, K, D]`` with each head repeated for the query heads that share it."""
-    return wide(x).repeat_interleave(q.shape[1] // x.shape[1], 1)
-
-
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    precision: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    padding: Tensor | None = None,
-    segments: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output softmax(u) v, pi KL of the softmaxes, and the facts of each row: log sum e^u, <p, d>, KL."""
-    mu = _logits(q, k, scale)
-    d = error_of(state, mu)
-    logits = mask_logits(mu, causal, padding, segments)
-    p, energy = categorical_forward(logits, d, precision, form="error")
-    kl = categorical_energy(logits + d, logits).sum(-1)
-    lse = torch.logsumexp(logits + d, -1)
-    facts = torch.stack([lse.masked_fill(lse == -torch.inf, 0.0), (p * d).sum(-1), kl])
-    return (p @ _for_queries(v, q)).to(q.dtype), energy, facts
-
-
-def attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    grad_out: Tensor,
-    state: Tensor | None,
-    precision: Tensor,
-    keep: Tensor | None,
-    move: Tensor | None,
-    facts: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    padding: Tensor | None = None,
-    segments: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """The state moved by g = grad_out v', and dF/dq, dF/dk, dF/dv. It reads neither out nor facts: the kernels do."""
-    mu, sent = _logits(q, k, scale), wide(grad_out)
-    logits, d = mask_logits(mu, causal, padding, segments), error_of(state, mu)
-    p = log_softmax(logits + d).exp()
-    g = sent @ _for_queries(v, q).mT
-    new, grad_mu = categorical_step(logits, state, g, precision, keep, move, form="error")
-    grad_q = scale * (grad_mu @ _for_queries(k, q))
-    grad_k, grad_v = scale * (grad_mu.mT @ wide(q)), p.mT @ sent
-    grad_k, grad_v = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (grad_k, grad_v))
-    return state if keep is None else new, grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
-
-
-# Categorical clamped to labels: the output node of a classifier or a language model.
-
-
-def clamped_categorical_forward(mu: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """-log q_y per row ``[R]`` (0 where the label is ignored) and the row's log-sum-exp ``[R]``, of mu ``[R, C]``."""
-    mu = wide(mu)
-    lse = torch.logsumexp(mu, -1)
-    kept = labels != ignore_index
-    target = mu.gather(-1, labels.where(kept, 0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(kept, lse - target, 0.0), lse
-
-
-def clamped_categorical_backward(
-    mu: Tensor, labels: Tensor, lse: Tensor, grad_energy: Tensor, ignore_index: int
-) -> Tensor:
-    """dE/dmu = (q - y) grad_energy ``[R, C]``, 0 in ignored rows; grad_energy ``[R]``."""
-    kept = labels != ignore_index
-    scale = torch.where(kept, grad_energy, 0.0).unsqueeze(-1)
-    grad = (wide(mu) - lse.unsqueeze(-1)).exp() * scale
-    index = labels.where(kept, 0).unsqueeze(-1)
-    return grad.scatter_add(-1, index, -scale).to(mu.dtype)
-
-
-def clamped_categorical_gradient_(mu: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """-log q_y per row ``[R]``, as `clamped_categorical_forward`; mu ``[R, C]`` is overwritten by dE/dmu = q - y."""
-    kept = labels != ignore_index
-    index = labels.where(kept, 0).unsqueeze(-1)
-    log_q = F.log_softmax(wide(mu), -1)
-    energy = torch.where(kept, -log_q.gather(-1, index).squeeze(-1), 0.0)
-    grad = log_q.exp_().scatter_add_(-1, index, torch.full_like(energy, -1.0).unsqueeze(-1))
-    mu.copy_(grad.mul_(kept.unsqueeze(-1)))
-    return energy

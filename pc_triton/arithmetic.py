@@ -1,0 +1,50 @@
+"""What the equations of every family share: dtypes, sums over a sample, and the move of a state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Step = tuple[Tensor | None, Tensor]
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype of the arithmetic: float32, or float64 where x is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
+    """A coefficient per sample ``[S]`` spread over the rows of ``like`` ``[S * r, ...]``, ready to broadcast."""
+    rows = like.shape[0] // coefficient.shape[0]
+    if rows != 1:
+        coefficient = coefficient.repeat_interleave(rows)
+    return coefficient.view(-1, *[1] * (like.dim() - 1))
+
+
+def error_of(state: Tensor | None, mu: Tensor, form: str = "error") -> Tensor:
+    """d = u - mu of a state, in the dtype of the arithmetic; None stands for 0."""
+    if state is not None and form == "error":
+        return state.to(torch.promote_types(mu.dtype, torch.float32))
+    return torch.zeros_like(wide(mu)) if state is None else state - wide(mu)
+
+
+def kept(new: Tensor, state: Tensor | None, state_dtype: torch.dtype | None) -> Tensor:
+    """A moved error in the dtype that the state is kept in; None for that of the arithmetic."""
+    dtype = state_dtype if state is None else state.dtype
+    return new if dtype is None else new.to(dtype)
+
+
+def sum_samples(x: Tensor, samples: int) -> Tensor:
+    """The sum of x ``[S * r, ...]`` over everything but the samples: ``[S]``."""
+    return x.reshape(samples, -1).sum(1)
+
+
+def sent(grad: Tensor | None, mu: Tensor) -> Tensor:
+    """What the children send back; 0 where nothing reads it."""
+    return wide(mu).new_zeros(()) if grad is None else wide(grad)
+
+
+def moved_by(d: Tensor | None, push: Tensor, keep: Tensor, move_over_precision: Tensor) -> Tensor:
+    """d <- keep d - (move / pi) push."""
+    new = -per_sample(move_over_precision, push) * push
+    return new if d is None else torch.addcmul(new, per_sample(keep, d), d)

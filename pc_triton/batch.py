@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arithmetic import sum_samples, wide
 from .checks import check_batch, check_devices
 from .context import running
 from .distributions import Distribution
@@ -22,7 +23,6 @@ from .node import Gradient, Node, Response
 from .output import Output
 from .passes import ModelPass, Nodes
 from .plumbing import Calls, RandomState, hold_statistics, hold_weights, ones, sharded_modules
-from .reference import sum_samples, wide
 from .rules import Precision
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arithmetic import Step, error_of, kept, per_sample, sum_samples, wide
 from .context import awaits_pass, outside_graphs, pass_here
-from .reference import Step, error_of, kept, per_sample, sum_samples, wide
 
 
 class Distribution(nn.Module):

@@ -16,19 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .arithmetic import sum_samples, wide
 from .context import add_energy
 from .dispatch import backend, tracing
 from .distributions import Distribution
-from .reference import (
-    bernoulli_energy,
-    categorical_energy,
-    gaussian_logvar_energy,
-    laplace_energy,
-    log_softmax,
-    mask_logits,
-    sum_samples,
-    wide,
-)
+from .reference import bernoulli_energy, gaussian_logvar_energy, laplace_energy
+from .reference_softmax import categorical_energy, log_softmax, mask_logits
 
 
 class Gaussian(Distribution):

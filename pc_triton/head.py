@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arithmetic import wide
 from .context import infers, outside_graphs, pass_here
 from .dispatch import backend
-from .reference import wide
 
 CHUNKS, LEAST = 32, 256
 """The logits are made for 1 / CHUNKS of the rows at a time: about 3 % of them are in memory; never fewer than LEAST."""

@@ -18,7 +18,7 @@ from .dispatch import backend, fuses
 from .distributions import Distribution
 from .families import Categorical, Gaussian
 from .operations import EmitAttention, EmitLinear
-from .reference import mask_logits
+from .reference_softmax import mask_logits
 
 
 class Linear(nn.Linear):

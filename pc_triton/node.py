@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arithmetic import per_sample, wide
 from .distributions import Distribution
-from .reference import per_sample, wide
 
 StepOf = Callable[..., tuple[Any, Any]]
 """(state, grad, keep, move, sweep) to the moved state, and what goes to the layer below."""

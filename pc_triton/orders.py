@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from . import parallel
+from .arithmetic import wide
 from .batch import Batch
 from .checks import check_finite
 from .families import Gaussian
 from .node import Gradient, Move, Node
-from .reference import wide
 from .rules import Constant, Fixed, Rules
 
 Start = Mapping[str, Tensor] | Callable[[dict[str, Tensor]], Mapping[str, Tensor]]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arithmetic import sum_samples, wide
 from .checks import check_finite, ordinary
 from .distributions import Distribution
 from .families import Categorical, output_family
 from .node import Node
-from .reference import sum_samples, wide
 
 
 class Output:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .arithmetic import sum_samples, wide
 from .context import Fused, running
 from .dispatch import backend, tracing
 from .distributions import Distribution
@@ -20,7 +21,6 @@ from .operations import Emit, respond_to
 from .output import Output
 from .plumbing import Calls, hold_statistics
 from .recompute import Again, in_checkpoint
-from .reference import sum_samples, wide
 
 
 class Nodes:

@@ -34,11 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arithmetic import Step as Step
-from .arithmetic import error_of, kept, moved_by, sent
-from .arithmetic import per_sample as per_sample
-from .arithmetic import sum_samples as sum_samples
-from .arithmetic import wide as wide
+from .arithmetic import Step, error_of, kept, moved_by, per_sample, sent, sum_samples, wide
 from .reference_softmax import attention_forward as attention_forward
 from .reference_softmax import attention_step as attention_step
 from .reference_softmax import categorical_energy as categorical_energy

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import orders
+from .arithmetic import sum_samples
 from .batch import Batch
 from .node import Node
-from .reference import sum_samples
 from .rules import Guarded, Rules
 
 LONG_RUN = 60

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .arithmetic import per_sample
 from .node import Node
-from .reference import per_sample
 
 TRUST = 0.3
 """The largest root-mean-square move of a node's states, in units of its scale, that `Displacement` lets the first

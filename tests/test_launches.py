@@ -47,7 +47,7 @@ def test_error_order(steps, blocks, launches):
         block += 2 * attentions * (moves + 1)
     assert len(launches) == blocks * block + steps, launches  # and the head, once a pass
     assert set(launches) <= {
-        "gaussian._forward", "gaussian._step", "categorical._step", "categorical._clamped_gradient",
+        "elementwise._forward", "elementwise._step", "categorical._step", "categorical._clamped_gradient",
         "attention._forward", "attention._grad_queries", "attention._step_keys",
     }  # fmt: skip
 
@@ -64,6 +64,6 @@ def test_state_orders(order, launches):
     with pc.use_backend("triton"):
         pc.FreeEnergy(model, order=order, steps=4)(x, y).backward()
     nodes, passes = 2, 4 + 1  # inference, and learning
-    assert launches.count("gaussian._forward") == nodes * passes
-    assert launches.count("gaussian._step") == nodes * passes - (order == "simultaneous")
+    assert launches.count("elementwise._forward") == nodes * passes
+    assert launches.count("elementwise._step") == nodes * passes - (order == "simultaneous")
     assert launches.count("categorical._clamped_gradient") == passes + 1

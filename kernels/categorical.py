@@ -11,6 +11,8 @@ what CAUSAL, PADDING or SEGMENTS hides.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +38,48 @@ from .common import (
 SHORT = 4096  # columns of the longest row that is kept in registers
 LONG = 2048  # columns that a program takes at a time of a longer row
 INTEGERS = (torch.int32, torch.int64)
+
+
+class Rows(NamedTuple):
+    """What a program reads its rows by; the tensors per row are ``[ROWS, 1]``."""
+
+    mu_ptr: Any
+    state_ptr: Any
+    padding_ptr: Any
+    segments_ptr: Any
+    n_rows: Any
+    n_columns: Any
+    last: Any
+    """The last column that each row sees."""
+    first_key: Any
+    """Where the row's keys begin in padding and segments."""
+    segment: Any
+
+
+class Block(NamedTuple):
+    """Some columns of a program's rows ``[ROWS, COLS]``."""
+
+    offsets: Any
+    mask: Any
+    """Which entries there are."""
+    live: Any
+    """Which of them are seen: u, mu and d are 0 where not."""
+    u: Any
+    mu: Any
+    d: Any
+    """u - mu."""
+
+
+class Row(NamedTuple):
+    """What a finished row is known by, each ``[ROWS, 1]``."""
+
+    mean_d: Any
+    """<p, d>."""
+    mean_g: Any
+    """<p, g>."""
+    settled_u: Any
+    """Peak of u and 1 / sum e^(u - peak)."""
+    settled_mu: Any
 
 
 @triton.jit
@@ -67,35 +111,34 @@ def load_node(
     PADDING: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """A tile: offsets, mask, which entries live, and u, mu and d = u - mu, 0 where not; READ: there is a state."""
-    mu_ptr, state_ptr, padding_ptr, segments_ptr, n_rows, n_columns, last, first_key, segment = node
-    offsets = rows * n_columns + cols
-    mask = (rows < n_rows) & (cols < n_columns)
+    """The `Block` of these columns. READ: there is a state."""
+    offsets = rows * node.n_columns + cols
+    mask = (rows < node.n_rows) & (cols < node.n_columns)
     live = mask
     if CAUSAL:
-        live = live & (cols <= last)
+        live = live & (cols <= node.last)
     if PADDING:
-        live = live & (tl.load(padding_ptr + (first_key + cols), mask=live, other=1) == 0)
+        live = live & (tl.load(node.padding_ptr + (node.first_key + cols), mask=live, other=1) == 0)
     if SEGMENTS:
-        live = live & (tl.load(segments_ptr + (first_key + cols), mask=live, other=0) == segment)
-    mu = tl.load(mu_ptr + offsets, mask=live, other=float("-inf")).to(tl.float32)
+        live = live & (tl.load(node.segments_ptr + (node.first_key + cols), mask=live, other=0) == node.segment)
+    mu = tl.load(node.mu_ptr + offsets, mask=live, other=float("-inf")).to(tl.float32)
     live = live & (mu != float("-inf"))
     mu = tl.where(live, mu, 0.0)
     u = mu
     d = tl.zeros_like(mu)
     if READ:
-        state = tl.load(state_ptr + offsets, mask=live, other=0.0).to(tl.float32)
+        state = tl.load(node.state_ptr + offsets, mask=live, other=0.0).to(tl.float32)
         u = mu + state if ERROR else state
         d = state if ERROR else state - mu
-    return offsets, mask, live, u, mu, d
+    return Block(offsets=offsets, mask=mask, live=live, u=u, mu=mu, d=d)
 
 
 @triton.jit
-def load_grad(grad_ptr, node_tile, READ: tl.constexpr):
-    """g of a tile, 0 where masked or where nothing needs it."""
-    g = tl.zeros_like(node_tile[5])
+def load_grad(grad_ptr, block, READ: tl.constexpr):
+    """g of a block, 0 where masked or where nothing needs it."""
+    g = tl.zeros_like(block.d)
     if READ:
-        g = tl.load(grad_ptr + node_tile[0], mask=node_tile[2], other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + block.offsets, mask=block.live, other=0.0).to(tl.float32)
     return g
 
 
@@ -119,14 +162,13 @@ def online_softmax(x, live, peak, total):
 
 
 @triton.jit
-def add_tile(sums, node_tile, g):
+def add_tile(sums, block, g):
     """A row's peak of u, sums of e^u, e^u d and e^u g, peak of mu and sum of e^mu, one tile further."""
     peak_u, total_u, sum_d, sum_g, peak_mu, total_mu = sums
-    _, _, live, u, mu, d = node_tile
-    peak_u, total_u, weights, scale = online_softmax(u, live, peak_u, total_u)
-    sum_d = sum_d * scale + tl.sum(weights * d, axis=1, keep_dims=True)
+    peak_u, total_u, weights, scale = online_softmax(block.u, block.live, peak_u, total_u)
+    sum_d = sum_d * scale + tl.sum(weights * block.d, axis=1, keep_dims=True)
     sum_g = sum_g * scale + tl.sum(weights * g, axis=1, keep_dims=True)
-    peak_mu, total_mu, _, _ = online_softmax(mu, live, peak_mu, total_mu)
+    peak_mu, total_mu, _, _ = online_softmax(block.mu, block.live, peak_mu, total_mu)
     return peak_u, total_u, sum_d, sum_g, peak_mu, total_mu
 
 
@@ -138,22 +180,27 @@ def settle(peak, total):
 
 @triton.jit
 def finish(sums):
-    """<p, d>, <p, g>, and u and mu settled."""
+    """The `Row` of a row's sums."""
     peak_u, total_u, sum_d, sum_g, peak_mu, total_mu = sums
     peak_u, inverse_u = settle(peak_u, total_u)
-    return sum_d * inverse_u, sum_g * inverse_u, (peak_u, inverse_u), settle(peak_mu, total_mu)
+    return Row(
+        mean_d=sum_d * inverse_u,
+        mean_g=sum_g * inverse_u,
+        settled_u=(peak_u, inverse_u),
+        settled_mu=settle(peak_mu, total_mu),
+    )
 
 
 @triton.jit
 def direct_kl(row):
     """KL = <p, d> - (lse u - lse mu), which is noise where u is near mu."""
-    mean_d, _, settled_u, settled_mu = row
-    return mean_d - (settled_u[0] - settled_mu[0]) - tl.log(settled_mu[1] / settled_u[1])
+    (peak_u, inverse_u), (peak_mu, inverse_mu) = row.settled_u, row.settled_mu
+    return row.mean_d - (peak_u - peak_mu) - tl.log(inverse_mu / inverse_u)
 
 
 @triton.jit
 def softmax(x, live, settled):
-    """e^(x - peak) / total of a tile, 0 where masked."""
+    """e^(x - peak) / total of a block, 0 where masked."""
     peak, inverse = settled
     return tl.exp(tl.where(live, x - peak, float("-inf"))) * inverse
 
@@ -175,13 +222,12 @@ def kl_of(terms, kl):
 
 
 @triton.jit
-def write_emission(emission_ptr, node_tile, row, kl):
+def write_emission(emission_ptr, block, row, kl):
     """Write p of a tile; its share of e^KL - 1."""
-    mean_d, _, settled_u, settled_mu = row
-    offsets, mask, live, u, mu, d = node_tile
-    p = softmax(u, live, settled_u)
-    tl.store(emission_ptr + offsets, p, mask=mask)
-    return tl.sum(kl_parts(p, softmax(mu, live, settled_mu), d - mean_d, kl), axis=1, keep_dims=True)
+    p = softmax(block.u, block.live, row.settled_u)
+    tl.store(emission_ptr + block.offsets, p, mask=block.mask)
+    q = softmax(block.mu, block.live, row.settled_mu)
+    return tl.sum(kl_parts(p, q, block.d - row.mean_d, kl), axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -217,39 +263,49 @@ def _forward(
     last, end, first_key, segment = row_facts(
         rows, n_rows, n_columns, n_queries, rows_per_item, segments_ptr, CAUSAL, SEGMENTS
     )
-    node = (mu_ptr, state_ptr, padding_ptr, segments_ptr, n_rows, n_columns, last, first_key, segment)
+    node = Rows(
+        mu_ptr=mu_ptr,
+        state_ptr=state_ptr,
+        padding_ptr=padding_ptr,
+        segments_ptr=segments_ptr,
+        n_rows=n_rows,
+        n_columns=n_columns,
+        last=last,
+        first_key=first_key,
+        segment=segment,
+    )
     sums = no_sums(ROWS)
     if ONE_TILE:
-        node_tile = load_node(rows, cols, node, ERROR, True, CAUSAL, PADDING, SEGMENTS)
-        row = finish(add_tile(sums, node_tile, node_tile[5]))
+        block = load_node(rows, cols, node, ERROR, True, CAUSAL, PADDING, SEGMENTS)
+        row = finish(add_tile(sums, block, block.d))
         kl = direct_kl(row)
-        terms = write_emission(emission_ptr, node_tile, row, kl)
+        terms = write_emission(emission_ptr, block, row, kl)
     else:
         for start in range(0, end, COLS):
-            node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING, SEGMENTS)
-            sums = add_tile(sums, node_tile, node_tile[5])
+            block = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING, SEGMENTS)
+            sums = add_tile(sums, block, block.d)
         row = finish(sums)
         kl = direct_kl(row)
         terms = tl.zeros([ROWS, 1], tl.float32)
         for start in range(0, n_columns, COLS):
-            node_tile = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING, SEGMENTS)
-            terms += write_emission(emission_ptr, node_tile, row, kl)
+            block = load_node(rows, start + cols, node, ERROR, True, CAUSAL, PADDING, SEGMENTS)
+            terms += write_emission(emission_ptr, block, row, kl)
     pi = tl.load(precision_ptr + sample, mask=inside, other=1.0)
     tl.store(energy_ptr + rows, pi * kl_of(terms, kl), mask=inside)
 
 
 @triton.jit
-def move_d(node_tile, g, row, coefficient):
+def move_d(block, g, row, coefficient):
     """keep d - (move / pi) (g - <p, g>), 0 where masked."""
     _, keep, push = coefficient
-    return tl.where(node_tile[2], keep * node_tile[5] - push * (g - row[1]), 0.0)
+    return tl.where(block.live, keep * block.d - push * (g - row.mean_g), 0.0)
 
 
 @triton.jit
 def write_step(
     grad_mu_ptr,
     state_ptr,
-    node_tile,
+    block,
     g,
     row,
     settled_moved,
@@ -259,20 +315,18 @@ def write_step(
     MOVED: tl.constexpr,
 ):
     """Write the moved state and dF/dmu of a tile."""
-    mean_d, mean_g, settled_u, settled_mu = row
-    offsets, mask, live, u, mu, d = node_tile
-    pi = coefficient[0]
-    p = softmax(u, live, settled_u)
-    q = softmax(mu, live, settled_mu)
+    pi, _, _ = coefficient
+    p = softmax(block.u, block.live, row.settled_u)
+    q = softmax(block.mu, block.live, row.settled_mu)
     grad_mu = pi * (q - p)
     if ERROR:
-        grad_mu += p * (pi * (d - mean_d) + (g - mean_g))
+        grad_mu += p * (pi * (block.d - row.mean_d) + (g - row.mean_g))
     if MOVE:
-        new = move_d(node_tile, g, row, coefficient)
-        tl.store(state_ptr + offsets, new if ERROR else mu + new, mask=mask)
+        new = move_d(block, g, row, coefficient)
+        tl.store(state_ptr + block.offsets, new if ERROR else block.mu + new, mask=block.mask)
         if MOVED:
-            grad_mu = pi * (q - softmax(mu + new, live, settled_moved))
-    tl.store(grad_mu_ptr + offsets, grad_mu, mask=mask)
+            grad_mu = pi * (q - softmax(block.mu + new, block.live, settled_moved))
+    tl.store(grad_mu_ptr + block.offsets, grad_mu, mask=block.mask)
 
 
 @triton.jit
@@ -314,35 +368,45 @@ def _step(
     last, end, first_key, segment = row_facts(
         rows, n_rows, n_columns, n_queries, rows_per_item, segments_ptr, CAUSAL, SEGMENTS
     )
-    node = (mu_ptr, state_ptr, padding_ptr, segments_ptr, n_rows, n_columns, last, first_key, segment)
+    node = Rows(
+        mu_ptr=mu_ptr,
+        state_ptr=state_ptr,
+        padding_ptr=padding_ptr,
+        segments_ptr=segments_ptr,
+        n_rows=n_rows,
+        n_columns=n_columns,
+        last=last,
+        first_key=first_key,
+        segment=segment,
+    )
     coefficient = coefficients(precision_ptr, keep_ptr, move_ptr, sample, inside, MOVE)
     sums = no_sums(ROWS)
     moved = (sums[0], sums[1])
     if ONE_TILE:
-        node_tile = load_node(rows, cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
-        g = load_grad(grad_ptr, node_tile, ERROR or MOVE)
-        row = finish(add_tile(sums, node_tile, g))
+        block = load_node(rows, cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
+        g = load_grad(grad_ptr, block, ERROR or MOVE)
+        row = finish(add_tile(sums, block, g))
         if MOVED:
-            x = node_tile[4] + move_d(node_tile, g, row, coefficient)
-            peak, total, _, _ = online_softmax(x, node_tile[2], sums[0], sums[1])
+            x = block.mu + move_d(block, g, row, coefficient)
+            peak, total, _, _ = online_softmax(x, block.live, sums[0], sums[1])
             moved = settle(peak, total)
-        write_step(grad_mu_ptr, state_ptr, node_tile, g, row, moved, coefficient, ERROR, MOVE, MOVED)
+        write_step(grad_mu_ptr, state_ptr, block, g, row, moved, coefficient, ERROR, MOVE, MOVED)
     else:
         for start in range(0, end, COLS):
-            node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
-            sums = add_tile(sums, node_tile, load_grad(grad_ptr, node_tile, ERROR or MOVE))
+            block = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
+            sums = add_tile(sums, block, load_grad(grad_ptr, block, ERROR or MOVE))
         row = finish(sums)
         if MOVED:
             peak, total = moved
             for start in range(0, end, COLS):
-                node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
-                x = node_tile[4] + move_d(node_tile, load_grad(grad_ptr, node_tile, True), row, coefficient)
-                peak, total, _, _ = online_softmax(x, node_tile[2], peak, total)
+                block = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
+                x = block.mu + move_d(block, load_grad(grad_ptr, block, True), row, coefficient)
+                peak, total, _, _ = online_softmax(x, block.live, peak, total)
             moved = settle(peak, total)
         for start in range(0, n_columns, COLS):
-            node_tile = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
-            g = load_grad(grad_ptr, node_tile, ERROR or MOVE)
-            write_step(grad_mu_ptr, state_ptr, node_tile, g, row, moved, coefficient, ERROR, MOVE, MOVED)
+            block = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
+            g = load_grad(grad_ptr, block, ERROR or MOVE)
+            write_step(grad_mu_ptr, state_ptr, block, g, row, moved, coefficient, ERROR, MOVE, MOVED)
 
 
 def check_masks(mu: Tensor, causal: bool, padding: Tensor | None, segments: Tensor | None) -> None:

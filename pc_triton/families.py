@@ -1,7 +1,7 @@
 """The families of value nodes that come with the package: what a state means, what it emits, what its energy is.
 
 Those of Pinchetti et al. 2022 compute energy, gradients and move in one fused pass (``reference.py`` on a CPU,
-``kernels/`` on a GPU). `Laplace` and `StudentT` are examples of a family written by its energy alone.
+``kernels/`` on a GPU); so do `Laplace` and `StudentT`. `Distribution` needs no more than an energy.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def output_family(given: Distribution | None, own: Distribution | None, target: 
 
 
 class Laplace(Distribution):
-    """Laplace of scale 1, in units of the node's own scale: an example of a family written by its energy alone."""
+    """Laplace of scale 1, in units of the node's own scale: errors count by their size, not by its square."""
 
     measured = True
 
@@ -341,6 +341,10 @@ class Laplace(Distribution):
 
     def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
         return backend(mu).laplace_step(mu, state, grad, pi, unit, keep, move, **options)
+
+    def fall(self, mu, grad, samples, unit):
+        g = wide(grad)
+        return self.variance(mu) * sum_samples(g * g, samples) * (1.0 if unit is None else unit * unit)
 
 
 class StudentT(Distribution):
@@ -370,3 +374,7 @@ class StudentT(Distribution):
 
     def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
         return backend(mu).student_t_step(mu, state, grad, pi, unit, keep, move, nu=self.nu, **options)
+
+    def fall(self, mu, grad, samples, unit):
+        g = wide(grad)
+        return self.variance(mu) * sum_samples(g * g, samples) * (1.0 if unit is None else unit * unit)

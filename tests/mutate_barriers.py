@@ -2,8 +2,7 @@
 
     PYTHONPATH=.:tests python tests/mutate_barriers.py [80]    # of each kernel: barriers, and how many were missed
 
-A barrier that nothing needs, since another one or the order of a single warp does its work, cannot be missed by any
-observer: what is not reported is listed with its line of the source.
+What is not reported is listed with its line of the source: the emulator missed it, or nothing needs the barrier.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import triton
 
 from . import OPTIONS, STATS, activate
 
-# What Triton emits by itself, whatever a kernel says, and ptxas makes good or hardware has borne so far: listed in the
-# summary, and no failure. By the versions of Triton that do so.
+# What Triton emits by itself, whatever a kernel says: listed in the summary, and no failure. Whether hardware minds was
+# not tried. By the versions of Triton that do so.
 COMPILERS = {
     "wgmma reads what was copied by cp.async with no fence.proxy.async since": ("3.6.",),
     "a wgmma uses registers that are written after the last wgmma.fence": ("3.6.", "3.9."),

@@ -146,7 +146,7 @@ def _errors_at_zero(pushes: list[tuple[Node, Tensor]], rules: Rules) -> None:
 
 def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False) -> tuple[Tensor | None, Constant]:
     """The states u at their predictions; F there with its graph, unless that went into the precisions."""
-    if isinstance(rules.precision, Fixed) and start is None:
+    if type(rules.precision) is Fixed and start is None:  # a subclass may weigh its nodes by F's gradient
         pi = float(rules.precision.pi)
 
         def begins(node: Node) -> None:

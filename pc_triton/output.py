@@ -45,7 +45,8 @@ class Output:
             )
         first = self.mask.flatten().int().argmax().view(1)  # a value that is clamped fits the output's family
         fill = self.target.flatten().index_select(0, first)
-        self.target = torch.where(self.mask, self.target, fill.nan_to_num() if fill.is_floating_point() else fill)
+        fill = torch.where(self.mask.any(), fill, torch.zeros_like(fill))  # where nothing is, 0 fits all of ours
+        self.target = torch.where(self.mask, self.target, fill)
 
     @property
     def family(self) -> Distribution:
@@ -81,7 +82,7 @@ class Output:
             energy = family.clamped(mu, self.labels(family))
         elif self.mask is None:
             energy = family.clamped(mu, self.target)
-        elif len(inspect.signature(family.clamped).parameters) < 3:
+        elif "mask" not in inspect.signature(family.clamped).parameters:
             raise TypeError(f"{type(family).__name__}.clamped(mu, target) takes no mask: add the argument mask=None")
         else:
             energy = family.clamped(mu, self.target, self.mask)

@@ -870,3 +870,41 @@ def test_float64_is_float64_throughout(order, precision, step):
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype == D
         same(a, b)
+
+
+@pytest.mark.parametrize(
+    ("output", "y"),
+    [
+        (None, torch.full((4, 3), torch.inf)),
+        (None, torch.full((4,), 99)),
+        (pc.Bernoulli(), torch.full((4, 3), 7.0)),
+        (pc.Bernoulli(), torch.full((4, 3), torch.nan)),
+    ],
+    ids=["infinite", "no class", "no probability", "nan"],
+)
+def test_a_mask_that_clamps_nothing_reads_nothing(output, y):
+    """The output's energy is 0, whatever y holds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(pc.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    loss = pc.FreeEnergy(model, output)(torch.randn(4, 5), y, mask=torch.zeros(y.shape, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("order", ["error", "sweep", "simultaneous"])
+def test_a_fixed_precision_of_ones_own(order):
+    """A subclass is asked in every order: here it gives what another number would."""
+
+    class Doubled(pc.Fixed):
+        def __call__(self, node, squared, free_energy, nodes):
+            return 2 * super().__call__(node, squared, free_energy, nodes)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(pc.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    found, wanted = (
+        pc.FreeEnergy(model, order=order, precision=precision, step=0.125).infer(x, y)
+        for precision in (Doubled(1.0), pc.Fixed(2.0))
+    )
+    torch.testing.assert_close(found.free_energy, wanted.free_energy, rtol=1e-12, atol=0)

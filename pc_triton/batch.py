@@ -128,19 +128,15 @@ class Batch(Nodes):
         here.response, self.awaits = response, None  # a pass knows its batch: to hold it would be a cycle
         return leaves
 
-    def gradients(self, take: Callable[[Node, Tensor], None]) -> Tensor:
-        """F ``[S]`` at the states, whose natural gradients go to ``take``; nodes show what they are. Moves nothing."""
-        energy = self.free_energy(shows=True)
-        self.move(energy, Gradient(take))
-        return energy.detach()
-
     def probe(self) -> Tensor:
-        """F ``[S]`` at the states; leaves in every node its energy, and the norm of its natural gradient."""
+        """F ``[S]`` at the states; leaves in every node its energy, and its natural gradient's norm. Moves nothing."""
 
         def residual(node: Node, natural: Tensor) -> None:
             node.residual = sum_samples(natural * natural, self.samples).sqrt()
 
-        return self.gradients(residual)
+        energy = self.free_energy(shows=True)
+        self.move(energy, Gradient(residual))
+        return energy.detach()
 
     def _free_input(self) -> Tensor:
         assert self.input_node is not None

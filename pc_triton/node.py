@@ -48,7 +48,6 @@ class Node:
 
     def forward(self, mu: Tensor, state: Tensor, form: str) -> tuple[Tensor, Tensor]:
         """Emission and energy ``[S]`` at the state."""
-        assert self.precision is not None
         return self.family.node_forward(mu, state, self.precision, self.unit, form=form, **self.frozen)
 
     def step(self, mu: Tensor, state: Tensor | None, grad: Tensor | None, keep: Any, move: Any, **options: Any) -> Any:

@@ -51,19 +51,17 @@ class Emit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
         (mu,) = ctx.saved_tensors
         node, form, response = ctx.node, ctx.form, ctx.here.response
-        if response is None and form == "state":
-            return node.gradient(mu, ctx.state, grad, grad_energy, form), None, None, None, None, None
+        if response is None:
+            if grad is None and form == "error":
+                grad = _zeros(*ctx.like)
+            below = node.gradient(grad if mu is None else mu, ctx.state, grad, grad_energy, form)
+            return below, None, None, None, None, None
 
         def step(state: Tensor, grad: Tensor | None, keep: Tensor, move: Tensor, sweep: bool) -> Any:
             grad = _zeros(*ctx.like) if grad is None else grad
             return node.step(grad if mu is None else mu, state, grad, keep, move, form=form, moved=sweep)
 
-        if response is None:
-            grad = _zeros(*ctx.like) if grad is None else grad
-            below = node.gradient(grad if mu is None else mu, ctx.state, grad, grad_energy, form)
-        else:
-            below = response(node, grad, grad_energy, step)
-        return below, None, None, None, None, None
+        return response(node, grad, grad_energy, step), None, None, None, None, None
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

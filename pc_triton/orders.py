@@ -31,13 +31,15 @@ def error(batch: Batch, rules: Rules, moves: int, start: Start | None = None) ->
 
     A step reaches every depth. The backward pass that sets the precisions already makes the first move, from e = 0.
     """
-    steps = begin_errors(batch, rules, moves, start)
-    moved = moves > 0 and start is None and rules.state_optimizer is None
-    return descend(batch, rules, steps, moves - moved)
+    steps, left = begin_errors(batch, rules, moves, start)
+    return descend(batch, rules, steps, left)
 
 
-def begin_errors(batch: Batch, rules: Rules, moves: int, start: Start | None) -> Constant:
-    """Precisions from one backward pass at the prediction; it also makes the first move, where all start at e = 0."""
+def begin_errors(batch: Batch, rules: Rules, moves: int, start: Start | None) -> tuple[Constant, int]:
+    """Precisions from one backward pass at the prediction; it also makes the first move, where all start at e = 0.
+
+    Returns the step rule, and how many moves are left.
+    """
     free_energy = batch.at_prediction()
     pushes, slope = batch.calibrate(free_energy, rules.precision)
     f0 = free_energy.detach()
@@ -53,15 +55,16 @@ def begin_errors(batch: Batch, rules: Rules, moves: int, start: Start | None) ->
             batch.watch(batch)
         steps = rules.step.start(f0, slope, rules.remembers)
         keep, move = steps.unguarded(batch.nodes, f0)
-        for i, (node, push) in enumerate(pushes):
+        form, dtype = batch.form, rules.state_dtype
+        while pushes:  # each is let go as soon as it is used
+            node, push = pushes.pop(0)
             assert node.mu is not None
-            options: dict[str, Any] = {"form": "error", "state_dtype": rules.state_dtype}
-            node.state, _ = node.step(node.mu, None, push, keep, move, **options)
-            node.mu = node.emission = None  # each is let go as soon as it is used
-            pushes[i] = (node, f0)
+            node.state, _ = node.step(node.mu, None, push, keep, move, form=form, state_dtype=dtype)
+            node.mu = node.emission = None
+        moves -= 1
     batch.let_go()
     _shift(batch, rules)
-    return steps
+    return steps, moves
 
 
 def sweep(batch: Batch, rules: Rules, moves: int, start: Start | None = None) -> Constant:

@@ -65,6 +65,8 @@ class Output:
             return
         if self.target.device != mu.device:
             raise ValueError(f"y is on {self.target.device}, the model's output on {mu.device}: move y there")
+        if self.mask is not None and "mask" not in inspect.signature(family.clamped).parameters:
+            raise TypeError(f"{type(family).__name__}.clamped(mu, target) takes no mask: add the argument mask=None")
         self.items = family.check_target(self.target, mu)
         if self.mask is not None and isinstance(family, Categorical) and not self.target.is_floating_point():
             self.items = (self.labels(family) != family.ignore_index).sum()
@@ -82,8 +84,6 @@ class Output:
             energy = family.clamped(mu, self.labels(family))
         elif self.mask is None:
             energy = family.clamped(mu, self.target)
-        elif "mask" not in inspect.signature(family.clamped).parameters:
-            raise TypeError(f"{type(family).__name__}.clamped(mu, target) takes no mask: add the argument mask=None")
         else:
             energy = family.clamped(mu, self.target, self.mask)
         return self.weigh(wide(energy))

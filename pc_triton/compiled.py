@@ -56,15 +56,18 @@ class CompiledSteps:
 
     def __call__(self, x: Any, y: Tensor | None) -> Tensor:
         """The free energy per item, with the weight gradients already made for its ``backward()``."""
-        model = self.owner.model
+        owner, model = self.owner, self.owner.model
         leaves, spec = tree_flatten((x, y))
         inputs = [t for t in leaves if isinstance(t, Tensor)]
-        parameters = list(model.parameters())
+        parameters, buffers = list(model.parameters()), list(model.buffers())
         learned = [p for p in parameters if p.requires_grad]
+        device = inputs[0].device.type
         key = (
-            spec, model.training, *(t if not isinstance(t, Tensor) else None for t in leaves),
-            *((t.shape, t.dtype, t.device, t.requires_grad) for t in (*parameters, *inputs)),
-            *(p.data_ptr() for p in parameters if p.is_cuda),  # a CUDA graph reads the weights where they lie
+            spec, owner.settings, owner.output, *(m.training for m in model.modules()),
+            torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
+            *(t if not isinstance(t, Tensor) else None for t in leaves),
+            *((t.shape, t.dtype, t.device, t.requires_grad) for t in (*parameters, *buffers, *inputs)),
+            *(t.data_ptr() for t in (*parameters, *buffers) if t.is_cuda),  # a CUDA graph reads them where they lie
         )  # fmt: skip
         if key not in self.steps:
             self.steps[key] = self._make(x, y, leaves, spec, inputs)

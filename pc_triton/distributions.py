@@ -31,6 +31,14 @@ class Distribution(nn.Module):
     error: Tensor | None = None
     """The error e that the node adds to its prediction in a compiled model's pass: see `Gaussian.shifted`."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A family derived from a built-in one, with mathematics of its own, is not computed by its parent's kernels."""
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "node_forward" not in own and {"energy", "emission", "variance"} & own.keys():
+            cls.node_forward, cls.node_step = Distribution.node_forward, Distribution.node_step  # type: ignore
+            cls.fall = cls.fall if "fall" in own else Distribution.fall  # type: ignore
+
     def forward(self, mu: Tensor, **frozen: Any) -> Tensor:
         """The emission of the node for its prediction mu ``[B, ..., C]``; in inference that of its state.
 

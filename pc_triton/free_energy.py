@@ -142,16 +142,15 @@ class FreeEnergy(nn.Module):
         self.guarded = step is None and state_optimizer is None
         self.step = as_order(order).step if step is None else step
         _ = self.rules  # refuses what is out of range
-        form = as_order(order).form
-        check_options(steps, order, form, state_optimizer is not None, self.state_dtype, output_weight)
         prepare_compiler()
         self._calls = Calls(model)
         self._compiled: Callable[..., Tensor] | None = None
 
     @property
     def rules(self) -> Rules:
-        """The rules of inference as objects: what the arguments say."""
-        order = as_order(self.order)
+        """The rules of inference as objects: what the arguments say, or what was set since. Raises ValueError."""
+        order, optimizes = as_order(self.order), self.state_optimizer is not None
+        check_options(self.steps, self.order, order.form, optimizes, self.state_dtype, self.output_weight)
         return Rules(
             as_precision(self.precision, self.displacement),
             Guarded(self.step) if self.guarded and not isinstance(self.step, Constant) else as_step(self.step),

@@ -232,7 +232,7 @@ def attend(
     q ``[B, heads, N, D]``; k, v ``[B, kv heads, K, D]``; causal, padding and segments as in `reference.mask_logits`;
     scale is 1 / sqrt(D) if None.
     """
-    if node is None or (pass_here() is None and isinstance(node, Categorical)):
+    if node is None or (pass_here() is None and _is_softmax(node)):
         mask = bias
         if padding is not None or segments is not None or (causal and q.shape[2] != k.shape[2]):
             mask = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding, segments)
@@ -241,7 +241,7 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=shared), None
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     here = pass_here()
-    if fused and here is not None and isinstance(node, Categorical) and bias is None and not dropout:
+    if fused and here is not None and _is_softmax(node) and bias is None and not dropout:
         kernels = backend(q)
         if kernels is not reference and q.shape[-1] <= kernels.WIDEST:
 
@@ -263,6 +263,11 @@ def attend(
     else:
         p = node(mask_logits(mu, causal, padding, segments).softmax(-1).nan_to_num(0.0))  # 0 where no key is seen
     return F.dropout(p, dropout) @ v, p
+
+
+def _is_softmax(node: Distribution) -> bool:
+    """Whether the node is a Categorical as it comes, or one derived from it that leaves its mathematics alone."""
+    return type(node).node_forward is Categorical.node_forward
 
 
 def _family(node: Distribution | None) -> Distribution:

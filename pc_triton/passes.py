@@ -126,7 +126,7 @@ class ModelPass:
         if output.target is None or output.target.is_floating_point() or self.shows or tracing.get():
             return None
         family = output.family
-        if not isinstance(family, Categorical):
+        if not isinstance(family, Categorical) or type(family).clamped is not Categorical.clamped:
             return None
         if self.first:
             output.check(family, logits)

@@ -292,6 +292,70 @@ def test_a_family_by_its_energy_in_bfloat16(half, order):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
 
+def doubled(family, *arguments):
+    """A family derived from a built-in one: twice its energy, half its variance."""
+
+    class Doubled(family):
+        def energy(self, u, mu):
+            return 2 * super().energy(u, mu)
+
+        def variance(self, mu):
+            return super().variance(mu) / 2
+
+    return Doubled(*arguments)
+
+
+@pytest.mark.parametrize("order", ["error", "sweep", "simultaneous"])
+@pytest.mark.parametrize("family", [(pc.Gaussian,), (pc.Gaussian, 0.3), (pc.Laplace,), (pc.StudentT, 2.0)], ids=str)
+def test_a_derived_energy(family, order):
+    """At half the precision, twice the energy is the same: its parent's kernels must not compute it."""
+    old = network(family[0](*family[1:]), family[0](*family[1:]), dtype=torch.float64)
+    new = network(doubled(*family), doubled(*family), dtype=torch.float64)
+    for a, b in zip(states_and_gradients(old, order, 2.0), states_and_gradients(new, order, 1.0), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", [pc.Gaussian, pc.Categorical, pc.Bernoulli, pc.Laplace, pc.StudentT])
+def test_a_derived_emission(family):
+    class Halved(family):
+        def emission(self, u, **masks):
+            return 0.5 * super().emission(u, **masks)
+
+    model = network(Halved(), Halved())
+    x, y = batch()
+    settled = pc.FreeEnergy(model, precision=1e9).infer(x, y)  # so stiff that the states stay at their predictions
+    torch.testing.assert_close(settled.output, model(x))
+
+
+def test_attention_by_a_derived_softmax():
+    """Neither the fused kernel nor torch's own attention computes it."""
+
+    class Cold(pc.Categorical):
+        def emission(self, u, **masks):
+            return super().emission(4 * u, **masks)
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 5, 4)
+    out, _ = pc.nn.attend(Cold(), q, k, v, False, None, None, 0.0)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=2.0))
+
+
+def test_a_derived_output_behind_a_head():
+    """Labels are clamped by its own energy there too."""
+
+    class Smoothed(pc.Categorical):
+        def clamped(self, mu, target, mask=None):
+            return F.cross_entropy(mu, target, reduction="none", label_smoothing=0.1)
+
+    x, y = batch()
+    losses = []
+    for head in (nn.Linear, pc.Head):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), pc.Gaussian(), nn.Tanh(), head(8, 4))
+        losses.append(pc.FreeEnergy(model, output=Smoothed())(x, y))
+    torch.testing.assert_close(*losses)
+
+
 # Bad arguments.
 
 

@@ -39,6 +39,7 @@ class Owner(Protocol):
     model: nn.Module
     output: Distribution | None
     state_dtype: torch.dtype | None
+    settings: tuple[Any, ...]
 
     def loss_and_batch(self, x: Any, y: Tensor | None) -> tuple[Tensor, Batch]: ...
 
@@ -88,14 +89,28 @@ class CompiledSteps:
 
         if inputs[0].is_cuda:
             owner.compile_model()
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            return capture(loss, owner.model, inputs, self.pool), lambda x, y: None  # the graph checks on the device
+            with torch.cuda.device(inputs[0].device), _casts_anew():
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                return capture(loss, owner.model, inputs, self.pool), lambda x, y: None  # it checks on the device
         with torch.random.fork_rng(), _unmoved(owner.model):
             _, batch = owner.loss_and_batch(x, y)  # raises what there is to raise, with values to look at
-        graph, example = trace(loss, owner.model, inputs)
+        with _casts_anew():
+            graph, example = trace(loss, owner.model, inputs)
         step = torch._inductor.compile(graph, example, options=self.options)  # type: ignore[arg-type]
         family = None if y is None else batch.output.family
         return step, partial(check_values, family=family, classes=batch.out.shape[-1])
+
+
+@contextlib.contextmanager
+def _casts_anew() -> Iterator[None]:
+    """Within it autocast keeps no casts of the weights: a graph that is made here casts them at every replay."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 @contextlib.contextmanager
@@ -136,7 +151,7 @@ def capture(
             "compile() cannot hold random numbers fixed in a CUDA graph: set dropout to 0, or leave it out"
         )
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's threads may ask for events
         outputs = step()
 
     def replay(*arguments: Tensor) -> Sequence[Tensor | None]:

@@ -161,6 +161,14 @@ class FreeEnergy(nn.Module):
         )
 
     @property
+    def settings(self) -> tuple[Any, ...]:
+        """All that a training step follows from, but for the model and the batch."""
+        return (
+            self.steps, self.order, self.precision, self.displacement, self.step, self.guarded, self.state_optimizer,
+            self.state_dtype, self.output_weight, self.stop, self.local,
+        )  # fmt: skip
+
+    @property
     def moves(self) -> int:
         """How often the states move before the learning pass, which in error order is the last of the T steps."""
         return as_order(self.order).moves(self.steps)
@@ -249,7 +257,8 @@ class FreeEnergy(nn.Module):
         place in memory (as optimisers that work in place leave it). options: inductor's on a CPU, such as
         ``{"max_autotune": True}``.
 
-        The model's forward must not depend on the values of its inputs. Raises ValueError here for
+        The model's forward must not depend on the values of its inputs. A call with ``mask`` or ``start`` is computed
+        as before, without the graph. Raises ValueError here for
         ``order="incremental"``, a state_optimizer or a model that FSDP2 shards, at the first batch for dropout or, on a
         GPU, any random numbers.
         """

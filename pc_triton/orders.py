@@ -90,6 +90,7 @@ def incremental(batch: Batch, rules: Rules, moves: int, start: Start | None = No
     """
     first, steps = _begin(batch, rules, start, learns=True)
     for _ in range(moves):
+        torch.clear_autocast_cache()  # its casts are of the weights before they moved
         free_energy = batch.free_energy(learns=True, moves=True) if first is None else first
         last = rules.stop is not None and parallel.agreed(rules.stop(batch.energies))
         batch.respond(Move(*steps.unguarded(batch.nodes, free_energy.detach()), scaled=True))

@@ -115,6 +115,67 @@ def test_compiled():
         loss.backward()
 
 
+def settings_set_later(free_energy, model):
+    free_energy.steps = 1
+
+
+def another_precision(free_energy, model):
+    free_energy.precision = 2.0
+
+
+def another_weight_of_the_output(free_energy, model):
+    free_energy.output_weight = -0.5
+
+
+def a_layer_in_evaluation(free_energy, model):
+    model[1].eval()
+
+
+def another_buffer(free_energy, model):
+    model[-1].register_buffer("unused", torch.zeros(3))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "change",
+    [settings_set_later, another_precision, another_weight_of_the_output, a_layer_in_evaluation, another_buffer],
+)
+def test_what_a_compiled_step_follows(change):
+    """The step is made again for all that it follows from, and found again when that is back."""
+    pair = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(pc.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), pc.Linear(8, 4))
+        free_energy = pc.FreeEnergy(model)
+        if compiles:
+            free_energy.compile(cpp_wrapper=False)
+        free_energy(*batch())
+        change(free_energy, model)
+        loss = free_energy(*batch())
+        pair.append([loss.detach(), *gradients(loss, model)])
+    assert_same(*pair)
+
+
+@needs_compiler
+def test_a_compiled_step_within_autocast():
+    """Each is its own graph; a graph casts the weights at every call, after they have moved as well."""
+    models = [network() for _ in range(2)]
+    plain, compiled = (pc.FreeEnergy(model) for model in models)
+    compiled.compile(cpp_wrapper=False)
+    x, y = batch()
+    for autocast in (False, True, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = [free_energy(x, y) for free_energy in (plain, compiled)]
+        found = [gradients(loss, model) for loss, model in zip(losses, models)]
+        for a, b in zip(*found, strict=True):
+            assert (a - b).norm() <= (0.1 if autocast else 1e-3) * a.norm()
+        with torch.no_grad():
+            for model in models:
+                for p in model.parameters():
+                    p.add_(0.3)
+    assert len(compiled._compiled.steps) == 2
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="compile"):
         pc.FreeEnergy(network(), order="incremental").compile()

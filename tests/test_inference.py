@@ -634,6 +634,25 @@ def test_autocast_is_close(name, order, device):
     assert cosine(learned, truth) > (0.99 if order == "error" else 0.9)
 
 
+def test_incremental_within_autocast():
+    """The weights move between its passes: what autocast had cast of them before is not used again."""
+
+    def losses(**options):
+        model, x, y = make("mixed")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        values = []
+        with torch.autocast("cpu", torch.bfloat16, **options):
+            for loss in pc.FreeEnergy(model, order="incremental", steps=4).incremental(x, y):
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                values.append(loss.item())
+        return values
+
+    assert losses() == losses(cache_enabled=False)
+    assert losses()[3] < losses()[0]
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_double_precision_is_kept(order, device):
     """In a float64 model the states and F are float64, and single precision's error is visible against them."""

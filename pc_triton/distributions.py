@@ -32,7 +32,7 @@ class Distribution(nn.Module):
     """The error e that the node adds to its prediction in a compiled model's pass: see `Gaussian.shifted`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A family derived from a built-in one, with mathematics of its own, is not computed by its parent's kernels."""
+        """A family derived from a built-in one, with mathematics of its own, is not computed by its parent's."""
         super().__init_subclass__(**kwargs)
         own = vars(cls)
         if "node_forward" not in own and {"energy", "emission", "variance"} & own.keys():

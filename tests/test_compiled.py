@@ -168,11 +168,11 @@ def test_a_compiled_step_within_autocast():
             losses = [free_energy(x, y) for free_energy in (plain, compiled)]
         found = [gradients(loss, model) for loss, model in zip(losses, models)]
         for a, b in zip(*found, strict=True):
-            assert (a - b).norm() <= (0.1 if autocast else 1e-3) * a.norm()
+            assert (a - b).norm() <= (0.1 if autocast else 0.01) * a.norm()
         with torch.no_grad():
             for model in models:
                 for p in model.parameters():
-                    p.add_(0.3)
+                    p.mul_(1.3)
     assert len(compiled._compiled.steps) == 2
 
 

@@ -44,8 +44,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "PC, error T=1": ("pc", {"steps": 1}),
     "PC, error T=1, eager": ("pc", {"steps": 1, "eager": True}),
     "FabricPC, error T=1": ("fabricpc", {"steps": 1, "error_order": True}),
-    "PC, error T=2": ("pc", {"steps": 2}),
-    "PC, error T=3 (default)": ("pc", {"steps": 3}),
+    "PC, error T=2 (default)": ("pc", {"steps": 2}),
+    "PC, error T=3": ("pc", {"steps": 3}),
     "PC, error T=3, one launch": ("launch", {"steps": 3, "eager": True}),  # kernels/chain.py, on a GPU
 }
 

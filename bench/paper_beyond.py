@@ -62,7 +62,7 @@ CASES = {
 OUTPUTS = {"gaussian": pc.Gaussian(1.0), "categorical": pc.Categorical()}
 METHODS: dict[str, Settings] = {
     "bp": {},
-    "pc": {},  # FreeEnergy's default: error order, T = 3, precisions by the displacement
+    "pc": {"steps": 3},  # error order, precisions by the displacement
     "pc, precision 10": {"order": "error", "steps": 16, "precision": 10.0},
     "pc, precision 1": {"order": "error", "steps": 16, "precision": 1.0},  # the paper's, settled
 }

@@ -49,7 +49,9 @@ def run(settings: Settings, data: Path | None) -> Record:
     tokens = encode(tokenizer, training)
     names = ("width", "heads", "blocks", "context", "vocabulary", "batch", "lr", "seed")
     torch.manual_seed(settings["seed"])
-    model, free_energy = build(TrainSettings(method="pc", **{name: settings[name] for name in names}))
+    model, free_energy = build(
+        TrainSettings(method="pc", inference_steps=3, **{name: settings[name] for name in names})
+    )
     assert free_energy is not None
     optimizer = adamw(model, settings["lr"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, settings["warmup"]))

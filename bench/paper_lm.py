@@ -70,7 +70,9 @@ def run(settings: Settings, data: Path | None, precision: Precision | None = Non
         for path, text in zip(paths, texts(data, settings["tuning"])):
             path.write_text(text, encoding="utf-8")
         every = settings["steps"] if settings["tuning"] else -(-settings["steps"] // 4)
-        options = {"eval_every": every} | options | {"data": str(paths[0]), "held_out": str(paths[1])}
+        options = (
+            {"eval_every": every, "inference_steps": 3} | options | {"data": str(paths[0]), "held_out": str(paths[1])}
+        )
         try:
             out = Path(folder) / "run"
             result = train(TrainSettings(**options), out, device="cpu", quiet=True, precision=precision)

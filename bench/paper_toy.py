@@ -32,7 +32,7 @@ TASKS = {
     "laplace noise": "a function with Laplace noise; mean distance of the prediction to the function itself",
 }
 REGRESSIONS = ("own variance", "laplace noise")
-DEFAULT: Settings = {}  # FreeEnergy's: error order, T = 3, precisions by the displacement
+DEFAULT: Settings = {}  # error order, T = 3, precisions by the displacement
 SETTLED: Settings = {"order": "error", "steps": 16, "precision": 1.0}  # the paper's precision, settled
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 REGRESSION_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -134,7 +134,7 @@ def run(settings: Settings, data: Path | None) -> Record:
     torch.manual_seed(settings["seed"])
     model, output = network(settings["task"], settings["energies"], x.shape[1])
     optimizer = torch.optim.Adam(model.parameters(), settings["lr"])
-    free_energy = pc.FreeEnergy(model, output, **settings.get("inference", {}))
+    free_energy = pc.FreeEnergy(model, output, **{"steps": 3} | settings.get("inference", {}))
     losses = []
     for step in range(settings["training_steps"]):
         batch = torch.randint(len(x), (BATCH,))

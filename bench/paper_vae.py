@@ -30,7 +30,7 @@ OUTPUTS = {"bernoulli": pc.Bernoulli(), "gaussian": pc.Gaussian(0.1)}
 LATENT = 16
 METHODS: dict[str, Settings] = {
     "bp": {},
-    "pc": {},  # FreeEnergy's defaults: error order, T = 3, precisions by the displacement
+    "pc": {"steps": 3},  # error order, precisions by the displacement
     "pc, precision 1": {"steps": 8, "precision": 1.0},  # the paper's precision, for longer
 }
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)

@@ -35,7 +35,7 @@ def steps(samples: int, width: int, layers: int, dtype: torch.dtype, device: str
     hidden = [module for _ in range(layers - 1) for module in (pc.Linear(width, width), nn.Tanh())]
     model = nn.Sequential(*hidden, nn.Linear(width, 16)).to(device, dtype)
     x, y = torch.randn(samples, width, dtype=dtype, device=device), torch.randint(16, (samples,), device=device)
-    free_energy, graph = pc.FreeEnergy(model), pc.FreeEnergy(model)
+    free_energy, graph = (pc.FreeEnergy(model, steps=3) for _ in range(2))
     graph.compile()
 
     def step(free_energy: pc.FreeEnergy, one: bool) -> list[torch.Tensor]:

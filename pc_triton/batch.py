@@ -138,6 +138,12 @@ class Batch(Nodes):
         self.move(energy, Gradient(residual))
         return energy.detach()
 
+    def look(self) -> Tensor:
+        """F ``[S]`` at the states, by a forward pass that `energies` does not count."""
+        energy = self.free_energy(moves=False)
+        self.energies.pop()
+        return energy.detach()
+
     def _free_input(self) -> Tensor:
         assert self.input_node is not None
         x = self.args[0]

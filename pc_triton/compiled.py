@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +24,8 @@ from .batch import Batch
 from .checks import check_values
 from .dispatch import tracing
 from .distributions import Distribution
+from .rules import Rules
+from .tracking import StepTracker
 
 OPTIONS = {"cpp_wrapper": True, "cpp.use_decompose_tanh": True}
 """Inductor's options by default: no Python between its kernels, and tanh by exp, vectorised (error 1e-7)."""
@@ -39,9 +41,15 @@ class Owner(Protocol):
     model: nn.Module
     output: Distribution | None
     state_dtype: torch.dtype | None
-    settings: tuple[Any, ...]
+    tracker: StepTracker
 
-    def loss_and_batch(self, x: Any, y: Tensor | None) -> tuple[Tensor, Batch]: ...
+    @property
+    def rules(self) -> Rules: ...
+
+    @property
+    def settings(self) -> tuple[Any, ...]: ...
+
+    def loss_and_batch(self, x: Any, y: Tensor | None, *, tracks: bool = False) -> tuple[Tensor, Batch]: ...
 
     def compile_model(self, backend: Any = "inductor") -> None: ...
 
@@ -52,50 +60,59 @@ class CompiledSteps:
     def __init__(self, owner: Owner, options: dict[str, Any]) -> None:
         rounds = {} if owner.state_dtype is None else {"emulate_precision_casts": True}  # where a state is kept, too
         self.owner, self.options = owner, {**OPTIONS, **rounds, **options}
+        self.whole = cast(nn.Module, owner)  # the model, and the tracked step among the buffers
         self.steps: dict[Any, tuple[Callable[..., Sequence[Tensor | None]], Callable[[Any, Tensor | None], None]]] = {}
         self.pool: Any = None  # the memory that the CUDA graphs share: one runs at a time
 
-    def __call__(self, x: Any, y: Tensor | None) -> Tensor:
-        """The free energy per item, with the weight gradients already made for its ``backward()``."""
-        owner, model = self.owner, self.owner.model
+    def __call__(self, x: Any, y: Tensor | None, tracks: bool) -> Tensor:
+        """The free energy per item, with the weight gradients already made for its ``backward()``.
+
+        tracks: as for `FreeEnergy.loss_and_batch`.
+        """
+        owner, whole = self.owner, self.whole
+        first = None
+        if tracks and owner.tracker.awaits(owner.rules.step):
+            first, _ = owner.loss_and_batch(x, y, tracks=True)  # it sets the step; the graph is of those after it
         leaves, spec = tree_flatten((x, y))
         inputs = [t for t in leaves if isinstance(t, Tensor)]
-        parameters, buffers = list(model.parameters()), list(model.buffers())
+        parameters, buffers = list(whole.parameters()), list(whole.buffers())
         learned = [p for p in parameters if p.requires_grad]
         device = inputs[0].device.type
         key = (
-            spec, owner.settings, owner.output, *(m.training for m in model.modules()),
+            spec, tracks, owner.settings, owner.output, *(m.training for m in whole.modules()),
             torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
             *(t if not isinstance(t, Tensor) else None for t in leaves),
             *((t.shape, t.dtype, t.device, t.requires_grad) for t in (*parameters, *buffers, *inputs)),
             *(t.data_ptr() for t in (*parameters, *buffers) if t.is_cuda),  # a CUDA graph reads them where they lie
         )  # fmt: skip
         if key not in self.steps:
-            self.steps[key] = self._make(x, y, leaves, spec, inputs)
+            self.steps[key] = self._make(x, y, leaves, spec, inputs, tracks)
             if inputs[0].is_cuda and len(self.steps) > GRAPHS:
                 del self.steps[next(iter(self.steps))]
+        if first is not None:
+            return first
         step, check = self.steps[key]
         check(x, y)
-        loss, *grads = step(*parameters, *model.buffers(), *inputs)
+        loss, *grads = step(*parameters, *buffers, *inputs)
         return _Replayed.apply(loss, grads, *learned)
 
-    def _make(self, x: Any, y: Tensor | None, leaves: list[Any], spec: Any, inputs: list[Tensor]) -> Any:
+    def _make(self, x: Any, y: Tensor | None, leaves: list[Any], spec: Any, inputs: list[Tensor], tracks: bool) -> Any:
         owner = self.owner
 
         def loss(*arguments: Tensor) -> Tensor:
             given = iter(arguments)
             tree = [next(given) if isinstance(t, Tensor) else t for t in leaves]
-            return owner.loss_and_batch(*tree_unflatten(tree, spec))[0]
+            return owner.loss_and_batch(*tree_unflatten(tree, spec), tracks=tracks)[0]
 
         if inputs[0].is_cuda:
             owner.compile_model()
             with torch.cuda.device(inputs[0].device), _casts_anew():
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
-                return capture(loss, owner.model, inputs, self.pool), lambda x, y: None  # it checks on the device
+                return capture(loss, self.whole, inputs, self.pool), lambda x, y: None  # it checks on the device
         with torch.random.fork_rng(), _unmoved(owner.model):
             _, batch = owner.loss_and_batch(x, y)  # raises what there is to raise, with values to look at
         with _casts_anew():
-            graph, example = trace(loss, owner.model, inputs)
+            graph, example = trace(loss, self.whole, inputs)
         step = torch._inductor.compile(graph, example, options=self.options)  # type: ignore[arg-type]
         family = None if y is None else batch.output.family
         return step, partial(check_values, family=family, classes=batch.out.shape[-1])
@@ -203,13 +220,15 @@ def _simplify(graph: fx.GraphModule) -> None:
     """Compute constants once, at tracing, and what is computed twice from the same values once; drop what is unused."""
     aten = torch.ops.aten
     nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
-    if any(n.target._schema.is_mutable for n in nodes if hasattr(n.target, "_schema")):
-        return  # an operation in place, such as a running mean: the same arguments may hold other values
+    if any(_is_read_after_writing(n) for n in nodes):
+        return  # such as a running mean: the same arguments may hold other values
     seen: dict[Any, fx.Node] = {}
     constant: dict[fx.Node, Any] = {}
     zero: set[fx.Node] = set()
     for node in nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        if node.target is aten.copy_.default:
             continue
         if node.target in (aten.detach.default, aten.clone.default) and not node.kwargs:  # no copy for its strides
             node.replace_all_uses_with(node.all_input_nodes[0])
@@ -237,6 +256,16 @@ def _simplify(graph: fx.GraphModule) -> None:
                 node.replace_all_uses_with(graph.graph.get_attr(f"constant{number}"))
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+def _is_read_after_writing(node: fx.Node) -> bool:
+    """Whether an operation writes in place, but for a copy into an input that nothing reads later."""
+    if not (hasattr(node.target, "_schema") and node.target._schema.is_mutable):
+        return False
+    into = node.args[0]
+    if node.target is not torch.ops.aten.copy_.default or not isinstance(into, fx.Node) or into.op != "placeholder":
+        return True
+    return any(user > node for user in into.users) or any(user.op != "output" for user in node.users)
 
 
 def _key(x: Any) -> Any:

@@ -19,8 +19,9 @@ from .distributions import Distribution
 from .families import Gaussian
 from .orders import Order, Start, as_order
 from .plumbing import Calls, hold_gathered, hold_statistics, sharded_modules
-from .report import Report, report
+from .report import NodeStep, Report, look, report
 from .rules import Constant, Guarded, Precision, Rules, StateOptimizer, as_precision, as_step, as_stop
+from .tracking import StepTracker, Tracked
 
 OrderName = Literal["error", "sweep", "simultaneous", "incremental"]
 
@@ -36,15 +37,6 @@ class Settled(NamedTuple):
     """F per sample ``[S]`` in nats."""
     states: dict[str, Tensor]
     """What each free node emits, by its name in the model (a module visited again has ``#2`` added)."""
-
-
-class NodeStep(NamedTuple):
-    """One node at one step of `FreeEnergy.record`."""
-
-    energy: Tensor
-    """``[S]``, in nats."""
-    residual: Tensor
-    """``[S]``, the norm of the natural gradient V dF/du over pi: 0 where settled."""
 
 
 class FreeEnergy(nn.Module):
@@ -66,8 +58,8 @@ class FreeEnergy(nn.Module):
             breaks the graph. A compiled model infers in one thread at a time.
         output: family of the output, clamped to y. By default Categorical for integer y; else the family of the node
             whose emission the model returns; else Gaussian of variance 1. Such a last node is the output and not free.
-        steps: T >= 1, the inference steps, each a forward and a backward pass of the model. The default 3 settles the
-            error order; the others need more.
+        steps: T >= 1, the inference steps, each a forward and a backward pass of the model. None: 2 in the error order,
+            which that settles, and 3 in the others, which need more.
         order: ``"error"``: the free variables are the errors e = u - mu, all moved at once; a step reaches every depth
             (Goemaere et al. 2025, arXiv 2505.20137). The last step is the learning pass: the states move T - 1 times,
             the cost is (2 T + 1) / 3 of backpropagation's products, and T = 1 *is* backpropagation.
@@ -86,7 +78,9 @@ class FreeEnergy(nn.Module):
         step: 0 < step <= 1 in natural-gradient units (see ``reference.py``), for every move. None: it begins at 0.25
             for error, 0.5 for sweep, 0.2 else, and each later move but those of "incremental" is guarded: per sample,
             it first takes back a move that raised F and adapts the step, in error order by the parabola through F.
-            Numbers are short for `Constant`, None for `Guarded`; or give a subclass of either.
+            With T = 2 in error order there is one move, and its step is learnt from batch to batch in training
+            (`Tracked`); a first batch costs one forward pass more. Numbers are short for `Constant`, None for
+            `Tracked` or `Guarded`; or give a rule derived from `Constant`.
         state_optimizer: None for the plain step, or a function that makes a ``torch.optim`` optimiser of the list of
             states, as in ``lambda states: torch.optim.SGD(states, lr=0.5, momentum=0.3)``; it is given the natural
             gradient, of which lr = 1 is Newton's step. Adam's moves have the size of its lr, in units of the states: it
@@ -118,7 +112,7 @@ class FreeEnergy(nn.Module):
         model: nn.Module,
         output: Distribution | None = None,
         *,
-        steps: int = 3,
+        steps: int | None = None,
         order: OrderName | Order | Callable[..., Constant] = "error",
         precision: float | Literal["auto"] | Precision = "auto",
         displacement: float = 0.003,
@@ -135,7 +129,9 @@ class FreeEnergy(nn.Module):
             raise ValueError(f"output={output!r}: give a pc_triton Distribution, for example pc_triton.Categorical()")
         self.model, self.output, self.input_node = model, output, Gaussian()
         self._names[self.input_node] = "input"
-        self.steps, self.order, self.precision, self.displacement = steps, order, precision, displacement
+        self.tracker = StepTracker()
+        self.steps: int = as_order(order).steps if steps is None else steps
+        self.order, self.precision, self.displacement = order, precision, displacement
         self.state_optimizer = state_optimizer
         self.state_dtype = None if state_dtype == torch.float32 else state_dtype  # None: that of the arithmetic
         self.output_weight, self.stop, self.local = output_weight, stop, local
@@ -153,19 +149,25 @@ class FreeEnergy(nn.Module):
         check_options(self.steps, self.order, order.form, optimizes, self.state_dtype, self.output_weight)
         return Rules(
             as_precision(self.precision, self.displacement),
-            Guarded(self.step) if self.guarded and not isinstance(self.step, Constant) else as_step(self.step),
+            self._step_rule(order),
             self.state_optimizer,
             self.state_dtype,
             as_stop(self.stop),
             remembers=order.form == "state" or self.steps > 3,
         )
 
+    def _step_rule(self, order: Order) -> Constant:
+        if not self.guarded or isinstance(self.step, Constant):
+            return as_step(self.step)
+        only_move = order.form == "error" and self.steps == 2
+        return self.tracker.rule(self.step) if only_move else Guarded(self.step)
+
     @property
     def settings(self) -> tuple[Any, ...]:
         """All that a training step follows from, but for the model and the batch."""
         return (
             self.steps, self.order, self.precision, self.displacement, self.step, self.guarded, self.state_optimizer,
-            self.state_dtype, self.output_weight, self.stop, self.local,
+            self.state_dtype, self.output_weight, self.stop, self.local, self.tracker.begun,
         )  # fmt: skip
 
     @property
@@ -224,24 +226,32 @@ class FreeEnergy(nn.Module):
         return loss if torch.is_grad_enabled() else loss.detach()
 
     def _loss(self, x: Any, y: Tensor | None, mask: Tensor | None, start: Start | None) -> Tensor:
+        tracks = self.training and torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():  # inference is made of gradients, in evaluation too
             if mask is not None or start is not None:
-                return self.loss_and_batch(x, y, mask, start)[0]
+                return self.loss_and_batch(x, y, mask, start, tracks=tracks)[0]
             loss = chain_loss(self, x, y)
-            if loss is None:
-                loss = self._compiled(x, y) if self._compiled is not None else self.loss_and_batch(x, y)[0]
-            return loss
+            if loss is None and self._compiled is not None:
+                loss = self._compiled(x, y, tracks)
+            return self.loss_and_batch(x, y, tracks=tracks)[0] if loss is None else loss
 
     def loss_and_batch(
-        self, x: Any, y: Tensor | None, mask: Tensor | None = None, start: Start | None = None
+        self, x: Any, y: Tensor | None, mask: Tensor | None = None, start: Start | None = None, tracks: bool = False
     ) -> tuple[Tensor, Batch]:
-        """The loss of a call, and the batch behind it with its states; arguments and errors as in a call."""
+        """The loss of a call, and the batch behind it with its states; arguments and errors as in a call.
+
+        tracks: whether the batches that follow learn their step from this one.
+        """
         batch = self.batch(x, y, mask=mask)
         if self.moves == 0 and start is None and not self.local:
             return self._per_item(batch, batch.at_prediction(learns=True)), batch
         with hold_gathered(self):
-            self.settle(batch, self.moves, start)
-        return self._per_item(batch, batch.learn(local=self.local)), batch
+            steps = self.settle(batch, self.moves, start)
+        energy = batch.learn(local=self.local)
+        if tracks and isinstance(steps, Tracked):
+            self.tracker.shared |= self.sharded
+            self.tracker.learn(steps, energy.detach())
+        return self._per_item(batch, energy), batch
 
     def settle(self, batch: Batch, moves: int, start: Start | None = None, rules: Rules | None = None) -> Constant:
         """Move every state of a batch ``moves`` times from the prediction, or from ``start``. Returns the step rule."""
@@ -330,19 +340,7 @@ class FreeEnergy(nn.Module):
         """
         steps: list[dict[str, NodeStep]] = []
 
-        def look(batch: Batch) -> None:
-            batch.probe()
-            batch.energies.pop()
-            nodes = {name: node for name, node in batch.named_nodes().items() if node.state is not None}
-            steps.append(
-                {
-                    name: NodeStep(node.energy, node.residual)
-                    for name, node in nodes.items()
-                    if node.energy is not None and node.residual is not None
-                }
-            )
-
-        self._infer(x, y, clamp_input, mask, start, look)
+        self._infer(x, y, clamp_input, mask, start, lambda batch: steps.append(look(batch)))
         return steps
 
     def _infer(

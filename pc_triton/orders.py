@@ -134,6 +134,7 @@ def descend(
     else:
         if batch.watch is not None:
             batch.watch(batch)
+    steps.finish(batch.nodes, batch.look)
     return steps
 
 
@@ -216,6 +217,8 @@ class Order:
     """What a state holds: ``"state"`` u, ``"error"`` e = u - mu."""
     step: float = 0.2
     """The first step where none is given."""
+    steps: int = 3
+    """T where none is given."""
 
     def moves(self, steps: int) -> int:
         """How often the states move before learning: in error form the learning pass is the last of the T steps."""
@@ -223,7 +226,7 @@ class Order:
 
 
 ORDERS = {
-    "error": Order(error, "error", 0.25),
+    "error": Order(error, "error", 0.25, steps=2),
     "sweep": Order(sweep, step=0.5),
     "simultaneous": Order(simultaneous),
     "incremental": Order(simultaneous),  # inference alone; `incremental` is its training

@@ -114,6 +114,9 @@ def replicate(model: nn.Module, free_energy: nn.Module | None) -> nn.Module:
     if free_energy is not None and getattr(free_energy, "order", None) == "incremental":
         free_energy.model = DistributedDataParallel(free_energy.model)  # type: ignore[arg-type]
         return free_energy
+    tracker = getattr(free_energy, "tracker", None)
+    if tracker is not None:
+        tracker.shared = True
     return DistributedDataParallel(whole)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,30 @@ from .rules import Guarded, Rules
 
 LONG_RUN = 60
 """Further inference steps, with the guard, that the reachable fall of F is measured by."""
+SETTLED = 0.9
+"""The fraction of the reachable fall of F from which on a report calls inference settled."""
 PER_NODE = ("energy", "residual", "precision")
 """What `Report.scalars` gives for every node."""
+
+
+class NodeStep(NamedTuple):
+    """One node at one step of `FreeEnergy.record`."""
+
+    energy: Tensor
+    """``[S]``, in nats."""
+    residual: Tensor
+    """``[S]``, the norm of the natural gradient V dF/du over pi: 0 where settled."""
+
+
+def look(batch: Batch) -> dict[str, NodeStep]:
+    """Energy and residual of every node that has a state, by its name. Moves nothing."""
+    batch.probe()
+    batch.energies.pop()
+    return {
+        name: NodeStep(node.energy, node.residual)
+        for name, node in batch.named_nodes().items()
+        if node.state is not None and node.energy is not None and node.residual is not None
+    }
 
 
 @dataclass(frozen=True)
@@ -79,10 +101,11 @@ class Report:
         """One line: settled fraction, the part of F explained away, residual, cosines, total to local gradient."""
         if len(self.free_energies) == 1:
             return "backpropagation: the states are at their predictions"
+        advice = "" if self.settled >= SETTLED else "; not settled: lower the displacement, or give more steps"
         return (
             f"settled {self.settled:.1%} of the reachable fall in {len(self.free_energies) - 1} moves (it explains "
             f"{self.explained:.2%} of F), residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} "
-            f"(worst parameter {self.worst_cosine:.3f}), total to local {self.total_to_local:.4f}"
+            f"(worst parameter {self.worst_cosine:.3f}), total to local {self.total_to_local:.4f}{advice}"
         )
 
     def scalars(self) -> dict[str, float]:

@@ -115,6 +115,9 @@ class Constant:
         """Undo the last move in the samples whose F rose by it; whether there were any."""
         return False
 
+    def finish(self, nodes: Sequence[Node], look: Callable[[], Tensor]) -> None:
+        """Called after the last move. look: gives F ``[S]`` at the states, by one forward pass."""
+
 
 class Guarded(Constant):
     """A step that adapts: it takes back, per sample, a move that raised F.

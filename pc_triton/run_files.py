@@ -27,20 +27,28 @@ def status(losses: list[float], evaluations: list[dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What changes in training: weights, optimiser state and torch's random generator."""
+def state(model: nn.Module, tracker: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What changes in training: weights, the tracked step, optimiser state and torch's random generator."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    if tracker is not None:
+        tensors |= {f"tracker.{name}": t for name, t in tracker.state_dict().items()}
     for number, entries in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": t for name, t in entries.items()}
     return tensors | {"rng.torch": torch.get_rng_state()}
 
 
 def restore(
-    path: str | Path, tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    model: nn.Module,
+    tracker: nn.Module | None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Put what `state` took back. Raises InputError if it does not fit the model."""
     with checkpoint.fitting(path):
         model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
+        if tracker is not None:
+            tracker.load_state_dict({name[8:]: t for name, t in tensors.items() if name.startswith("tracker.")})
         if optimizer is not None:
             state: dict[int, dict[str, Tensor]] = {}
             for name, t in tensors.items():

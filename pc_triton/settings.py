@@ -53,7 +53,9 @@ class Settings:
     lr: float = _setting(2e-3, "peak learning rate of AdamW, which then falls by a cosine to a tenth")
     warmup: float = _setting(0.05, "part of the steps in which the learning rate rises to its peak")
     seed: int = _setting(0, "seed of the weights and the batches")
-    inference_steps: int = _setting(3, "T, the inference steps of predictive coding")
+    inference_steps: int = _setting(
+        None, "T, the inference steps of predictive coding; if not given, 2 in error order and 3 in others"
+    )
     order: str = _setting("error", "order of inference", ORDERS)
     displacement: float = _setting(0.003, "fraction of the free energy that inference may explain away")
     precision: str = _setting("auto", "precision of the hidden nodes: auto, by the displacement, or a number")
@@ -61,6 +63,8 @@ class Settings:
     eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
 
     def __post_init__(self) -> None:
+        if self.inference_steps is None:
+            object.__setattr__(self, "inference_steps", 2 if self.order == "error" else 3)
         sizes = ["width", "heads", "blocks", "context", "batch", "steps", "inference_steps", "eval_every", "pool"]
         for name in sizes if self.micro_batch is None else [*sizes, "micro_batch"]:
             value = getattr(self, name)

@@ -96,12 +96,13 @@ def backward(
             yield loss.detach()
         return
     pieces, shares = micro_batches(x, y, micro_batch), []
-    for k, piece in enumerate(pieces, 1):
-        with contextlib.nullcontext() if k == len(pieces) else parallel.unsent(learner):
-            loss = next(losses(learner, free_energy, *piece)) * (len(piece[0]) / len(x))
-            loss.backward()
-        shares.append(loss.detach())
-        del loss  # its graph holds the states
+    with contextlib.nullcontext() if free_energy is None else free_energy.tracker.hold():
+        for k, piece in enumerate(pieces, 1):
+            with contextlib.nullcontext() if k == len(pieces) else parallel.unsent(learner):
+                loss = next(losses(learner, free_energy, *piece)) * (len(piece[0]) / len(x))
+                loss.backward()
+            shares.append(loss.detach())
+            del loss  # its graph holds the states
     yield torch.stack(shares).sum()
 
 
@@ -235,10 +236,11 @@ class _Training:
         self.unigram = unigram_perplexity(self.data.counts, self.data.held_out, settings.context)
         torch.manual_seed(settings.seed)
         self.model, self.free_energy = build(settings) if precision is None else build(settings, precision)
+        self.tracker = None if self.free_energy is None else self.free_energy.tracker
         self.model.to(place)
         self.optimizer = adamw(self.model, settings.lr)
         if resume:
-            restore(path, tensors, self.model, self.optimizer)
+            restore(path, tensors, self.model, self.tracker, self.optimizer)
         del tensors  # as large as the model and AdamW's state
         self.learner = parallel.replicate(self.model, self.free_energy)
         self.writes = parallel.rank() == 0
@@ -317,7 +319,7 @@ class _Training:
     def save(self) -> None:
         tensors, record = self.data.state()  # every process takes part, rank 0 writes
         if self.writes:
-            tensors |= state(self.model, self.optimizer)
+            tensors |= state(self.model, self.tracker, self.optimizer)
             tensors |= {"unigram": self.data.counts, "held_out": self.data.held_out.to(torch.int32)}
             record |= {"settings": dataclasses.asdict(self.settings), "step": self.done, "losses": self.losses}
             record |= {"evaluations": self.evaluations, "tokenizer": self.data.tokenizer.to_str()}
@@ -347,7 +349,7 @@ def load(path: str | Path, device: str = "auto") -> Run:
     place = parallel.choose_device(device)
     tensors, record = checkpoint.load(path)
     model, free_energy = build(stored_settings(path, record))
-    restore(path, tensors, model)
+    restore(path, tensors, model, None if free_energy is None else free_energy.tracker)
     with checkpoint.fitting(path):
         tokenizer, held_out = Tokenizer.from_str(record["tokenizer"]), tensors["held_out"].to(torch.int64)
         return Run(model.to(place), free_energy, tokenizer, tensors["unigram"], held_out, record)

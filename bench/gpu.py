@@ -35,6 +35,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def test_cases(options: argparse.Namespace) -> Iterator[Case]:
     if options.quick:
         groups = {"nodes": "tests/test_kernels.py::test_empty"}
     for name, tests in groups.items():
-        yield Case(name, lambda name=name, tests=tests: run(name, tests))
+        yield Case(name, partial(run, name, tests))
 
 
 def training_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -107,12 +108,8 @@ def training_cases(options: argparse.Namespace) -> Iterator[Case]:
     for size, method, state in todo:
         name = f"{size.blocks} blocks, d = {size.width}, {size.batch} x {size.context}: {method}"
         name += ", attention with a state" if state else ""
-        yield Case(
-            name,
-            lambda size=size, method=method, state=state: training.alone(
-                method, size, options.device, [1, 2, 3], state, turns=2 if options.quick else 10
-            ),
-        )
+        turns = 2 if options.quick else 10
+        yield Case(name, partial(training.alone, method, size, options.device, [1, 2, 3], state, turns))
 
 
 def kernel_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -127,6 +124,8 @@ def kernel_cases(options: argparse.Namespace) -> Iterator[Case]:
         torch.compiler.reset()  # a function compiled for eight shapes is not compiled again
         with torch.no_grad():
             calls = case.build()
+            if compiled and "compiled" not in calls:
+                return {"skipped": "no rival under torch.compile"}
             wanted = {name: call for name, call in calls.items() if (name == "compiled") == compiled}
             return measure(case, {"pc_triton": calls["pc_triton"], **wanted})
 
@@ -136,7 +135,7 @@ def kernel_cases(options: argparse.Namespace) -> Iterator[Case]:
         for case in all_cases[:2] if options.quick else all_cases:
             name = f"{case.name}, against torch.compile" if compiled else case.name
             if not compiled or options.device == "cuda":
-                yield Case(name, lambda case=case, compiled=compiled: run(case, compiled))
+                yield Case(name, partial(run, case, compiled))
 
 
 def tuning_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -158,9 +157,9 @@ def tuning_cases(options: argparse.Namespace) -> Iterator[Case]:
     if options.device != "cuda":
         return
     for size in tune_linear.SHAPES:
-        yield Case(f"linear {size}", lambda size=size: linear(size, "bfloat16"))
+        yield Case(f"linear {size}", partial(linear, size, "bfloat16"))
     for size in tune_chain.SIZES:
-        yield Case(f"chain {size}", lambda size=size: chain(size, "float32"))
+        yield Case(f"chain {size}", partial(chain, size, "float32"))
 
 
 def small_cases(options: argparse.Namespace) -> Iterator[Case]:

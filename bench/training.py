@@ -189,7 +189,7 @@ def alone(method: str, size: Size, device: str, steps: list[int], state: bool, t
             times.append(time.perf_counter() - start)
     if device == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    return {**row, "seconds": median(times), "quartiles": quantiles(times, n=4)[::2]}
+    return {**row, "seconds": median(times), "seconds_quartiles": quantiles(times, n=4)[::2]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

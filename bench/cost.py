@@ -60,10 +60,11 @@ class Card:
     product_rate: float
     """Dense FLOPs a second in bfloat16, from there too; sheets that give the sparse rate give twice this."""
     copy_share: float = 0.9
-    """Of the bandwidth, what a copy reaches. QuACK's softmax has 3.01 of the 3.35 TB/s of an H100 (its README)."""
+    """Of the bandwidth, what a copy reaches: QuACK's softmax has 3.01 of the 3.35 TB/s of an H100, by its authors."""
     product_share: float = 0.65
-    """Of the product rate, what a large product reaches: cuBLAS has 540 to 670 of the 989 TFLOP/s of an H100 (Triton's
-    tutorial of persistent products, K = 512 to 16384). That other cards reach the same shares is assumed."""
+    """Of the product rate, what a large product reaches: cuBLAS in 16 bits, 8192 x 8192 x 512 to 16384, has 588 to 665
+    TFLOP/s on Hopper and 1,108 to 1,564 on Blackwell (triton-lang/triton, python/tutorials/gluon/07-persistence.py).
+    That the other cards reach the same shares is assumed."""
     launch: float = 5e-6
     """Seconds of the host's thread an operation: the low end of the 5 to 25 us that are published for a product's
     dispatch in eager torch on an H100's host (jiahuanglin.xyz, lesson "From PyTorch op to kernel launch")."""
@@ -71,6 +72,7 @@ class Card:
     """The same of a Triton launch: its just-in-time dispatch as profiled in meta-pytorch/tritonbench #1002."""
 
 
+# Their sheets' figures as llmbook.apartsin.com lists them (section G.1), rounded, and B200's glennklockwood.com too.
 CARDS = (
     Card("A100 80GB SXM", 2.039e12, 312e12),  # NVIDIA A100 Tensor Core GPU data sheet, 2021: 2,039 GB/s, 312 TFLOPS
     Card("H100 SXM", 3.35e12, 989e12),  # NVIDIA H100 Tensor Core GPU data sheet: 3.35 TB/s, 1,979 TFLOPS sparse

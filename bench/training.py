@@ -167,6 +167,31 @@ def measure(size: Size, device: str, steps: list[int], state: bool, turns: int) 
     return list(rows.values())
 
 
+def alone(method: str, size: Size, device: str, steps: list[int], state: bool, turns: int) -> dict[str, Any]:
+    """A row for one of `methods`, with no other model in memory: its seconds a step, median and quartiles."""
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    torch._dynamo.reset()
+    gc.collect()
+    products, build = methods(size, device, steps, state)[method]
+    row: dict[str, Any] = {"method": method, "size": asdict(size), "attention_state": state, "products": products / 3}
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    step = build()
+    times = []
+    for turn in range(2 + turns):  # the first two compile, and fill the optimiser's state
+        sync()
+        start = time.perf_counter()
+        step()
+        sync()
+        if turn >= 2:
+            times.append(time.perf_counter() - start)
+    if device == "cuda":
+        row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    return {**row, "seconds": median(times), "seconds_quartiles": quantiles(times, n=4)[::2]}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as markdown."""
     lines = ["| training step | time / compiled BP | quartiles | products / BP | peak MiB |", "|---" * 5 + "|"]

@@ -56,21 +56,29 @@ def differs(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
     return any(not (a.float() - b.float()).abs().max() <= few * b.float().abs().max() for a, b in zip(found, wanted))
 
 
+def measure(samples: int, width: int, layers: int, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds of a training step each way. Raises RuntimeError if the ways differ."""
+    from bench_kernels import seconds
+
+    ways = steps(samples, width, layers, dtype)
+    results = {name: way() for name, way in ways.items()}
+    if any(differs(results[name], results["layers"]) for name in ("launch", "graph")):
+        raise RuntimeError(f"{(samples, width, layers)}: one launch or the graph differs from the layers")
+    return {name: seconds(way, "cuda") for name, way in ways.items()}
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = begin("Measure where one launch a training step wins, and keep it.", "float32", arguments)
     if options is None:
         return 2
-    from bench_kernels import seconds
-
     rows: list[list[float]] = []
     print("| samples | width | layers | launch ms | layers / launch | graph / launch |\n|---|---|---|---|---|---|")
     for size in SIZES:
-        ways = steps(*size, getattr(torch, options.dtype))
-        results = {name: way() for name, way in ways.items()}
-        if any(differs(results[name], results["layers"]) for name in ("launch", "graph")):
-            print(f"{size}: one launch or the graph differs from the layers: nothing is written", file=sys.stderr)
+        try:
+            time = measure(*size, getattr(torch, options.dtype))
+        except RuntimeError as error:
+            print(f"{error}: nothing is written", file=sys.stderr)
             return 1
-        time = {name: seconds(way, "cuda") for name, way in ways.items()}
         ratios = [time[name] / time["launch"] for name in ("layers", "graph")]
         cells = (*size, f"{1e3 * time['launch']:.3f}", *(f"{ratio:.3f}" for ratio in ratios))
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)

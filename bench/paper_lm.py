@@ -91,6 +91,8 @@ def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     variants = [common | {"method": method} for method in ("bp", "pc", "gaussian-pc")]
     variants.insert(1, variants[0] | {"steps": common["steps"] * products(variants[1]) // products(variants[0])})
     rates, seeds = (RATES[:2], SEEDS[:1]) if quick else (RATES, SEEDS)
+    if data is None:
+        variants.append(common | {"method": "pc", "inference_steps": 2})  # the default since; the others are T = 3
     tuned(out, variants, rates, seeds, partial(run, data=data), jobs)
     long = [common | {"method": method, "warmup": LONG_WARMUP} for method in ("bp", "pc")]
     tuned(out, long, rates[:1] if quick else LONG_RATES, seeds, partial(run, data=data), jobs)
@@ -106,7 +108,8 @@ def finished(runs: Sequence[Record]) -> list[list[Record]]:
     for record in sorted(runs, key=lambda record: record["settings"]["seed"]):
         s = record["settings"]
         if not s["tuning"]:
-            key = (s["method"] != "bp", s["method"] != "pc", s["steps"], s.get("warmup", 0.0), s["lr"])
+            method = (s["method"] != "bp", s["method"] != "pc", s.get("inference_steps", 3))
+            key = (*method, s["steps"], s.get("warmup", 0.0), s["lr"])
             groups.setdefault(key, []).append(record)
     return [groups[key] for key in sorted(groups)]
 

@@ -52,7 +52,7 @@ class Tracked(Guarded):
         self.step = best
 
     def parabola(self, free_energy: Tensor) -> Tensor | None:
-        """Slope and curvature ``[2]`` of F along the only move, summed over the samples. free_energy: F ``[S]`` after it.
+        """Slope and curvature ``[2]`` of F along the only move, summed over samples; free_energy ``[S]`` is after it.
 
         None where another number of moves was made, or where they did not start from the prediction.
         """

@@ -149,7 +149,8 @@ def test_checkpoints():
     assert not other.tracker.begun
     other.load_state_dict(pc.FreeEnergy(network()).state_dict())
     assert not other.tracker.begun
-    assert "tracker.mean" in saved and len(saved) == len(network().state_dict()) + 1
+    assert "tracker.mean" in saved
+    assert len(saved) == len(network().state_dict()) + 1
 
 
 def test_micro_batches_are_one_batch():

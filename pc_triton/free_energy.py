@@ -147,20 +147,18 @@ class FreeEnergy(nn.Module):
         """The rules of inference as objects: what the arguments say, or what was set since. Raises ValueError."""
         order, optimizes = as_order(self.order), self.state_optimizer is not None
         check_options(self.steps, self.order, order.form, optimizes, self.state_dtype, self.output_weight)
+        step = as_step(self.step)
+        if self.guarded and type(step) is Constant:
+            one_move = order.form == "error" and self.steps == 2
+            step = self.tracker.rule(step.first) if one_move else Guarded(step.first)
         return Rules(
             as_precision(self.precision, self.displacement),
-            self._step_rule(order),
+            step,
             self.state_optimizer,
             self.state_dtype,
             as_stop(self.stop),
             remembers=order.form == "state" or self.steps > 3,
         )
-
-    def _step_rule(self, order: Order) -> Constant:
-        if not self.guarded or isinstance(self.step, Constant):
-            return as_step(self.step)
-        only_move = order.form == "error" and self.steps == 2
-        return self.tracker.rule(self.step) if only_move else Guarded(self.step)
 
     @property
     def settings(self) -> tuple[Any, ...]:

@@ -111,6 +111,9 @@ class StepTracker(nn.Module):
         self.holds = True
         try:
             yield
+        except BaseException:
+            self.seen = None
+            raise
         finally:
             self.holds = False
         self._update()

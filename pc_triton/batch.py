@@ -23,7 +23,7 @@ from .node import Gradient, Node, Response
 from .output import Output
 from .passes import ModelPass, Nodes
 from .plumbing import Calls, RandomState, hold_statistics, hold_weights, ones, sharded_modules
-from .rules import Precision
+from .rules import Precision, precisions
 
 
 class Batch(Nodes):
@@ -98,7 +98,7 @@ class Batch(Nodes):
                 out = self.calls.run(self.model, *args, **self.kwargs)
                 self.out = out["logits"] if isinstance(out, Mapping) and "logits" in out else out
                 here.check(self.out)
-                energy = sum([*here.added, *here.energies], here.output_energy(self.out))
+                energy = torch.stack([here.output_energy(self.out), *here.added, *here.energies]).sum(0)
         except BaseException:
             self.random.restore()  # a batch that is refused draws nothing
             raise
@@ -207,16 +207,22 @@ class Batch(Nodes):
         for node in self.nodes:
             node.mu = None if node.mu is None else node.mu.detach()
         reached = [(node, grad) for node, grad in zip(free, grads) if grad is not None]
-        free_energy, slope, in_units = energy.detach(), torch.zeros_like(energy), getattr(precision, "in_units", True)
-        for node, grad in reached:
-            assert node.mu is not None
-            mu = node.mu
-            if in_units and node.family.measured:
-                node.unit = (sum_samples(wide(mu) ** 2, self.samples) * (self.samples / mu.numel())).sqrt()
-            squared = node.family.fall(mu, grad, self.samples, node.unit, **node.frozen)
-            pi = precision(node, squared, free_energy, len(reached))
-            if not isinstance(pi, Tensor) or pi.shape != free_energy.shape:
-                raise ValueError(f"precision={precision!r} gave no tensor {tuple(free_energy.shape)}, pi by sample")
-            node.precision = pi.to(free_energy.dtype)
-            slope = slope + squared / node.precision
-        return reached, slope
+        f0 = energy.detach()
+        if not reached:
+            return reached, torch.zeros_like(f0)
+        measures = torch.stack([node.measure(grad, self.samples) for node, grad in reached]).to(f0.dtype)
+        units2, falls = measures.unbind(1)  # [nodes, S] each
+        in_units = getattr(precision, "in_units", True)
+        scaled = [in_units and node.family.measured for node, _ in reached]
+        if any(scaled):
+            units = units2.sqrt()
+            for (node, _), own, unit in zip(reached, scaled, units):
+                node.unit = unit if own else None
+        squared = torch.stack([a if own else b for own, a, b in zip(scaled, falls * units2, falls)])
+        pi = precisions(precision, [node for node, _ in reached], squared, f0)
+        absolute = pi / units2.clamp_min(1e-30)  # where the unit is 0 the state stays at mu
+        for row, (node, _) in enumerate(reached):
+            node.precision = pi[row]
+            if node.unit is not None and node.family.quadratic:
+                node.precision, node.in_units, node.unit = absolute[row], pi[row], None
+        return reached, (squared / pi).sum(0)

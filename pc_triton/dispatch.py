@@ -26,7 +26,7 @@ _forced: str | None = None  # not a ContextVar: autograd runs a GPU's backward p
 _fusing: bool | None = None
 _chaining: bool | None = None
 _triton: Any = None
-ENDINGS = ("_forward", "_step", "_backward", "_gradient", "_gradient_")
+ENDINGS = ("_forward", "_step", "_backward", "_gradient", "_gradient_", "_fall")
 
 TUNED = Path(__file__).with_name("tuned.json")
 """Measured times by device, by dtype: in "linear" rows [rows, N, K, ratio], how many times as long as the fused kernels
@@ -43,6 +43,7 @@ def triton_kernels() -> Any:
                 attention,
                 bernoulli,
                 categorical,
+                fall,
                 gaussian,
                 gaussian_logvar,
                 laplace,
@@ -52,7 +53,7 @@ def triton_kernels() -> Any:
         except ImportError as error:
             raise ImportError(f"the Triton kernels need triton: pip install 'pc_triton[gpu]' ({error})") from error
         launchers: dict[str, Any] = {}
-        for module in (gaussian, gaussian_logvar, bernoulli, laplace, student_t, categorical, attention, linear):
+        for module in (gaussian, gaussian_logvar, bernoulli, laplace, student_t, categorical, attention, linear, fall):
             launchers.update({k: v for k, v in vars(module).items() if k.endswith(ENDINGS)})
         _triton = SimpleNamespace(**launchers, WIDEST=attention.WIDEST)
     return _triton

@@ -28,6 +28,8 @@ class Distribution(nn.Module):
 
     measured = False
     """True for a location family: errors count in units of the node's root mean square, measured per sample."""
+    quadratic = False
+    """True where the energy in units is the plain one over unit^2, which then goes into the precision once a batch."""
     error: Tensor | None = None
     """The error e that the node adds to its prediction in a compiled model's pass: see `Gaussian.shifted`."""
 
@@ -38,6 +40,7 @@ class Distribution(nn.Module):
         if "node_forward" not in own and {"energy", "emission", "variance"} & own.keys():
             cls.node_forward, cls.node_step = Distribution.node_forward, Distribution.node_step  # type: ignore
             cls.fall = cls.fall if "fall" in own else Distribution.fall  # type: ignore
+            cls.quadratic = False
 
     def forward(self, mu: Tensor, **frozen: Any) -> Tensor:
         """The emission of the node for its prediction mu ``[B, ..., C]``; in inference that of its state.
@@ -155,12 +158,18 @@ class Distribution(nn.Module):
             return mu_ + new, self.node_step(mu, mu_ + new, grad, pi, unit, None, None, form=form, **frozen)[1]
         return mu_ + new, (pi_ * e_mu).to(mu.dtype)
 
-    def fall(self, mu: Tensor, grad: Tensor, samples: int, unit: Tensor | None, **frozen: Any) -> Tensor:
-        """<J'g, V J'g> per sample ``[S]``: 2 pi times the fall of F by inference, to first order in 1 / pi."""
+    def fall(self, mu: Tensor, grad: Tensor, samples: int, **frozen: Any) -> Tensor:
+        """Of each sample unit^2 and <J'g, V J'g> with a unit of 1, ``[2, S]``.
+
+        unit^2 is the mean of mu^2, and is read where the family is `measured`. The second times unit^2 is 2 pi times
+        the fall of F by inference, to first order in 1 / pi.
+        """
         with torch.enable_grad():
             u = wide(mu.detach()).requires_grad_()
             push = torch.autograd.grad(self.emission(u, **frozen), u, wide(grad))[0]
-        return sum_samples(self._variance(u.detach(), unit) * push * push, samples)
+        u = u.detach()
+        mean = sum_samples(u * u, samples) * (samples / u.numel())
+        return torch.stack([mean, sum_samples(self.variance(u) * push * push, samples)])
 
     def units(self, mu: Tensor) -> float:
         """The number of units whose states mu holds: its elements; for a Categorical its rows."""

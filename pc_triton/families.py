@@ -32,6 +32,8 @@ class Gaussian(Distribution):
     Raises ValueError if it is not a positive finite number.
     """
 
+    quadratic = True
+
     def __init__(self, variance: float | None = None) -> None:
         if variance is not None and not (variance > 0 and math.isfinite(variance)):
             raise ValueError(f"variance={variance}: give a positive finite number, or None")
@@ -54,7 +56,7 @@ class Gaussian(Distribution):
     def _precision(self, pi: Tensor, unit: Tensor | None) -> Tensor:
         """pi / sigma^2; where the node's scale is 0 its state stays at mu, as with an infinite precision."""
         if unit is None:
-            return pi / self._sigma2
+            return pi if self.given is None else pi / self.given
         return pi / (unit * unit).clamp_min(1e-30)
 
     def node_forward(self, mu, state, pi, unit, *, form):
@@ -89,9 +91,9 @@ class Gaussian(Distribution):
         """`node_step` in error form: the moved state, and the gradient in x."""
         return backend(grad).linear_backward(grad, weight, state, self._precision(pi, unit), keep, move)
 
-    def fall(self, mu, grad, samples, unit):
-        g = wide(grad)
-        return sum_samples(g * g, samples) * (self._sigma2 if unit is None else unit * unit)
+    def fall(self, mu, grad, samples):
+        both = backend(mu).location_fall(mu, grad, samples)
+        return both if self.given is None else torch.stack([both[0], both[1] * self.given])
 
     def extra_repr(self) -> str:
         return "" if self.given is None else f"variance={self.given}"
@@ -163,12 +165,12 @@ class GaussianLogVar(Distribution):
         passes = reference if self.prior else backend(mu)
         return passes.gaussian_logvar_step(mu, state, grad, pi, keep, move, noise, **options)
 
-    def fall(self, mu, grad, samples, unit, *, noise):
+    def fall(self, mu, grad, samples, *, noise):
         if self.prior:
-            return super().fall(mu, grad, samples, unit, noise=noise)
+            return super().fall(mu, grad, samples, noise=noise)
         _, s = wide(mu).chunk(2, -1)
         g = wide(grad)
-        return sum_samples(s.exp() * g * g * (1 + 0.5 * wide(noise) ** 2), samples)
+        return _fall(sum_samples(s.exp() * g * g * (1 + 0.5 * wide(noise) ** 2), samples))
 
 
 class Bernoulli(Distribution):
@@ -198,9 +200,8 @@ class Bernoulli(Distribution):
     def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
         return backend(mu).bernoulli_step(mu, state, grad, pi, keep, move, **options)
 
-    def fall(self, mu, grad, samples, unit):
-        p, g = torch.sigmoid(wide(mu)), wide(grad)
-        return sum_samples(p * (1 - p) * g * g, samples)
+    def fall(self, mu, grad, samples):
+        return backend(mu).bernoulli_fall(mu, grad, samples)
 
 
 class _ClampedCategorical(torch.autograd.Function):
@@ -302,10 +303,15 @@ class Categorical(Distribution):
     def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
         return backend(mu).categorical_step(mu, state, grad, pi, keep, move, **options)
 
-    def fall(self, mu, grad, samples, unit, **masks):
+    def fall(self, mu, grad, samples, **masks):
         p, g = self.emission(wide(mu), **masks), wide(grad)
         mean = (p * g).sum(-1, keepdim=True)
-        return sum_samples(p * (g - mean) ** 2, samples)
+        return _fall(sum_samples(p * (g - mean) ** 2, samples))
+
+
+def _fall(fall: Tensor) -> Tensor:
+    """What `Distribution.fall` gives of a family that has no unit."""
+    return torch.stack([torch.ones_like(fall), fall])
 
 
 def _check_probabilities(target: Tensor) -> None:
@@ -342,9 +348,9 @@ class Laplace(Distribution):
     def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
         return backend(mu).laplace_step(mu, state, grad, pi, unit, keep, move, **options)
 
-    def fall(self, mu, grad, samples, unit):
-        g = wide(grad)
-        return self.variance(mu) * sum_samples(g * g, samples) * (1.0 if unit is None else unit * unit)
+    def fall(self, mu, grad, samples):
+        mean, fall = backend(mu).location_fall(mu, grad, samples)
+        return torch.stack([mean, self.variance(mu) * fall])
 
 
 class StudentT(Distribution):
@@ -375,6 +381,6 @@ class StudentT(Distribution):
     def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
         return backend(mu).student_t_step(mu, state, grad, pi, unit, keep, move, nu=self.nu, **options)
 
-    def fall(self, mu, grad, samples, unit):
-        g = wide(grad)
-        return self.variance(mu) * sum_samples(g * g, samples) * (1.0 if unit is None else unit * unit)
+    def fall(self, mu, grad, samples):
+        mean, fall = backend(mu).location_fall(mu, grad, samples)
+        return torch.stack([mean, self.variance(mu) * fall])

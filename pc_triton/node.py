@@ -32,7 +32,9 @@ class Node:
     precision: Tensor = field(default_factory=lambda: torch.empty(0))
     """pi ``[S]``."""
     unit: Tensor | None = None
-    """The node's own scale ``[S]``, in which its errors count; None for 1."""
+    """The node's own scale ``[S]``, in which its errors count; None for 1, or where it is in the precision already."""
+    in_units: Tensor | None = None
+    """The precision ``[S]`` of errors in units of the node's scale, where `precision` is that of errors as they are."""
     dtype: torch.dtype = torch.float32
     """Of the prediction and the emission."""
     mu: Tensor | None = None
@@ -45,6 +47,11 @@ class Node:
     """The norm ``[S]`` of the natural gradient at the last probe."""
     moved: bool = False
     """Whether it has left its prediction."""
+
+    def measure(self, grad: Tensor, samples: int) -> Tensor:
+        """`Distribution.fall` ``[2, S]`` at the prediction, for F's gradient in the emission."""
+        assert self.mu is not None
+        return self.family.fall(self.mu, grad, samples, **self.frozen)
 
     def forward(self, mu: Tensor, state: Tensor, form: str) -> tuple[Tensor, Tensor]:
         """Emission and energy ``[S]`` at the state."""

@@ -46,6 +46,22 @@ from .reference_softmax import clamped_categorical_gradient_ as clamped_categori
 from .reference_softmax import log_softmax as log_softmax
 from .reference_softmax import mask_logits as mask_logits
 
+# What inference measures at the prediction: <J'g, V J'g> is 2 pi times the fall of F, to first order in 1 / pi.
+
+
+def location_fall(mu: Tensor, grad: Tensor, samples: int) -> Tensor:
+    """The mean of mu^2 and the sum of g^2 of each sample ``[2, S]``: unit^2, and the fall, of a location family."""
+    mean = sum_samples(wide(mu) ** 2, samples) * (samples / mu.numel())
+    return torch.stack([mean, sum_samples(wide(grad) ** 2, samples)])
+
+
+def bernoulli_fall(mu: Tensor, grad: Tensor, samples: int) -> Tensor:
+    """`location_fall` with the sum of p (1 - p) g^2 for the sum of g^2."""
+    p = torch.sigmoid(wide(mu))
+    mean = sum_samples(wide(mu) ** 2, samples) * (samples / mu.numel())
+    return torch.stack([mean, sum_samples(p * (1 - p) * wide(grad) ** 2, samples)])
+
+
 # Gaussian with a fixed variance: E = pi sum d^2 / 2, where pi holds 1 / sigma^2 as well.
 
 

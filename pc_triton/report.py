@@ -189,7 +189,7 @@ def report(
         NodeReport(
             name,
             type(node.family).__name__,
-            float(node.precision.mean()),
+            float((node.precision if node.in_units is None else node.in_units).mean()),
             float(node.energy.sum() if node.energy is not None else 0.0) / items,
             _ratio([node.residual], [at_prediction[name]]),
         )

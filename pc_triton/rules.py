@@ -52,11 +52,31 @@ class Displacement:
             raise ValueError(f"displacement={self.delta!r}: a fraction of the free energy, between 0 and 1")
 
     def __call__(self, node: Node, squared: Tensor, free_energy: Tensor, nodes: int) -> Tensor:
-        assert node.mu is not None
+        return self.of_all([node], squared.unsqueeze(0), free_energy, nodes)[0]
+
+    def of_all(self, nodes: Sequence[Node], squared: Tensor, free_energy: Tensor, number: int) -> Tensor:
+        """pi ``[nodes, S]`` of several at once, of ``number`` that share F's fall; squared ``[nodes, S]``."""
         tiny = torch.finfo(free_energy.dtype).tiny
-        share = squared * nodes / (2 * self.delta * free_energy.abs()).clamp_min(tiny)
-        trust = (squared / (node.family.units(node.mu) / len(free_energy))).sqrt() / TRUST
+        share = squared * (number / (2 * self.delta)) / free_energy.abs().clamp_min(tiny)
+        means = torch._foreach_mul(squared.unbind(0), [len(free_energy) / _units(node) for node in nodes])
+        trust = torch.stack(means).sqrt() / TRUST
         return torch.maximum(share, trust).clamp(1e-12, 1e12)
+
+
+def _units(node: Node) -> float:
+    assert node.mu is not None
+    return node.family.units(node.mu)
+
+
+def precisions(precision: Precision, nodes: Sequence[Node], squared: Tensor, free_energy: Tensor) -> Tensor:
+    """pi ``[nodes, S]`` by the rule, for squared ``[nodes, S]``. Raises ValueError where it gives anything else."""
+    if type(precision) is Displacement:
+        return precision.of_all(nodes, squared, free_energy, len(nodes))
+    rows = [precision(node, row, free_energy, len(nodes)) for node, row in zip(nodes, squared)]
+    for pi in rows:
+        if not isinstance(pi, Tensor) or pi.shape != free_energy.shape:
+            raise ValueError(f"precision={precision!r} gave no tensor {tuple(free_energy.shape)}, pi by sample")
+    return torch.stack(rows).to(free_energy.dtype)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def test_as_a_user_runs_it(tmp_path, data, capsys):
     assert stderr == "", "no progress bar in a log"
     assert "step 10/20: loss" in stdout
     assert "blocks.0.attn" in stdout, "energies per node"
-    assert "of the reachable fall in 2 moves" in stdout
+    assert "of the reachable fall in 1 moves" in stdout
     assert "cosine to backpropagation" in stdout
     assert "(unigram model)" in stdout
     assert sorted(os.listdir(out)) == ["checkpoint.safetensors", "curves.png"]

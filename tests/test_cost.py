@@ -121,7 +121,7 @@ def test_json(tmp_path):
 
 
 def test_the_default_is_that_of_free_energy():
-    assert {r["steps"] for r in json.loads(run("--json"))} == {None, 3}
+    assert {r["steps"] for r in json.loads(run("--json"))} == {None, 2}
 
 
 def test_a_prediction_is_called_one():

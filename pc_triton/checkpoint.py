@@ -1,4 +1,4 @@
-"""Checkpoints: one self-contained safetensors file, written atomically. Loading one runs no code from it."""
+"""A checkpoint is one self-contained safetensors file, written atomically. Loading it runs no code."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ FORMAT = "pc_triton checkpoint 1"
 def save(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
     """Write a checkpoint: tensors of any dtype and shape by name, and a record that JSON can hold.
 
-    An earlier checkpoint of that name is replaced whole or, where this fails, left whole. Raises InputError if the
-    file cannot be written (a full disk, a folder without permission).
+    An earlier checkpoint of that name is replaced whole, or left whole if this fails. Raises InputError if the file
+    cannot be written (a full disk, a folder without permission).
     """
     whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps(record)
@@ -33,13 +33,13 @@ def save(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the record of a checkpoint; path is the file or the folder it is in.
+    """The tensors of a checkpoint, on the CPU, and its record. path: the file, or its folder.
 
     Raises InputError for a file that is missing, unreadable, truncated, altered, or no checkpoint of this program.
     """
     try:
         return _load(path)
-    except _Damaged:  # safe_open opens it twice, and a run may have replaced it in between
+    except _Damaged:  # safe_open opens the file twice, and a running process may replace it in between: try again
         return _load(path)
 
 
@@ -52,7 +52,7 @@ def _load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def load_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The record alone, quickly: that the file is not altered, `load` checks. Arguments and errors as there."""
+    """The record alone, which is quick because the digest is not checked. Arguments and other errors as in `load`."""
     with _opened(path) as (_, metadata):
         return json.loads(metadata["record"])
 
@@ -82,7 +82,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]
 
 @contextlib.contextmanager
 def fitting(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Within it what a checkpoint holds is put to use; raises InputError where that fails."""
+    """Within it the contents of a checkpoint are used. Raises InputError where they do not fit."""
     try:
         yield
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError):
@@ -92,7 +92,7 @@ def fitting(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _digest(tensors: dict[str, Tensor], record: str) -> str:
-    """SHA-256 of all that a checkpoint holds, so that a flipped bit does not pass for a trained weight."""
+    """SHA-256 of everything in a checkpoint, so that a flipped bit is not taken for a trained weight."""
     digest = hashlib.sha256(record.encode())
     for name, t in sorted(tensors.items()):
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
@@ -101,9 +101,9 @@ def _digest(tensors: dict[str, Tensor], record: str) -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Put content in the file at once or, on an error, not at all: a temporary file beside it, fsync, and a rename.
+    """Write a file whole or, on an error, not at all: to a temporary file beside it, then fsync and a rename.
 
-    Raises InputError if it cannot be written; then nothing is left behind.
+    Raises InputError if it cannot be written; nothing is then left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -124,7 +124,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself last through a power cut, where the system can (not on Windows)."""
+    """Make the rename survive a power cut, if the system can (Windows cannot)."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_DIRECTORY)
         try:

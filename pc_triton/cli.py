@@ -1,7 +1,7 @@
 """The command line: ``pc-triton train``, ``eval`` and ``generate``.
 
-Whatever is wrong with what the user gave ends with one line on stderr, ``pc-triton: error: problem: remedy``, and exit
-status 2; Ctrl-C with one line and 130.
+If the user's input is at fault, the program prints one line on stderr, ``pc-triton: error: problem: remedy``, and ends
+with exit status 2. Ctrl-C also gives one line, and exit status 130.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from .settings import Settings, stored_settings
 from .text import InputError
 
 EXTRAS = ("matplotlib", "safetensors", "tokenizers", "tqdm")
+"""Packages that only the command line needs."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; argv: the arguments without the program's name. Returns the exit status: 0, 2 or 130."""
+    """Run the command line. Returns the exit status: 0, 2 or 130.
+
+    argv: the arguments without the program's name; None for those of the process.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # generated text may hold what a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack a character of generated text
     try:
         arguments = _parser().parse_args(argv)
         arguments.command(arguments)
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:
             return _fail(f"{error.filename}: {error.strerror}: choose another path")
-        with contextlib.suppress(OSError):  # what is left in the buffer must not fail again when Python ends
+        with contextlib.suppress(OSError):  # or Python would fail again when it flushes the buffer at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail(f"cannot print: {error.strerror}: free space, or read the output to its end")
     except (MemoryError, RuntimeError) as error:
@@ -127,12 +131,12 @@ def _train(arguments: argparse.Namespace) -> None:
     from .train import train
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs, the one line of an error says
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our own error line says what it would log
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings) if hasattr(arguments, f.name)}
     out = Path(arguments.out or f"runs/{given.get('method', 'pc')}")
     settings = Settings(**given)
     if arguments.resume:
-        if "data" in given or "stream" in given:  # in place of the stored one
+        if "data" in given or "stream" in given:  # replaces the stored source
             given = {"data": None, "stream": None} | given
         settings = dataclasses.replace(stored_settings(out, checkpoint.load_record(out)), **given)
     with parallel.joined():

@@ -1,4 +1,4 @@
-"""`convert`: value nodes for the layers of a model that was written without them."""
+"""`convert` gives value nodes to the layers of a model that was written without them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from .nn import Linear, MultiheadAttention
 
 CONVOLUTIONS = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
 LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, _ConvNd, nn.RNNBase, nn.RNNCellBase)
-"""Kinds of layers that `convert` names where it leaves one."""
+"""Kinds of layers that `convert` reports if it leaves one as it is."""
 
 
 def convert(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-    """Give a model's layers value nodes, in place: parameters, outputs and state dict stay, and PC can train it.
+    """Give a model's layers value nodes, in place, so that PC can train it.
 
-    Converts every ``nn.Linear``, convolution, ``nn.MultiheadAttention`` and ``nn.Softmax`` over the last axis, and with
-    them ``nn.Transformer`` and its layers (whose fused inference path is switched off, since it would pass by
-    them). Of Hugging Face's transformers, the linear layers of GPT-2 (``Conv1D``) and the attention of every model that
-    has it from their registry; the layer of the logits is left as it is, since these are clamped to the labels.
-    Returns the model and what was done, by module name: ``{"0.self_attn": "MultiheadAttention ->
-    pc.MultiheadAttention", ...}``; a layer that had to be left, such as a subclass or a recurrent one, says why. What
-    is no module, such as ``F.softmax`` in a forward, is not seen.
+    Its parameters, outputs and state dict stay as they are. What is converted:
+
+    - every ``nn.Linear``, convolution, ``nn.MultiheadAttention``, and ``nn.Softmax`` over the last axis;
+    - with them ``nn.Transformer`` and its layers. Their fused inference path is switched off, since it would skip
+      the nodes;
+    - of Hugging Face's transformers, the linear layers of GPT-2 (``Conv1D``), and the attention of every model that
+      takes it from their registry. The layer of the logits stays as it is: the logits are clamped to the labels.
+
+    A function called in a forward, such as ``F.softmax``, is no module and is not seen.
+
+    Returns the model, and what was done by module name: ``{"0.self_attn": "MultiheadAttention ->
+    pc.MultiheadAttention", ...}``. For a layer that had to be left, such as a subclass or a recurrent one, it says why.
 
     Raises TypeError if model is no module, ValueError if there is nothing to convert.
     """
@@ -52,10 +57,10 @@ def convert(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
 
 
 def _convert(module: Any) -> str | None:
-    """Give one module its node; what was done, or why not; None for what needs none."""
+    """Give one module its node. Returns what was done, or why nothing was; None for a module that needs no node."""
     kind = type(module)
     if hasattr(module, "node") or isinstance(module, (Head, NonDynamicallyQuantizableLinear)):
-        return None  # it has one; it is an output; it belongs to an nn.MultiheadAttention that was left
+        return None  # it has a node already, or is an output, or belongs to an nn.MultiheadAttention that was left
     if kind is nn.Linear:
         module.__class__ = Linear
         module.node = Gaussian()
@@ -87,7 +92,7 @@ def _convert(module: Any) -> str | None:
 
 
 def add_node(module: Any) -> str:
-    """Make the output of any module a Gaussian value node."""
+    """Make the output of any module a Gaussian value node. Returns what was done, for `convert`."""
     module.node = Gaussian()
     module.register_forward_hook(_emit)
     return f"{type(module).__name__} -> {type(module).__name__}, pc.Gaussian"

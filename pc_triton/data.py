@@ -1,11 +1,14 @@
-"""The data of a run: what it trains on, batch by batch, and the held-out tokens that it measures on.
+"""The data of a run: the batches that it trains on, and the held-out tokens that it is measured on.
 
 `TextData` holds a text in memory; `StreamData` reads documents as they are needed. Both have:
 
-    tokenizer: byte-pair; separator: the token before each document, or None; counts: int64 ``[vocabulary]``, of the
-    training tokens; held_out: int64 ``[L]``, tokens; about: a line about them
-    batch(): this process's part of the next batch, x and y int64 ``[part, context]``, tokens and what follows them
-    state(): what it takes to go on, for a checkpoint: tensors, and what JSON can hold; all processes call it together
+    tokenizer: a byte-pair tokenizer
+    separator: the token before each document, or None
+    counts: int64 ``[vocabulary]``, how often each token occurs in the training tokens
+    held_out: int64 ``[L]``, the held-out tokens
+    about: one line that describes the data
+    batch(): this process's part of the next batch: x int64 ``[part, context]``, and y, the token after each of x
+    state(): what a checkpoint needs to continue: tensors, and a record that JSON can hold. All processes call it
 """
 
 from __future__ import annotations
@@ -26,16 +29,17 @@ from .stream import Documents, Reader, encode_documents, is_held_out
 from .text import InputError, read_text, split, train_tokenizer
 
 SAMPLE, MEASURED = 10_000_000, 400_000
-"""Characters of a stream, up to the end of a document, that its tokenizer is trained on, and that are measured on."""
+"""Characters of a stream that the tokenizer is trained on, and that the run is measured on; whole documents each."""
 MARKED = 100
-"""Documents by which a stream is known again when a run is resumed."""
+"""A resumed run checks the first so many documents, to know that the stream is the same."""
 
 
 class TextData:
-    """A text in memory; a batch is sequences from anywhere in it.
+    """A text in memory. A batch is sequences from random places in it.
 
-    tensors, record: of the checkpoint at ``path`` where a run goes on, else empty. Raises InputError for a text that
-    cannot be used, or is not that of the checkpoint.
+    tensors, record: those of the checkpoint at ``path`` if a run is resumed, else empty.
+
+    Raises InputError for a text that cannot be used, or that is not the one of the checkpoint.
     """
 
     separator = None
@@ -74,15 +78,16 @@ class TextData:
 
 
 class StreamData:
-    """Documents that are read as they are needed, packed into sequences, each document behind a separator.
+    """Documents, read as they are needed and packed into sequences, with a separator before each document.
 
-    The stream is read by as many readers as the run began with processes, each with its share of the documents and of
-    every batch, so that the run is the same, but for rounding, with any number of processes that divides theirs. The
-    tokenizer is trained on the first ten million characters. Unless there are held-out documents of their own, one
-    document in a hundred is held out (of a set below four million characters one in ten), and of those in the first ten
-    million characters the model is measured on the first 400,000 characters.
+    There are as many readers as the run began with processes. Each has its share of the documents and of every batch.
+    So the run is the same, but for rounding, with any number of processes that divides the number of readers.
 
-    tensors, record and what is raised: as in `TextData`.
+    The tokenizer is trained on the first ten million characters. Without ``held_out`` in the settings one document in a
+    hundred is held out, or one in ten of a set below four million characters. The model is measured on the first
+    400,000 characters of the held-out documents among the first ten million.
+
+    Arguments and errors as in `TextData`.
     """
 
     def __init__(self, settings: Settings, path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -126,7 +131,7 @@ class StreamData:
         self.about = f"{settings.stream} as it is read, and {len(self.held_out):,} held-out tokens"
 
     def _sample(self, documents: Documents, settings: Settings) -> None:
-        """Read the beginning of the documents: the tokenizer, the held-out tokens and the counts."""
+        """Make the tokenizer, the held-out tokens and the counts from the beginning of the documents."""
         sample, ended = _first(documents, SAMPLE)
         if not sample:
             raise InputError(f"{documents.source} holds no document: give one with text")
@@ -146,7 +151,7 @@ class StreamData:
 
     @staticmethod
     def _mark(documents: Documents, first: Iterable[str]) -> str:
-        """By what documents are known again: their files' number, which decides how they are shared, and the first."""
+        """A digest that tells documents apart: the number of files, which decides the shares, and the first texts."""
         return _digest(str(documents.dataset.num_shards), *first)
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -160,18 +165,18 @@ class StreamData:
 
 
 def encode(tokenizer: Tokenizer, text: str, separator: int | None = None) -> Tensor:
-    """The tokens of a text, behind the separator if there is one; int64 ``[L]``."""
+    """The tokens of a text, after the separator if there is one: int64 ``[L]``."""
     first = [] if separator is None else [separator]
     return torch.tensor(first + tokenizer.encode(text).ids, dtype=torch.int64)
 
 
 def draw(tokens: Tensor, context: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Where in a text ``[L]`` the tokens of a batch of sequences are: int64 ``[batch, context]``."""
+    """Random places of a batch of sequences in a text ``[L]``, L > context: int64 ``[batch, context]``."""
     return torch.randint(len(tokens) - context, (batch, 1), generator=generator) + torch.arange(context)
 
 
 def _first(documents: Iterable[str], characters: int) -> tuple[list[str], bool]:
-    """The first documents, of at least so many characters together; and whether there are no others."""
+    """The first documents, until they have so many characters together; and whether those are all there are."""
     texts: list[str] = []
     length = 0
     for text in documents:

@@ -1,4 +1,4 @@
-"""A trained language model in use: its perplexity, the regime of its inference, its curves, the text it generates."""
+"""What is done with a trained language model: perplexity, report, curves and generated text."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .settings import Settings
 from .text import InputError
 
 LOGITS = 2**24
-"""`perplexity` makes about so many at once, or those of one sequence: 64 MB in float32, which a step needs not have."""
+"""`perplexity` makes about so many at once, 64 MB in float32, or those of one sequence if that is more."""
 
 
 def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """The text cut into sequences: x ``[S, context]`` and y, the token that follows each; the last few are left out.
+    """A text, int64 ``[L]``, cut into sequences: x int64 ``[S, context]``, and y, the token after each of x.
 
-    tokens: int64 ``[L]``. Raises InputError for L <= context.
+    Tokens at the end that fill no sequence are left out. Raises InputError for L <= context.
     """
     count = (len(tokens) - 1) // context
     if count < 1:
@@ -40,10 +40,9 @@ def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def perplexity(model: Transformer, tokens: Tensor) -> float:
-    """Perplexity per token of plain forward passes over the `windows` of a text; tokens int64 ``[L]``, on the CPU.
+    """Perplexity per token, by plain forward passes over the `windows` of a text; tokens int64 ``[L]``, on the CPU.
 
-    The processes of a group each measure a part, so that all of them call it.
-    Raises InputError for a text shorter than the context.
+    In a group of processes each measures a part, so all of them must call it. Raises InputError for L <= context.
     """
     device = model.head.weight.device
     total = torch.zeros((), dtype=torch.float64)
@@ -56,27 +55,24 @@ def perplexity(model: Transformer, tokens: Tensor) -> float:
 
 
 def unigram_perplexity(counts: Tensor, tokens: Tensor, context: int) -> float:
-    """Perplexity per token of the add-one smoothed unigram model, over the same tokens as `perplexity`.
+    """Perplexity per token of the unigram model with add-one smoothing, over the same tokens as `perplexity`.
 
-    counts: int64 ``[vocabulary]``, of the training tokens; tokens int64 ``[L]``. Raises InputError for a text shorter
-    than the context.
+    counts: int64 ``[vocabulary]``, those of the training tokens; tokens int64 ``[L]``. Raises InputError for
+    L <= context.
     """
     log_q = (counts.double() + 1).log() - (counts.double() + 1).sum().log()
     return float((-log_q[windows(tokens, context)[1]].mean()).exp())
 
 
 def regime(free_energy: FreeEnergy, tokens: Tensor, context: int, sequences: int) -> Report:
-    """`FreeEnergy.report` on the first sequences of a text; tokens int64 ``[L]``.
-
-    Raises InputError for a text shorter than the context.
-    """
+    """`FreeEnergy.report` on the first sequences of a text, int64 ``[L]``. Raises InputError for L <= context."""
     device = next(free_energy.parameters()).device
     x, y = (t[:sequences].to(device) for t in windows(tokens, context))
     return free_energy.report(x, target(free_energy, y))
 
 
 def target(free_energy: FreeEnergy, y: Tensor) -> Tensor:
-    """What the output is clamped to for labels y ``[B, N]``: themselves, or one-hot ``[B, N, V]`` if it is Gaussian."""
+    """What the output is clamped to: labels y int64 ``[B, N]``, or one-hot ``[B, N, V]`` for a Gaussian output."""
     if isinstance(free_energy.output, Gaussian):
         head = next(m for m in free_energy.modules() if isinstance(m, Head))
         return F.one_hot(y, head.out_features).float()
@@ -87,12 +83,12 @@ def target(free_energy: FreeEnergy, y: Tensor) -> Tensor:
 def generate(
     model: Transformer, tokens: Tensor, count: int, temperature: float = 1.0, top_k: int = 0, seed: int = 0
 ) -> Tensor:
-    """A text's tokens with ``count`` more, drawn one by one: int64 ``[L + count]``, on the CPU.
+    """A text's tokens followed by ``count`` more, drawn one by one: int64 ``[L + count]`` or shorter, on the CPU.
 
-    It ends before the model's separator, where it has one: that is where the document ends.
+    If the model has a separator, generation ends before the first one that is drawn, at the end of the document.
 
     tokens: int64 ``[L]``, L >= 1. temperature: divides the logits; 0 takes the likeliest token. top_k: draw from the k
-    likeliest tokens only; 0 is all. seed: of the draws. Raises InputError for values out of range.
+    likeliest tokens only; 0 is all. seed: that of the draws. Raises InputError for values out of range.
     """
     if len(tokens) == 0:
         raise InputError("the prompt is empty: give at least one character with --prompt")
@@ -117,7 +113,7 @@ def generate(
 
 
 def plot(settings: Settings, losses: list[float], evaluations: list[dict[str, Any]], unigram: float) -> bytes:
-    """A PNG of both curves: the training loss of each step, and the held-out perplexity beside the unigram model's.
+    """A PNG of two curves: the training loss of each step, and the held-out perplexity beside the unigram model's.
 
     losses, evaluations, unigram: as `train` returns them.
     """

@@ -12,8 +12,16 @@ from .arithmetic import wide
 from .context import infers, outside_graphs, pass_here
 from .dispatch import backend
 
-CHUNKS, LEAST = 32, 256
-"""The logits are made for 1 / CHUNKS of the rows at a time: about 3 % of them are in memory; never fewer than LEAST."""
+CHUNKS, LEAST, MOST = 8, 256, 2048
+"""The logits are made for 1 / CHUNKS of the rows at a time, for LEAST of them at least and MOST at most.
+
+With fewer than MOST the weight gradient's product is bound by memory: it reads and writes all of dW for every part.
+"""
+
+
+def rows_at_once(rows: int) -> int:
+    """Of how many of so many rows the logits are in memory at once."""
+    return min(rows, max(LEAST, min(MOST, -(-rows // CHUNKS))))
 
 
 class Head(nn.Linear):
@@ -59,7 +67,7 @@ class HeadEnergy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if need_x else None
         grad_weight = torch.zeros_like(weight, dtype=energy.dtype) if need_weight and learns else None
         grad_bias = torch.zeros_like(bias, dtype=energy.dtype) if bias is not None and need_bias and learns else None
-        size = max(LEAST, -(-len(x) // CHUNKS))
+        size = max(1, rows_at_once(len(x)))
         for rows in (slice(start, start + size) for start in range(0, len(x), size)):
             grad = F.linear(x[rows], weight, bias)
             energy[rows] = backend(grad).clamped_categorical_gradient_(grad, labels[rows], ignore_index)

@@ -1,6 +1,6 @@
-"""Models of Hugging Face transformers: their attention with a Categorical node over the keys, and `convert`'s part.
+"""Value nodes for Hugging Face's transformers: attention with a Categorical node over the keys, and `convert`'s part.
 
-Importing it adds that attention to transformers' registry, by the name `ATTENTION`.
+Importing this module adds that attention to transformers' registry, under the name `ATTENTION`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ATTENTION = "pc_triton"
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention ``[B, N, heads, D]`` as transformers' ``"sdpa"``, with the value node that `convert` gave the module.
+    """Attention as transformers' ``"sdpa"``, with the value node that `convert` gave the module.
 
-    query ``[B, heads, N, D]``; key, value ``[B, kv heads, K, D]``; attention_mask ``[B, 1, N, K]``: bool, True where a
-    query sees a key, or floats to add to the logits; options: transformers'. The weights ``[B, heads, N, K]`` are the
-    second result where something had to make them.
+    query ``[B, heads, N, D]``; key, value ``[B, kv heads, K, D]``. attention_mask ``[B, 1, N, K]``: bool, True where a
+    query sees a key, or floats that are added to the logits. options: those of transformers. Returns the output
+    ``[B, N, heads, D]``, and the weights ``[B, heads, N, K]`` if they had to be made, else None.
     """
     if not awaits_pass(getattr(module, "node", None)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -68,7 +68,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def convert_transformers(model: nn.Module, changes: dict[str, str]) -> None:
-    """Give the layers that only transformers' models have their nodes; what was done goes to changes."""
+    """Give their nodes to the layers that only transformers' models have. What was done is added to ``changes``."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     for part in parts:
         if part._supports_sdpa:
@@ -89,6 +89,6 @@ def convert_transformers(model: nn.Module, changes: dict[str, str]) -> None:
 
 
 def _uses_the_registry(module: nn.Module) -> bool:
-    """Whether it looks its attention up among transformers' functions."""
+    """Whether the module looks up its attention function in transformers' registry."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

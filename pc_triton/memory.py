@@ -1,7 +1,7 @@
-"""What a training step of `pc-triton train` will need of memory, from its settings alone.
+"""How much memory a training step of `pc-triton train` will need, from its settings alone.
 
-A step's peak is at one of a few moments. The values that a block holds then were counted on small models, on both
-backends (``docs/large_runs.md``; ``tests/test_memory.py`` measures them again).
+A step is at its peak at one of a few moments. How many values a block holds then was counted on small models, on both
+backends. See ``docs/large_runs.md``; ``tests/test_memory.py`` measures them again.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from .head import CHUNKS, LEAST
+from .head import rows_at_once
 from .models import Transformer
 from .settings import STATE_DTYPES, Settings
 
 VALUE = 4
-"""Bytes of every value but the states': the command line trains in float32."""
+"""Bytes of a value, except in states: the command line trains in float32."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Memory:
     """Bytes at the peak of a training step in one process."""
 
     parameters: float
-    """Parameters, such gradients as there are, AdamW's state."""
+    """Parameters, the gradients that exist at that moment, and AdamW's state."""
     blocks: float
-    """Activations and states of the blocks, and what the one at work needs beside them."""
+    """Activations and states of the blocks, and what the block at work needs beside them."""
     head: float
-    """The head at work: logits, and the gradients made of them."""
+    """The head at work: logits, and the gradients made from them."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of the three parts."""
         return self.parameters + self.blocks + self.head
 
     def __str__(self) -> str:
@@ -52,46 +52,47 @@ def _gigabytes(size: float) -> str:
 
 
 def step_memory(settings: Settings, processes: int = 1, *, triton: bool = False) -> Memory:
-    """The `Memory` of a training step; not that of evaluations, of Python and its libraries, or lost to fragmentation.
+    """The `Memory` of a training step, without evaluations, Python and its libraries, and fragmentation.
 
-    processes: how many share a batch. triton: whether Triton's kernels compute, as on a GPU, or plain torch.
+    processes: how many share a batch. triton: True for Triton's kernels, as on a GPU; False for plain torch.
     """
     s = settings
     with torch.device("meta"):
         sizes = [p.numel() for p in Transformer(s.vocabulary, s.width, s.heads, s.blocks, s.context).parameters()]
     p, sequences, state_bytes = sum(sizes), s.at_once(processes), STATE_DTYPES[s.state_dtype].itemsize
-    held = 3 * p + (p if processes > 1 else 0)  # DistributedDataParallel keeps what it sends
-    summed = p if sequences * processes < s.batch else 0  # the gradients of the micro-batches before
-    roots = p if triton else 2 * max(sizes)  # AdamW's: of all parameters at once, or of one after another
+    held = 3 * p + (p if processes > 1 else 0)  # DistributedDataParallel keeps a copy of what it sends
+    summed = p if sequences * processes < s.batch else 0  # the gradients of earlier micro-batches
+    roots = p if triton else 2 * max(sizes)  # AdamW's square roots: of all parameters at once, or one by one
 
     moments = [Memory(VALUE * (held + p + roots), 0, 0)]
     for activations, states, work, head in _moments(s, sequences * s.context, triton):
         blocks = VALUE * (activations * s.blocks + work) + state_bytes * states * s.blocks
         moments.append(Memory(VALUE * (held + summed), sequences * s.context * blocks, VALUE * head))
-        learned = sequences * s.context * s.blocks * state_bytes * states  # the activations have gone, states have not
+        learned = sequences * s.context * s.blocks * state_bytes * states  # activations are freed, states are not yet
         moments.append(Memory(VALUE * (held + p), learned, 0))
     return max(moments, key=lambda memory: memory.total)
 
 
 def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, float, float, float]]:
-    """The moments at which a step may be at its peak: what is held then beside the parameters.
+    """The moments at which a step may be at its peak, and how many values are held then beside the parameters.
 
-    Values of a token in each block, activations and states, and in the one that is at work; and values of the head.
+    Each is (activations, states, work, head). The first two are values a token in every block, work is what the block
+    at work needs a token on top, and head is the values of the head for all tokens.
     """
     d, pairs = s.width, s.heads * s.context
-    masks = 0 if s.stream is None else s.context  # of documents, which all heads share
+    masks = 0 if s.stream is None else s.context  # document masks, shared by all heads
     if s.method == "bp":
         yield 16 * d + s.heads + 4 + masks, 0, 0, 3 * tokens * s.vocabulary + 2 * tokens * d
         return
 
     gaussian = s.method == "gaussian-pc"
-    logits = min(tokens, max(LEAST, -(-tokens // CHUNKS))) * s.vocabulary  # made at once
+    logits = rows_at_once(tokens) * s.vocabulary  # those that `Head` makes at once
     weight = s.vocabulary * d
     head: float = max((1 if triton else 2) * logits + weight, logits + 2 * weight) + 3 * tokens * d
     if gaussian:
         head = 7 * tokens * s.vocabulary + 3 * tokens * d
 
-    # The first pass, by autograd, and all there is where T = 1.
+    # The first pass, by autograd. With T = 1 it is the only one.
     learns = s.order == "error" and s.inference_steps == 1
     plain, work = 18 * d + 3 * pairs, 0.0
     yield plain, 0, 0, head
@@ -103,8 +104,8 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
     if learns:
         return
 
-    # The passes under the states. A node holds its emission until the model has returned, which is when the head works.
-    visits_attention = triton and s.order == "error" and not gaussian  # its logits and weights never reach memory
+    # The later passes, with states. A node holds its emission until the model has returned: also while the head works.
+    visits_attention = triton and s.order == "error" and not gaussian  # the kernels keep no logits or weights in memory
     keeps_accepted = s.order in ("sweep", "simultaneous") or (s.order == "error" and s.inference_steps > 3)
     activations = (16 if s.order == "error" else 22) * d + (3 * s.heads if visits_attention else 2 * pairs) + 4
     states = (2 if keeps_accepted else 1) * (6 * d + pairs)
@@ -114,7 +115,7 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
     else:
         mlp = {"error": 9, "incremental": 21}.get(s.order, 14) * d
         work = max(mlp, 9.25 * pairs - 17 * d)
-        if s.order != "error":  # the emission of a Gaussian node is its state
+        if s.order != "error":  # a Gaussian node emits its state, which is counted already
             emissions = -3 * d
         if s.order == "incremental":
             activations, emissions = activations - 4 * d, 0
@@ -123,7 +124,7 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
 
 
 def free_memory(place: torch.device) -> int | None:
-    """Bytes that this process may have on a device, with those that it has; None where that is not known."""
+    """Bytes that this process may use on a device, including those it uses already; None if that is not known."""
     if place.type == "cuda":
         return torch.cuda.mem_get_info(place)[0] + torch.cuda.memory_allocated(place)
     try:

@@ -1,4 +1,4 @@
-"""Models to train: a decoder-only transformer, one definition for predictive coding and for backpropagation."""
+"""A decoder-only transformer to train: one definition for predictive coding and for backpropagation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from .nn import Attention, Linear
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm transformer block; its value nodes are the attention weights and the outputs of its products."""
+    """A pre-LayerNorm transformer block.
+
+    Its value nodes are the attention weights and the outputs of its linear layers, but for the product that makes
+    queries, keys and values. Arguments as in `Transformer`.
+    """
 
     def __init__(self, width: int, heads: int, attention: Distribution | bool = True) -> None:
         super().__init__()
@@ -21,7 +25,7 @@ class Block(nn.Module):
         self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
-        """x ``[B, N, width]``, in the dtype of the weights, to the same shape and dtype; segments as in `Attention`."""
+        """The block's output for x ``[B, N, width]``, in x's shape and dtype. segments: as in `Attention`."""
         x = x + self.attn(self.ln1(x), segments=segments)
         return x + self.down(F.gelu(self.up(self.ln2(x))))
 
@@ -31,13 +35,15 @@ class Transformer(nn.Module):
 
     The layout and the initialisation (standard deviation 0.02) are those of GPT-2 (Radford et al. 2019).
 
-    vocabulary, width, heads, blocks, context: its sizes, context in tokens. attention: the node of the attention
-    weights, as ``node`` in `Attention`. separator: the token that begins each document of a packed sequence: attention
-    then stays within a document, and positions count from its beginning (or the sequence's, amid a document). Logits
-    are those of the documents one by one; so are F and its gradients at a precision that is a number, while "auto" sets
-    one precision and step for the whole sequence.
+    Arguments:
+        vocabulary, width, heads, blocks, context: the sizes; context in tokens.
+        attention: the node of the attention weights, as ``node`` in `Attention`.
+        separator: the token that begins each document of a packed sequence. Attention then stays within a document,
+            and positions count from its beginning, or from the sequence's if the document began earlier. The logits
+            are those of the documents one by one. So are F and its gradients where precision and step are numbers;
+            "auto" sets one precision and one step for the whole sequence.
 
-    Raises ValueError for sizes below 1, a width that is no multiple of heads or a separator that is no token.
+    Raises ValueError for sizes below 1, a width that is no multiple of heads, or a separator that is no token.
     """
 
     def __init__(
@@ -71,11 +77,9 @@ class Transformer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, N, vocabulary]``, in the dtype of the weights, of the tokens that follow each token.
+        """Logits ``[B, N, vocabulary]`` of the token after each token, in the dtype of the weights.
 
-        tokens: int64 ``[B, N]``, N <= context, on the device of the weights.
-
-        Raises ValueError for a longer sequence.
+        tokens: int64 ``[B, N]``, N <= context, on the device of the weights. Raises ValueError for a longer sequence.
         """
         if tokens.shape[1] > self.context:
             raise ValueError(f"{tokens.shape[1]} tokens: the model's context is {self.context}")

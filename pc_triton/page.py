@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML page: what the numbers mean, and curves as inline SVG. It loads nothing."""
+"""A report as one self-contained HTML page, with what the numbers mean and curves as inline SVG. It loads nothing."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from .report import PER_NODE, Report, table
 
 Curve = tuple[Sequence[float], Sequence[float]]
-"""x and y."""
+"""The x and y values of a line."""
 INK = "#012345"
-"""Stands for the page's text colour in a figure, so that a dark page has light axes."""
+"""A stand-in for the page's text colour, which replaces it in each figure. So a dark page has light axes."""
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -54,13 +54,14 @@ def page(
     losses: Sequence[float] = (),
     facts: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of an HTML page on a trained model; write it in UTF-8.
+    """The text of an HTML page about a trained model. Write it to a file in UTF-8.
 
-    title: its heading. report: where inference stands, or None for backpropagation. history: the evaluations, each
-    with its step and any numbers by name, as in ``{"step": 100, "perplexity": 93.2, **report.scalars()}``; each name is
-    plotted, those of the nodes together. losses: of the training steps from 1. facts: what else to state, by name.
+    title: the heading. report: how settled inference is, or None for backpropagation. history: the evaluations. Each
+    has its step and numbers by name, as in ``{"step": 100, "perplexity": 93.2, **report.scalars()}``. Each name has a
+    plot; the nodes share one for energy, residual and precision each. losses: one a training step, from step 1. facts:
+    other things to state, by name.
 
-    Raises ValueError for a row of history without its step, or with what is no number.
+    Raises ValueError for a row of history without its step, or with a value that is no number.
     """
     for number, row in enumerate(history):
         if "step" not in row:
@@ -130,7 +131,7 @@ def _meaning(report: Report) -> str:
 
 
 def _plot(caption: str, lines: Sequence[Curve], xlabel: str, level: float | None = None) -> str:
-    """A figure of curves, coloured by their order, and on a log scale where the values need it; dashed: a level."""
+    """A figure of curves, coloured in order, with a dashed line at ``level``; y is logarithmic over a wide range."""
     colors = matplotlib.colormaps["viridis"]([0.4 + 0.45 * k / max(1, len(lines) - 1) for k in range(len(lines))])
     ink = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color")
     style: dict[Any, Any] = {**dict.fromkeys(ink, INK), "svg.fonttype": "none", "svg.hashsalt": caption}

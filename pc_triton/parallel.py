@@ -1,6 +1,6 @@
-"""One run in several processes, as torchrun starts them: each takes its part of every batch.
+"""One run in several processes, as torchrun starts them. Each takes its part of every batch.
 
-In a process of its own all of this changes nothing.
+In a single process all of this changes nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .text import InputError
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Within it the processes that torchrun started are a group: by nccl for GPU tensors, by gloo for others.
+    """Within it the processes that torchrun started are a group: nccl for GPU tensors, gloo for others.
 
-    Raises InputError where another of them has ended.
+    Raises InputError if another of the processes has ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -35,11 +35,11 @@ def joined() -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise InputError("another process of this run has ended: see what it said, and --resume") from None
         raise
-    dist.destroy_process_group()  # not after an error, when the others may never come to it
+    dist.destroy_process_group()  # not after an error: the other processes may never get here
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called auto (a GPU if there is one), cpu or cuda: of several processes each has a GPU of its own.
+    """The device called ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"cuda"``. Each process has its own GPU.
 
     Raises InputError if it is not available.
     """
@@ -61,7 +61,7 @@ def together() -> bool:
 
 
 def rank() -> int:
-    """This process's number among `processes`; 0 writes the files and prints."""
+    """This process's number, from 0. Process 0 writes the files and prints."""
     return dist.get_rank() if together() else 0
 
 
@@ -71,12 +71,12 @@ def processes() -> int:
 
 
 def part(rows: Tensor) -> Tensor:
-    """This process's consecutive rows of a tensor ``[R, ...]`` that all have, as many for each as R allows."""
+    """This process's consecutive rows of a tensor ``[R, ...]`` that all processes have, split as evenly as R allows."""
     return rows.tensor_split(processes())[rank()]
 
 
 def total(t: Tensor) -> Tensor:
-    """The sum of t over the processes; all of them call it."""
+    """The sum of t over the processes. All of them must call it."""
     if together():
         t = t.clone()
         dist.all_reduce(t)
@@ -84,12 +84,12 @@ def total(t: Tensor) -> Tensor:
 
 
 def mean(t: Tensor) -> Tensor:
-    """The mean of t over the processes; all of them call it."""
+    """The mean of t over the processes. All of them must call it."""
     return total(t) / processes()
 
 
 def gathered(rows: list[Any]) -> list[Any]:
-    """The rows of all processes, in their order; all of them call it."""
+    """The rows of all processes, in their order. All of them must call it."""
     if not together():
         return rows
     lists: list[Any] = [None] * processes()
@@ -98,15 +98,15 @@ def gathered(rows: list[Any]) -> list[Any]:
 
 
 def agreed(yes: bool) -> bool:
-    """Whether all processes say so; all of them call it."""
+    """Whether all processes say yes. All of them must call it."""
     return all(gathered([yes]))
 
 
 def replicate(model: nn.Module, free_energy: nn.Module | None) -> nn.Module:
-    """What to call for a loss, by whose ``backward()`` the gradients are means over the processes.
+    """The module to call for a loss. Its ``backward()`` leaves gradients that are means over the processes.
 
-    free_energy is that of the model, or None for backpropagation. Its order "incremental" learns by as many backward
-    passes as it has steps: there its model is what is replicated, within it.
+    free_energy: that of the model, or None for backpropagation. Order "incremental" learns by one backward pass a step,
+    so there the model inside the free energy is replicated, and not the free energy itself.
     """
     whole = model if free_energy is None else free_energy
     if not together():
@@ -121,5 +121,8 @@ def replicate(model: nn.Module, free_energy: nn.Module | None) -> nn.Module:
 
 
 def unsent(replica: nn.Module) -> AbstractContextManager[None]:
-    """Within it the gradients of what `replicate` made add up in each process, until a backward pass outside it."""
+    """Within it gradients add up in each process unsent; the next backward pass outside it sends them.
+
+    replica: what `replicate` returned.
+    """
     return replica.no_sync() if isinstance(replica, DistributedDataParallel) else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""What surrounds a training run: its folder, saved tensors, status line and Ctrl-C."""
+"""What a training run needs around it: its folder, the tensors to save, a status line and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .text import InputError
 
 
 def status(losses: list[float], evaluations: list[dict[str, Any]]) -> str:
+    """One line: the mean of the last ten losses, and the numbers of the last evaluation."""
     recent = losses[-10:]
     parts = [f"loss {sum(recent) / len(recent):.3f}"] if recent else []
     if evaluations:
@@ -44,7 +45,7 @@ def restore(
     tracker: nn.Module | None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Put what `state` took back. Raises InputError if it does not fit the model."""
+    """Put back what `state` saved. Raises InputError if it does not fit the model."""
     with checkpoint.fitting(path):
         model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
         if tracker is not None:
@@ -60,9 +61,9 @@ def restore(
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder and try to write in it, so that a run does not fail at its first checkpoint.
+    """Make the folder of a run and try to write to it, so that the run does not fail at its first checkpoint.
 
-    What a killed run left half-written there is removed.
+    Files that a killed run left half-written are removed. Raises InputError if the folder cannot be used.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C only sets what the yielded function returns; a second one interrupts at once."""
+    """Within it the first Ctrl-C is only noted: the yielded function then returns True. A second one interrupts."""
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield pressed.is_set

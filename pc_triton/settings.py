@@ -1,4 +1,4 @@
-"""The settings of a run of ``pc-triton train``, each an option of the command line."""
+"""The settings of a run of ``pc-triton train``. Each field is an option of the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METHODS = ("pc", "bp", "gaussian-pc")
 ORDERS = ("error", "sweep", "simultaneous", "incremental")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAY_CHANGE = ("data", "stream", "column", "held_out", "micro_batch", "steps", "eval_every")
-"""Settings that may change when a run is resumed; the text itself is compared by its digest."""
+"""Settings that may change when a run is resumed. The text must stay the same: its digest is compared."""
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -25,7 +25,7 @@ def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) ->
 
 @dataclass(frozen=True)
 class Settings:
-    """What defines a run. Raises InputError where a value is out of range."""
+    """Everything that defines a run. Raises InputError for a value out of range."""
 
     method: str = _setting("pc", "predictive coding, backpropagation, or PC with every energy Gaussian", METHODS)
     data: str | None = _setting(None, "UTF-8 text file to train on; Python's language reference if not given")
@@ -95,17 +95,17 @@ class Settings:
             )
 
     def at_once(self, processes: int) -> int:
-        """The sequences that one of so many processes has in memory at once."""
+        """How many sequences each of the processes has in memory at once."""
         part = self.batch // processes
         return min(part, self.micro_batch or part)
 
     def reported(self, processes: int) -> int:
-        """The sequences of a report: half as many as of a step, since it holds two inferences."""
+        """How many sequences a report uses: half as many as a step, since it holds two inferences."""
         return max(1, self.at_once(processes) // 2)
 
 
 def stored_settings(path: str | Path, record: dict[str, Any]) -> Settings:
-    """The settings in a checkpoint's record. Raises InputError if they are not those of this version."""
+    """The settings in a checkpoint's record. Raises InputError if another version wrote them."""
     try:
         return Settings(**record["settings"])
     except (TypeError, KeyError):
@@ -113,13 +113,14 @@ def stored_settings(path: str | Path, record: dict[str, Any]) -> Settings:
 
 
 def check_resumed(path: Path, settings: Settings, record: dict[str, Any]) -> None:
-    """Raise InputError if a run with these settings would not be the checkpoint's, going on."""
+    """Raise InputError if a run with these settings would not continue the run of the checkpoint."""
     stored = stored_settings(path, record)
     if (stored.stream is None) != (settings.stream is None):
         was, other = ("--data", "--stream") if stored.stream is None else ("--stream", "--data")
         raise InputError(f"{path} was made with {was}: leave {other} out, or give the {was} again")
     fixed = [f.name for f in dataclasses.fields(Settings) if f.name not in MAY_CHANGE]
-    for name in fixed if stored.stream is None else [*fixed, "held_out"]:  # a stream's is kept in the checkpoint
+    # The checkpoint of a stream keeps the held-out tokens, so another held_out would have no effect.
+    for name in fixed if stored.stream is None else [*fixed, "held_out"]:
         old, new = getattr(stored, name), getattr(settings, name)
         if old != new:
             option = "--" + name.replace("_", "-")

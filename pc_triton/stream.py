@@ -1,4 +1,4 @@
-"""Documents that are read as they are needed, by Hugging Face's ``datasets``, and packed into sequences."""
+"""Documents, read as they are needed by Hugging Face's ``datasets``, and packed into sequences of tokens."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
     from tokenizers import Tokenizer
 
+# File extensions, and what ``datasets`` calls their formats.
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".bz2", ".xz")
 AT_ONCE = 64
-"""Documents that are encoded at once, on all cores."""
+"""How many documents are encoded at once, on all cores."""
 
 
 class Documents:
-    """The texts in a column of local files or of a set of the Hugging Face hub, in order, but for blank ones.
+    """The texts in a column of local files or of a set of the Hugging Face hub, in order. Blank texts are left out.
 
-    source: local files, ``*`` and ``**`` as in a shell: .txt (a line is a document), .jsonl, .json, .csv or .parquet,
-    compressed ones too; or a set of the hub or a folder of one, as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT ("train" if
-    not given). Raises InputError, here or as they are read, for a source or column that is not there or cannot be read.
+    source: either local files, with ``*`` and ``**`` as in a shell. They are .txt (a line is a document), .jsonl,
+    .json, .csv or .parquet, also compressed. Or a set of the hub, or a folder that holds one, as NAME, NAME:CONFIG or
+    NAME:CONFIG:SPLIT; the split is "train" if not given. column: its name.
+
+    Raises InputError, here or during reading, for a source or column that is missing or cannot be read.
     """
 
     def __init__(self, source: str, column: str) -> None:
@@ -62,7 +65,7 @@ class Documents:
         return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
 
     def share(self, number: int, shares: int) -> Documents:
-        """One of as many shares: whole files where they can be dealt evenly, else every so many documents."""
+        """Share ``number`` of ``shares``: whole files if they divide evenly, else every n-th document of n shares."""
         from datasets.distributed import split_dataset_by_node
 
         share = copy.copy(self)
@@ -87,13 +90,13 @@ class Documents:
             yield
         except (InputError, MemoryError):
             raise
-        except Exception as error:  # of many kinds, from datasets, pyarrow, the hub and what unpacks a file
+        except Exception as error:  # datasets, pyarrow, the hub and the decompressors each raise their own kinds
             what = str(error).strip().partition("\n")[0] or type(error).__name__
             raise InputError(f"cannot read {self.source} ({what}): check its name, files and network") from None
 
 
 def _kind(path: str) -> str | None:
-    """What ``datasets`` calls the format of a file, by its name."""
+    """What ``datasets`` calls the format of a file, from the file's name; None if it is not one of `KINDS`."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -101,24 +104,25 @@ def _kind(path: str) -> str | None:
 
 
 def is_held_out(text: str, every: int) -> bool:
-    """Whether a document is of the one in ``every`` that is not trained on, by its text, so that its copies are too."""
+    """Whether a document is held out: one in ``every`` is, none if 0. The text decides, so all copies agree."""
     return every > 0 and zlib.crc32(text.encode("utf-8", "surrogatepass")) % every == 0
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str], separator: int) -> Tensor:
-    """The tokens of documents, each behind the separator: int32 ``[L]``."""
+    """The tokens of documents, a separator before each: int32 ``[L]``."""
     ids = [[separator, *encoding.ids] for encoding in tokenizer.encode_batch(texts)]
     return torch.tensor([token for document in ids for token in document], dtype=torch.int32)
 
 
 class Reader:
-    """Sequences of documents, endlessly, from those that it reads in order but for ``held_out`` ones.
+    """Endless sequences of tokens, packed from documents.
 
-    Each document follows a separator token; one after the other they fill sequences of ``length`` tokens, the last
-    of each the first of the next. They are drawn at random from a pool of the next ``size``, and each that is drawn is
-    replaced. Where the documents end they begin again.
+    The documents are read in order, without the one in ``held_out`` that is held out, and from the beginning again
+    after the last. A separator token goes before each. One after the other they fill sequences of ``length`` tokens;
+    the last token of a sequence is also the first of the next. Sequences are drawn at random, with a generator of
+    ``seed``, from a pool of the next ``size``, and each drawn one is replaced by the next.
 
-    Raises InputError if there is no document.
+    `draw` raises InputError if there is no document.
     """
 
     def __init__(
@@ -136,8 +140,8 @@ class Reader:
         self.generator = torch.Generator().manual_seed(seed)
         self.tokens = torch.empty(0, dtype=torch.int32)  # read, and not yet in a sequence
         self.pool = torch.empty(0, length, dtype=torch.int32)
-        self._texts, self._some = iter(documents), False  # of this time through them; whether it gave any
-        self._place: dict[str, Any] | None = None  # where it was restored, until it reads on
+        self._texts, self._some = iter(documents), False  # the rest of this round; whether the round gave any text
+        self._place: dict[str, Any] | None = None  # the restored place, until the first read after it
 
     def draw(self, count: int) -> Tensor:
         """The next sequences, int64 ``[count, length]``."""
@@ -149,7 +153,7 @@ class Reader:
         return rows.to(torch.int64)
 
     def _next(self, count: int) -> Tensor:
-        """The sequences that follow in the order of the documents, int32 ``[count, length]``."""
+        """The next sequences in the order of the documents, int32 ``[count, length]``."""
         stride = self.length - 1
         read, missing = [self.tokens], count * stride + 1 - len(self.tokens)
         while missing > 0:
@@ -157,10 +161,10 @@ class Reader:
             missing -= len(read[-1])
         tokens = torch.cat(read)
         self.tokens = tokens[count * stride :].clone()
-        return tokens.unfold(0, self.length, stride)[:count].clone()  # its rows share tokens
+        return tokens.unfold(0, self.length, stride)[:count].clone()  # the rows of unfold share memory
 
     def _read(self) -> Tensor:
-        """The tokens of the next few documents."""
+        """The tokens of the next `AT_ONCE` documents, int32 ``[L]``. Raises InputError if a whole round gave none."""
         texts = list(islice(self._texts, AT_ONCE))
         if not texts:
             if not self._some:
@@ -179,15 +183,15 @@ class Reader:
         return tokens
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What it takes to go on: the place in the documents, for JSON, and tensors."""
+        """What `restore` needs: the place in the documents, which JSON can hold, and tensors."""
         tensors = {"tokens": self.tokens, "pool": self.pool, "rng": self.generator.get_state()}
         return self._place or self.documents.dataset.state_dict(), tensors
 
     def restore(self, place: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
         self.documents.dataset.set_epoch(place["epoch"])
         self.documents.dataset.load_state_dict(place)
-        self._place = place  # which the dataset does not tell before it has been read from
+        self._place = place  # the dataset does not report it before the next read
         self._texts, self._some = iter(self.documents), True
         self.tokens, self.pool = tensors["tokens"], tensors["pool"].clone()
         self.generator.set_state(tensors["rng"])

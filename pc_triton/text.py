@@ -1,4 +1,4 @@
-"""Text to train on: reading it, its held-out part, and its byte-pair vocabulary."""
+"""The text to train on: reading it, splitting off a held-out part, and learning a byte-pair vocabulary."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BLOCK = 2000
-"""Characters of text, about, that go to one side of the split together."""
+"""About so many characters in a row go to the same side of the split."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is one line, ``problem: remedy``."""
+    """The user's input cannot be used. The message is one line, ``problem: remedy``."""
 
 
 def read_text(path: str | None = None) -> str:
-    """The text of a UTF-8 file or, without one, Python's own language reference (``pydoc_data.topics``).
+    """The text of a UTF-8 file or, without a path, Python's own language reference (``pydoc_data.topics``).
 
-    The reference repeats a fifth of its paragraphs under several topics; each is kept once, or a held-out paragraph
-    would be a training paragraph too. Its size differs among Python versions.
+    The reference repeats a fifth of its paragraphs under several topics. Each is kept once, so that no held-out
+    paragraph is also a training paragraph. Its size differs among Python versions.
+
     Raises InputError for a file that is missing, unreadable, empty or not UTF-8.
     """
     if path is None:
@@ -49,10 +50,10 @@ def _language_reference() -> str:
 
 
 def split(text: str) -> tuple[str, str]:
-    """The training and the held-out part of a text: every tenth block of about 2,000 characters is held out.
+    """The training part and the held-out part of a text: every tenth block of about 2,000 characters is held out.
 
-    A block ends with a line where that is near. Of a text beyond 4 million characters less is held out: about 400,000
-    characters; of one below 40,000 the blocks are smaller.
+    A block ends at the end of a line if one is near. Of a text beyond 4 million characters less is held out, about
+    400,000 characters. A text below 40,000 characters has smaller blocks.
     """
     size = max(1, min(BLOCK, len(text) // 20))
     blocks, start = [], 0
@@ -67,10 +68,11 @@ def split(text: str) -> tuple[str, str]:
 
 
 def train_tokenizer(text: str, vocabulary: int, special: int = 0) -> Tokenizer:
-    """A byte-level BPE tokenizer, which can encode any text, of ``vocabulary`` - ``special`` >= 256 tokens from a text.
+    """A byte-level BPE tokenizer with ``vocabulary`` - ``special`` >= 256 tokens, learned from a text.
 
-    special: how many of the vocabulary, its last ones, are left to tokens that no text has.
-    Byte-pair encoding is Sennrich et al. 2016 (arXiv 1508.07909), on bytes that of GPT-2.
+    It can encode any text. Byte-pair encoding is that of Sennrich et al. 2016 (arXiv 1508.07909), on bytes as in GPT-2.
+
+    special: how many tokens at the end of the vocabulary are kept free. The tokenizer never makes them.
 
     Raises InputError if the vocabulary is too small, or larger than the text yields.
     """
@@ -83,7 +85,8 @@ def train_tokenizer(text: str, vocabulary: int, special: int = 0) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    most = min(learned, 256 + len(text.encode()))  # a merge each: the trainer allocates what it is asked for
+    # The trainer allocates the size it is asked for. A text of n bytes yields at most n merges.
+    most = min(learned, 256 + len(text.encode()))
     trainer = trainers.BpeTrainer(vocab_size=most, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     size = tokenizer.get_vocab_size() + special

@@ -1,4 +1,4 @@
-"""Training the transformer of ``models.py`` on text, by predictive coding or by backpropagation; what the CLI calls."""
+"""Trains the transformer of ``models.py`` on text, by predictive coding or by backpropagation. The CLI calls it."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ from .text import InputError
 
 BACKPROPAGATION = "backpropagation: no inference"
 RISE = 10
-"""A loss above so many times the run's first is divergence: the first is about that of a model that knows nothing.
-So is a held-out cross-entropy above so many times the logarithm of the vocabulary."""
+"""A run diverges if a loss is above so many times its first loss, which is about that of a model that knows nothing. It
+also diverges if the held-out cross-entropy is above so many times the logarithm of the vocabulary."""
 
 
 class Diverged(InputError):
-    """The loss is not finite, or far above where it began."""
+    """The loss, its gradient or the held-out perplexity is not finite or far too high."""
 
 
 def build(settings: Settings, precision: Precision | None = None) -> tuple[Transformer, FreeEnergy | None]:
-    """The model, float32 on the CPU, and the free energy it is trained by (None for backpropagation).
+    """The model, in float32 on the CPU, and the free energy that trains it (None for backpropagation).
 
-    Gaussian PC is that of Pinchetti et al. 2022: Gaussian nodes on attention's softmax, and a Gaussian output energy of
-    variance 1 on the softmax of the logits, clamped to one-hot labels. precision: a rule of your own, used instead of
-    the settings' precision. Raises InputError for sizes out of range.
+    Gaussian PC is that of Pinchetti et al. 2022. Attention has Gaussian nodes on its softmax. The output is the softmax
+    of the logits, with a Gaussian energy of variance 1, clamped to one-hot labels.
+
+    precision: a rule of your own, used instead of the settings' precision. Raises InputError for sizes out of range.
     """
     s = settings
     gaussian = s.method == "gaussian-pc"
@@ -68,16 +69,16 @@ def build(settings: Settings, precision: Precision | None = None) -> tuple[Trans
 
 
 def losses(learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """The losses of one training step, float32, 0-dim; one, or T in incremental order.
+    """The losses of one training step in nats per token, float32 scalars: one, or T in incremental order.
 
     learner: what `parallel.replicate` makes of the model and its free energy. x, y: int64 ``[B, N]``, tokens and the
-    tokens that follow. In nats per token. Raises ValueError as `FreeEnergy` does.
+    token after each. Raises ValueError as `FreeEnergy` does.
     """
     if free_energy is None:
         yield F.cross_entropy(learner(x).flatten(0, 1), y.flatten())
         return
     clamped = target(free_energy, y)
-    each = 1 if clamped is y else y.shape[1]  # the free energy of a Gaussian output is per sequence
+    each = 1 if clamped is y else y.shape[1]  # with a Gaussian output F is per sequence, not per token
     for loss in free_energy.incremental(x, clamped) if free_energy.order == "incremental" else [learner(x, clamped)]:
         yield loss / each
 
@@ -85,10 +86,11 @@ def losses(learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Ten
 def backward(
     learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Tensor, micro_batch: int | None
 ) -> Iterator[Tensor]:
-    """The `losses` of one training step, each once its gradients have been added to those that the parameters have.
+    """The `losses` of one training step. Each is yielded after its gradients were added to those of the parameters.
 
-    micro_batch: None, or the sequences to have in memory at once: the one loss and its gradients are then the same but
-    for rounding, since inference is each sequence's own. Not in incremental order. Other arguments as in `losses`.
+    micro_batch: how many sequences to have in memory at once, or None for all. The loss and its gradients are the same
+    but for rounding, since each sequence has its own inference. Incremental order ignores it. Other arguments as in
+    `losses`.
     """
     if free_energy is not None and free_energy.order == "incremental":
         for loss in losses(learner, free_energy, x, y):
@@ -107,7 +109,7 @@ def backward(
 
 
 def micro_batches(x: Tensor, y: Tensor, size: int | None) -> list[tuple[Tensor, Tensor]]:
-    """x and y ``[B, N]`` in parts of so many sequences, the last of what is left; whole if size is None."""
+    """x and y ``[B, N]`` in parts of ``size`` sequences, the last part being the rest; whole if size is None."""
     return list(zip(x.split(size or len(x)), y.split(size or len(y))))
 
 
@@ -122,25 +124,29 @@ def train(
     tensorboard: bool = False,
     precision: Precision | None = None,
 ) -> dict[str, Any]:
-    """Train a transformer on text; leaves ``checkpoint.safetensors`` and ``curves.png`` in the folder ``out``.
+    """Train a transformer on text. Leaves ``checkpoint.safetensors`` and ``curves.png`` in the folder ``out``.
 
-    resume: go on from the checkpoint in ``out``: on a CPU bit for bit as if the run had not stopped. overwrite: replace
-    the run that ``out`` holds. quiet: print nothing. tensorboard: write the losses and evaluations to event files in
-    ``out`` too, up to each checkpoint. precision: a rule of your own, used instead of the settings' precision; a
-    checkpoint does not keep it.
+    Arguments:
+        resume: continue from the checkpoint in ``out``. On a CPU the run is then bit for bit as if it had not stopped.
+        overwrite: replace the run in ``out``.
+        device: ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"cuda"``.
+        quiet: print nothing.
+        tensorboard: also write the losses and evaluations to event files in ``out``.
+        precision: a rule of your own, used instead of the settings' precision. A checkpoint does not keep it.
 
-    In a group of processes (`parallel.joined`, or one that you made) each process calls this, takes its part of every
-    batch and returns the same: of a text any number of them trains the same model, but for rounding. Rank 0 prints and
-    writes.
+    In a group of processes (`parallel.joined`, or one that you made) each process calls this. Each takes its part of
+    every batch, and all return the same. With a text in memory any number of processes trains the same model, but for
+    rounding. Rank 0 prints and writes.
 
-    Returns ``held_out_perplexity`` and ``unigram_perplexity`` (per token), ``losses`` (one a step, see `losses`),
-    ``evaluations`` (a dict with step, perplexity and, for PC, `Report.scalars` for each), ``report`` (a `Report`, or
-    None for backpropagation), ``regime`` (its line), ``parameters`` (their number), ``settings``, ``checkpoint`` and
-    ``curves`` (paths).
+    Returns ``held_out_perplexity`` and ``unigram_perplexity`` (per token), ``losses`` (see `losses`), ``evaluations``
+    (a list of dicts with step, perplexity and, for PC, `Report.scalars`), ``report`` (a `Report`, or None for
+    backpropagation), ``regime`` (the report in one line), ``parameters`` (their number), ``settings``, ``checkpoint``
+    and ``curves`` (paths).
 
-    Raises InputError for settings, text, a checkpoint or a folder that cannot be used; Diverged where the loss is no
-    longer finite or more than `RISE` times the first (the last checkpoint is kept); KeyboardInterrupt, with a message,
-    after the first Ctrl-C, once it is saved.
+    Raises:
+        InputError: settings, a text, a checkpoint or a folder that cannot be used.
+        Diverged: the loss is no longer finite or more than `RISE` times the first. The last checkpoint is kept.
+        KeyboardInterrupt: after the first Ctrl-C, once the run is saved; its message says how to continue.
     """
     place, path = parallel.choose_device(device), Path(out) / checkpoint.NAME
     if path.exists() and not (resume or overwrite):
@@ -177,7 +183,7 @@ def train(
             if due and place.type == "cuda" and not run.evaluations:
                 say(f"memory of a step, measured: {torch.cuda.max_memory_allocated(place) / 1e9:.3g} GB")
             if due or len(run.unread) == run.often or (parallel.processes() == 1 and pressed()):
-                stop = bool(parallel.total(torch.tensor(int(pressed()))))  # all stop at the same step
+                stop = bool(parallel.total(torch.tensor(int(pressed()))))  # all processes stop at the same step
                 run.read_losses(x, y)
                 bar.set_postfix_str(status(run.losses, run.evaluations), refresh=False)
             if due:
@@ -191,7 +197,7 @@ def train(
             if stop:
                 raise KeyboardInterrupt(f"stopped at step {run.done}: continue with --resume --out {path.parent}")
 
-    if not run.evaluations or run.evaluations[-1]["step"] < run.done:  # resumed at its last step, not yet evaluated
+    if not run.evaluations or run.evaluations[-1]["step"] < run.done:  # resumed at the last step, before its evaluation
         run.evaluate()
         run.save()
     if run.events is not None:
@@ -223,7 +229,7 @@ def _summary_writer() -> Any:
 
 
 class _Training:
-    """A run in progress: a new one, or the one that the checkpoint at ``path`` holds."""
+    """A run in progress: a new one, or with ``resume`` the one in the checkpoint at ``path``."""
 
     def __init__(
         self, settings: Settings, path: Path, place: torch.device, resume: bool, precision: Precision | None
@@ -249,8 +255,8 @@ class _Training:
         self.losses: list[float] = record.get("losses", [])
         self.evaluations: list[dict[str, Any]] = record.get("evaluations", [])
         self.events: Any = None
-        self.often = 1 if place.type == "cpu" else 10  # reading the loss waits for a GPU, so not at every step there
-        self.unread: list[Tensor] = []  # of each step since the last reading: its loss and the gradient's norm
+        self.often = 1 if place.type == "cpu" else 10  # reading a loss waits for the GPU, so read them ten at a time
+        self.unread: list[Tensor] = []  # the loss and the gradient's norm of each step since the last reading
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         if self.events is not None:
@@ -258,6 +264,7 @@ class _Training:
                 self.events.add_scalar(name, number, step)
 
     def step(self, x: Tensor, y: Tensor) -> None:
+        """One training step on x and y, int64 ``[B, N]``."""
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * schedule(self.done, settings.steps, settings.warmup)
@@ -267,12 +274,12 @@ class _Training:
             if self.often == 1 and not norm.isfinite():
                 break  # before the update, so that the faulty weights can be inspected
             self.optimizer.step()
-            self.optimizer.zero_grad()  # so that the next inference has their memory
+            self.optimizer.zero_grad()  # frees the gradients' memory for the next inference
         self.unread.append(both)
         self.done += 1
 
     def read_losses(self, x: Tensor, y: Tensor) -> None:
-        """Move the unread losses to the record; raises Diverged at the first that is at fault."""
+        """Add the unread losses to the record. Raises Diverged at the first faulty one."""
         rows = parallel.mean(torch.stack(self.unread)).tolist()
         for k, (value, norm) in enumerate(rows, self.done - len(self.unread) + 1):
             fault = _fault(value, norm, self.losses)
@@ -288,9 +295,9 @@ class _Training:
         return Diverged(f"at step {step} the {fault}: train with a --lr below {self.settings.lr}{kept}")
 
     def faulty_node(self, x: Tensor, y: Tensor) -> str:
-        """The first node of the forward pass whose prediction is not finite, for a message; empty if there is none."""
+        """For an error message: the first node of the forward pass whose prediction is not finite; else empty."""
         if self.free_energy is None or not all(p.isfinite().all() for p in self.free_energy.parameters()):
-            return ""  # weights that are not finite make every node so
+            return ""  # with weights that are not finite the first such node says nothing
         for piece, labels in micro_batches(x, y, self.settings.micro_batch):
             batch = self.free_energy.batch(piece, target(self.free_energy, labels))
             energy = batch.at_prediction()
@@ -302,12 +309,13 @@ class _Training:
         return ""
 
     def report(self, sequences: int) -> Report | None:
-        """Where inference stands on so many sequences; None for backpropagation."""
+        """The report on the first so many held-out sequences; None for backpropagation."""
         if self.free_energy is None:
             return None
         return regime(self.free_energy, self.data.held_out, self.settings.context, sequences)
 
     def evaluate(self) -> None:
+        """Measure perplexity and a report, and add both to the record. Raises Diverged."""
         row = {"perplexity": perplexity(self.model, self.data.held_out)}
         if not row["perplexity"] < self.settings.vocabulary**RISE:
             raise self.diverged(self.done, f"held-out perplexity is {row['perplexity']:.4g}")
@@ -317,6 +325,7 @@ class _Training:
         self.log(row, self.done)
 
     def save(self) -> None:
+        """Write the checkpoint."""
         tensors, record = self.data.state()  # every process takes part, rank 0 writes
         if self.writes:
             tensors |= state(self.model, self.tracker, self.optimizer)
@@ -335,14 +344,14 @@ class Run(NamedTuple):
     free_energy: FreeEnergy | None
     tokenizer: Tokenizer
     counts: Tensor
-    """int64 ``[vocabulary]``, of the training tokens."""
+    """int64 ``[vocabulary]``: how often each token occurs in the training tokens."""
     held_out: Tensor
-    """int64 ``[L]``: the tokens that the run measures on."""
+    """int64 ``[L]``: the tokens that the run is measured on."""
     record: dict[str, Any]
 
 
 def load(path: str | Path, device: str = "auto") -> Run:
-    """The run of a checkpoint, its model on a device; path: the file, or the folder of the run.
+    """The run of a checkpoint, with its model on a device. path: the file, or the folder of the run.
 
     Raises InputError for a checkpoint or a device that cannot be used.
     """
@@ -361,12 +370,12 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """The learning rate at a step, as a fraction of its peak: a linear warm-up, and a cosine to a tenth."""
+    """The learning rate at a step, as a fraction of its peak: a linear warm-up, then a cosine down to a tenth."""
     return min(1.0, (step + 1) / max(1, int(steps * warmup))) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 def _fault(loss: float, norm: float, earlier: list[float]) -> str | None:
-    """What is wrong with a step's loss or the norm of its gradient, after the earlier losses; None where nothing is."""
+    """What is wrong with a step's loss or its gradient's norm, given the earlier losses; None if nothing is."""
     if not math.isfinite(loss):
         return f"loss is not finite ({loss})"
     if not math.isfinite(norm):

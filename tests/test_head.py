@@ -208,7 +208,7 @@ def test_bad_labels(change, words):
 
 
 def test_small_batches_use_few_chunks(monkeypatch):
-    """A chunk has at least LEAST rows, and a large batch CHUNKS of them."""
+    """A chunk has at least LEAST rows, and at most MOST of them."""
     monkeypatch.undo()
     sizes = []
     linear = head.F.linear
@@ -217,9 +217,13 @@ def test_small_batches_use_few_chunks(monkeypatch):
     head.HeadEnergy.apply(x, weight, None, y, -100, True)
     assert sizes == [256, 44]
     sizes.clear()
+    x, y = torch.randn(4_000, 4), torch.zeros(4_000, dtype=torch.int64)
+    head.HeadEnergy.apply(x, weight, None, y, -100, True)
+    assert sizes == [500] * head.CHUNKS
+    sizes.clear()
     x, y = torch.randn(20_000, 4), torch.zeros(20_000, dtype=torch.int64)
     energy = head.HeadEnergy.apply(x, weight, None, y, -100, True)
-    assert len(sizes) == head.CHUNKS
+    assert sizes == [head.MOST] * 9 + [20_000 - 9 * head.MOST]
     assert math.isclose(energy.sum(), torch.nn.functional.cross_entropy(x @ weight.T, y, reduction="sum"), rel_tol=1e-5)
 
 

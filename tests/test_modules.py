@@ -67,3 +67,24 @@ def test_the_code_shown_is_the_code():
     page = (ROOT / "docs" / "core.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python[^\n]*orders\.py\"\n(?s:(.*?))^```", page, re.MULTILINE)
     assert blocks == [inspect.getsource(f) for f in (orders.error, orders.begin_errors, orders.descend)]
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = [ROOT / name for name in ("", "pc_triton", "kernels", "tests", "bench")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_in_the_documentation_exist(page):
+    """Every `file.py`, with or without its folder; NAME in a recipe stands for the reader's own."""
+    named = set(re.findall(r"(?<![\w./])([\w./]+\.py)\b", page.read_text(encoding="utf-8")))
+    assert not [file for file in sorted(named) if "NAME" not in file and not is_there(page, file)]
+
+
+def is_there(page: Path, file: str) -> bool:
+    return any((folder / file).is_file() for folder in (page.parent, *FOLDERS))
+
+
+def test_a_file_that_is_not_there_is_seen():
+    assert is_there(ROOT / "README.md", "orders.py")
+    assert is_there(ROOT / "docs" / "kernel.md", "../kernels/gaussian.py")
+    assert not is_there(ROOT / "README.md", "inference.py")

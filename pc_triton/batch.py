@@ -159,8 +159,12 @@ class Batch(Nodes):
 
     # What a batch is begun with.
 
-    def at_prediction(self, *, learns: bool = False) -> Tensor:
-        """F ``[S]`` with every node at its prediction, where it is made. learns: it is the learning pass already."""
+    def at_prediction(self, *, learns: bool = False, fuses: bool = False) -> Tensor:
+        """F ``[S]`` with every node at its prediction, where it is made.
+
+        learns: it is the learning pass already. fuses: nobody but `Node` will ask what it predicts.
+        """
+        self.fuses_first = fuses and not self.shows
         energy = self.free_energy(first=True, learns=learns, moves=False)
         if learns:
             self.let_go()
@@ -169,7 +173,7 @@ class Batch(Nodes):
     def let_go(self) -> None:
         """Forget predictions and emissions, which hold the first pass's graph."""
         for node in self.nodes:
-            node.mu = node.emission = None
+            node.mu = node.emission = node.fused = None
 
     def place(self, states: dict[Node, Tensor]) -> None:
         """Put the states of these nodes at u, by one pass of the model; the others, at the predictions that follow."""

@@ -19,6 +19,9 @@ T = TypeVar("T")
 Fused = Callable[[Any, Any, Tensor], tuple[Tensor, Tensor]]
 """A kernel that computes a prediction and the node on it: (node, pass, state) to emission and energy ``[S]``."""
 
+First = Callable[[], tuple[Tensor, dict[str, Any], Any]]
+"""What that kernel would give at the prediction, what the family is held fixed by, and the `AtPrediction`."""
+
 
 class Pass(Protocol):
     """One pass of the model in inference, as the layers see it."""
@@ -29,8 +32,11 @@ class Pass(Protocol):
         frozen: what the family needs beside its state, such as masks.
         """
 
-    def emit_fused(self, family: Any, fused: Fused) -> Tensor | None:
-        """`emit` by a kernel that takes in the product that makes mu; None where this pass has to be given mu."""
+    def emit_fused(self, family: Any, fused: Fused, first: First | None = None) -> Tensor | None:
+        """`emit` by a kernel that takes in the product that makes mu; None where this pass has to be given mu.
+
+        first: what the first pass computes in the kernel's place.
+        """
 
     def add_energy(self, energy: Tensor) -> None:
         """Count in F an energy ``[S * r, ...]`` of S samples."""

@@ -41,6 +41,7 @@ def triton_kernels() -> Any:
         try:
             from .kernels import (
                 attention,
+                attention_first,
                 bernoulli,
                 categorical,
                 fall,
@@ -53,7 +54,8 @@ def triton_kernels() -> Any:
         except ImportError as error:
             raise ImportError(f"the Triton kernels need triton: pip install 'pc_triton[gpu]' ({error})") from error
         launchers: dict[str, Any] = {}
-        for module in (gaussian, gaussian_logvar, bernoulli, laplace, student_t, categorical, attention, linear, fall):
+        attending = (attention, attention_first)
+        for module in (gaussian, gaussian_logvar, bernoulli, laplace, student_t, categorical, *attending, linear, fall):
             launchers.update({k: v for k, v in vars(module).items() if k.endswith(ENDINGS)})
         _triton = SimpleNamespace(**launchers, WIDEST=attention.WIDEST)
     return _triton

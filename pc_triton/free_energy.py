@@ -242,7 +242,7 @@ class FreeEnergy(nn.Module):
         """
         batch = self.batch(x, y, mask=mask)
         if self.moves == 0 and start is None and not self.local:
-            return self._per_item(batch, batch.at_prediction(learns=True)), batch
+            return self._per_item(batch, batch.at_prediction(learns=True, fuses=True)), batch
         with hold_gathered(self):
             steps = self.settle(batch, self.moves, start)
         energy = batch.learn(local=self.local)

@@ -17,7 +17,7 @@ from .context import awaits_pass, outside_graphs, pass_here
 from .dispatch import backend, fuses
 from .distributions import Distribution
 from .families import Categorical, Gaussian
-from .operations import EmitAttention, EmitLinear
+from .operations import AttentionAtPrediction, EmitAttention, EmitLinear
 from .reference_softmax import mask_logits
 
 
@@ -233,12 +233,7 @@ def attend(
     scale is 1 / sqrt(D) if None.
     """
     if node is None or (pass_here() is None and _is_softmax(node)):
-        mask = bias
-        if padding is not None or segments is not None or (causal and q.shape[2] != k.shape[2]):
-            mask = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding, segments)
-            causal = False
-        shared = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=shared), None
+        return _plain(q, k, v, causal, padding, bias, dropout, scale, segments), None
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     here = pass_here()
     if fused and here is not None and _is_softmax(node) and bias is None and not dropout:
@@ -248,7 +243,14 @@ def attend(
             def attention(node: Any, here: Any, anchor: Tensor) -> Any:
                 return EmitAttention.apply(q, k, v, anchor, node, here, {"scale": scale, **node.frozen})
 
-            out = here.emit_fused(node, attention)
+            def first() -> Any:
+                out = _plain(q, k, v, causal, padding, None, 0.0, scale, segments)
+                masks = {"causal": causal, "padding": padding, "segments": segments}
+                here = AttentionAtPrediction(q.detach(), k.detach(), v.detach(), out.detach(), scale, masks)
+                return out, masks, here
+
+            hides_rows = padding is not None or (causal and q.shape[2] > k.shape[2])  # of which torch may make NaN
+            out = here.emit_fused(node, attention, None if hides_rows else first)
             if out is not None:
                 return out, None
     groups = q.shape[1] // k.shape[1]
@@ -263,6 +265,25 @@ def attend(
     else:
         p = node(mask_logits(mu, causal, padding, segments).softmax(-1).nan_to_num(0.0))  # 0 where no key is seen
     return F.dropout(p, dropout) @ v, p
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    padding: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+    scale: float | None,
+    segments: Tensor | None,
+) -> Tensor:
+    """`attend` without a node, by torch's own attention."""
+    if padding is not None or segments is not None or (causal and q.shape[2] != k.shape[2]):
+        bias = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding, segments)
+        causal = False
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=shared)
 
 
 def _is_softmax(node: Distribution) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ from .distributions import Distribution
 
 StepOf = Callable[..., tuple[Any, Any]]
 """(state, grad, keep, move, sweep) to the moved state, and what goes to the layer below."""
+
+
+class AtPrediction(Protocol):
+    """A node in the first pass whose prediction, and the emission, never reach memory whole."""
+
+    @property
+    def units(self) -> float:
+        """`Distribution.units` of its prediction."""
+
+    def fall(self, grad: Tensor, samples: int) -> Tensor:
+        """The second row ``[S]`` of `Distribution.fall`. grad: F's gradient in what the kernel computes."""
+
+    def first_step(self, grad: Tensor, precision: Tensor, move: Tensor, state_dtype: torch.dtype | None) -> Tensor:
+        """The state e after the first move, from e = 0."""
 
 
 @dataclass(eq=False)
@@ -39,6 +53,8 @@ class Node:
     """Of the prediction and the emission."""
     mu: Tensor | None = None
     """The prediction, between the first pass and the backward pass through it; then None."""
+    fused: AtPrediction | None = None
+    """What stands for `mu` where a kernel takes prediction and node in one; `emission` is then what that computes."""
     emission: Tensor | None = None
     """What its children see; kept where `mu` is, and by a pass that shows its nodes."""
     energy: Tensor | None = None
@@ -50,8 +66,28 @@ class Node:
 
     def measure(self, grad: Tensor, samples: int) -> Tensor:
         """`Distribution.fall` ``[2, S]`` at the prediction, for F's gradient in the emission."""
+        if self.fused is not None:
+            fall = self.fused.fall(grad, samples)
+            return torch.stack([torch.ones_like(fall), fall])
         assert self.mu is not None
         return self.family.fall(self.mu, grad, samples, **self.frozen)
+
+    @property
+    def units(self) -> float:
+        """The number of units whose states it holds, at the prediction: see `Distribution.units`."""
+        if self.fused is not None:
+            return self.fused.units
+        assert self.mu is not None
+        return self.family.units(self.mu)
+
+    def begin(self, grad: Tensor, keep: Tensor, move: Tensor, state_dtype: torch.dtype | None) -> None:
+        """Make the first move, from e = 0 at the prediction; then that is let go of."""
+        if self.fused is not None:
+            self.state = self.fused.first_step(grad, self.precision, move, state_dtype)
+        else:
+            assert self.mu is not None
+            self.state, _ = self.step(self.mu, None, grad, keep, move, form="error", state_dtype=state_dtype)
+        self.mu = self.emission = self.fused = None
 
     def forward(self, mu: Tensor, state: Tensor, form: str) -> tuple[Tensor, Tensor]:
         """Emission and energy ``[S]`` at the state."""

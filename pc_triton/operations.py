@@ -8,6 +8,7 @@ stands for the states in autograd's graph: a state itself would be held by the g
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -142,6 +143,30 @@ class EmitAttention(torch.autograd.Function):
         else:
             below = response(node, grad, grad_energy, step)
         return *below, None, None, None, None
+
+
+@dataclass(frozen=True)
+class AttentionAtPrediction:
+    """Attention's node in the first pass (`node.AtPrediction`): of size N K only the moved state is made."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    scale: float
+    masks: dict[str, Any]
+
+    @property
+    def units(self) -> float:
+        return self.q[..., 0].numel()
+
+    def fall(self, grad: Tensor, samples: int) -> Tensor:
+        run = backend(self.q).attention_fall
+        return run(self.q, self.k, self.v, self.out, grad, samples, scale=self.scale, **self.masks)
+
+    def first_step(self, grad: Tensor, precision: Tensor, move: Tensor, state_dtype: torch.dtype | None) -> Tensor:
+        run = backend(self.q).attention_first_step
+        return run(self.q, self.k, self.v, self.out, grad, precision, move, state_dtype=state_dtype, **self.masks)
 
 
 def respond_to(leaf: Tensor, node: Node, here: Turn) -> None:

@@ -20,7 +20,7 @@ from .batch import Batch
 from .checks import check_finite
 from .families import Gaussian
 from .node import Gradient, Move, Node
-from .rules import Constant, Fixed, Rules
+from .rules import Constant, Displacement, Fixed, Rules
 
 Start = Mapping[str, Tensor] | Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 """States u by the name of their node, or a function of the predictions by name that gives them."""
@@ -40,11 +40,13 @@ def begin_errors(batch: Batch, rules: Rules, moves: int, start: Start | None) ->
 
     Returns the step rule, and how many moves are left.
     """
-    free_energy = batch.at_prediction()
+    moves_at_once = moves > 0 and start is None and rules.state_optimizer is None
+    fuses = moves_at_once and batch.watch is None and type(rules.precision) in (Displacement, Fixed)
+    free_energy = batch.at_prediction(fuses=fuses)
     pushes, slope = batch.calibrate(free_energy, rules.precision)
     f0 = free_energy.detach()
     del free_energy  # with the graph below the first node
-    if moves == 0 or start is not None or rules.state_optimizer is not None:
+    if not moves_at_once:
         _errors_at_zero(pushes, rules)
         _start_at(batch, start)
         steps = rules.step.start(f0, None, True)
@@ -55,12 +57,9 @@ def begin_errors(batch: Batch, rules: Rules, moves: int, start: Start | None) ->
             batch.watch(batch)
         steps = rules.step.start(f0, slope, rules.remembers)
         keep, move = steps.unguarded(batch.nodes, f0)
-        form, dtype = batch.form, rules.state_dtype
         while pushes:  # each is let go as soon as it is used
             node, push = pushes.pop(0)
-            assert node.mu is not None
-            node.state, _ = node.step(node.mu, None, push, keep, move, form=form, state_dtype=dtype)
-            node.mu = node.emission = None
+            node.begin(push, keep, move, rules.state_dtype)
         moves -= 1
     batch.let_go()
     _shift(batch, rules)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .arithmetic import sum_samples, wide
-from .context import Fused, running
+from .context import First, Fused, running
 from .dispatch import backend, tracing
 from .distributions import Distribution
 from .families import Categorical, Gaussian
@@ -36,6 +36,7 @@ class Nodes:
         self.anchor = torch.zeros((), requires_grad=True)  # stands for the states that move, in autograd's graph
         self.still = self.anchor.detach()  # and for those that do not
         self.places: dict[Node, Tensor] | None = None  # where the pass under way puts states u
+        self.fuses_first = False  # whether the first pass too may do without a node's prediction
         self.begins: Callable[[Node], None] | None = None  # gives a node its state in the first pass already
 
     def name_of(self, family: Distribution) -> str:
@@ -102,13 +103,25 @@ class ModelPass:
             return self._record(node, u)
         return self._record(node, *Emit.apply(mu, self.anchor, node, self, self.form, node.state))
 
-    def emit_fused(self, family: Distribution, fused: Fused) -> Tensor | None:
-        if self.form != "error" or self.first or self.shows or self.local:
+    def emit_fused(self, family: Distribution, fused: Fused, first: First | None = None) -> Tensor | None:
+        if self.form != "error" or self.shows or self.local:
             return None  # a node that shows itself needs what the kernel never writes
+        if self.first:
+            return None if first is None or not self.batch.fuses_first else self._emit_first(family, first)
         node = self._next_node(family)
         if node is self.batch.output.node or node.state is None:
             return None
         return self._record(node, *fused(node, self, self.anchor))
+
+    def _emit_first(self, family: Distribution, first: First) -> Tensor:
+        emission, frozen, fused = first()
+        if not emission.requires_grad:
+            emission = emission + emission.new_zeros((), requires_grad=True)
+        if self.again:
+            return self._record(self._next_node(family), emission)
+        node = self._new_node(family, emission, frozen)
+        node.mu, node.fused = None, fused
+        return self._record(node, emission)
 
     def add_energy(self, energy: Tensor) -> None:
         samples = self.batch.samples
@@ -253,7 +266,9 @@ class ModelPass:
     def _find_output(self, out: Tensor) -> None:
         """The last node whose emission the model returns is its output: it is clamped, and has no state."""
         output = self.batch.output
-        returned = [(node, emission) for node, emission, _ in self.seen if _is_emission(out, emission)]
+        returned = [
+            (node, emission) for node, emission, _ in self.seen if node.fused is None and _is_emission(out, emission)
+        ]
         if not returned:
             return
         node, emission = returned[-1]

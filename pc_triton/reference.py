@@ -35,6 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arithmetic import Step, error_of, kept, moved_by, per_sample, sent, sum_samples, wide
+from .reference_softmax import attention_fall as attention_fall
+from .reference_softmax import attention_first_step as attention_first_step
 from .reference_softmax import attention_forward as attention_forward
 from .reference_softmax import attention_step as attention_step
 from .reference_softmax import categorical_energy as categorical_energy

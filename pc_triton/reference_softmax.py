@@ -157,6 +157,46 @@ def attention_step(
     return state if keep is None else new, grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
+def attention_fall(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    samples: int,
+    *,
+    scale: float,
+    causal: bool = False,
+    padding: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:
+    """At e = 0 the sum of p (g - <p, g>)^2 of each sample ``[S]``, g = grad_out v'. It does not read out."""
+    p = log_softmax(mask_logits(_logits(q, k, scale), causal, padding, segments)).exp()
+    g = wide(grad_out) @ _for_queries(v, q).mT
+    return sum_samples(p * (g - (p * g).sum(-1, keepdim=True)) ** 2, samples)
+
+
+def attention_first_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    precision: Tensor,
+    move: Tensor,
+    *,
+    state_dtype: torch.dtype | None = None,
+    causal: bool = False,
+    padding: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:
+    """The state after the first move, -(move / pi) (g - <p, g>), 0 where masked; <p, g> = <grad_out, out>."""
+    g = wide(grad_out) @ _for_queries(v, q).mT
+    push = g - (wide(grad_out) * wide(out)).sum(-1, keepdim=True)
+    masked = mask_logits(torch.zeros_like(push), causal, padding, segments) == -torch.inf
+    return kept(moved_by(None, push.masked_fill(masked, 0.0), move, move / precision), None, state_dtype)
+
+
 # Categorical clamped to labels: the output node of a classifier or a language model.
 
 

@@ -58,14 +58,9 @@ class Displacement:
         """pi ``[nodes, S]`` of several at once, of ``number`` that share F's fall; squared ``[nodes, S]``."""
         tiny = torch.finfo(free_energy.dtype).tiny
         share = squared * (number / (2 * self.delta)) / free_energy.abs().clamp_min(tiny)
-        means = torch._foreach_mul(squared.unbind(0), [len(free_energy) / _units(node) for node in nodes])
+        means = torch._foreach_mul(squared.unbind(0), [len(free_energy) / node.units for node in nodes])
         trust = torch.stack(means).sqrt() / TRUST
         return torch.maximum(share, trust).clamp(1e-12, 1e12)
-
-
-def _units(node: Node) -> float:
-    assert node.mu is not None
-    return node.family.units(node.mu)
 
 
 def precisions(precision: Precision, nodes: Sequence[Node], squared: Tensor, free_energy: Tensor) -> Tensor:

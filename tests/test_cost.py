@@ -94,7 +94,7 @@ def test_tiles_that_causal_attention_visits(name):
 def test_launches_are_those_of_the_training_step():
     """As ``test_launches.py`` counts them where the kernels run."""
     for steps in (1, 2, 3, 4):
-        block = (4 + (steps - 1) * 4 + (steps - 2) * 3 + 2 * (steps - 1)) if steps > 1 else 0
+        block = (8 + (steps - 1) * 4 + (steps - 2) * 3 + 2 * (steps - 1)) if steps > 1 else 0
         assert cost.row(SIZE, "pc", steps, True, "float32")["triton_launches"] == SIZE.blocks * block + steps
 
 

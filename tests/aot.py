@@ -103,9 +103,11 @@ def launches():
     """Every kernel at every branch, and the heaviest branches at each shape of tile, as (name, call)."""
     from pc_triton.kernels import (
         attention,
+        attention_first,
         bernoulli,
         categorical,
         chain,
+        fall,
         gaussian,
         gaussian_logvar,
         laplace,
@@ -204,6 +206,9 @@ def launches():
         state, pi = tensor(2, 8, 1024, 1024, dtype=torch.float32), tensor(2, dtype=torch.float32)
         facts, options = tensor(3, 2, 8, 1024, dtype=torch.float32), {"scale": 0.125, **masks}
         label = f"attention {head} {str(dtype).removeprefix('torch.')}"
+        first = (q, keys, keys, q, q)
+        yield f"{label} fall", partial(attention_first.attention_fall, *first, 2, **options)
+        yield f"{label} first step", partial(attention_first.attention_first_step, *first, pi, pi, **masks)
         states = {"": state, " fresh": None}
         if dtype == torch.bfloat16:
             states[" bfloat16 state"] = state.bfloat16()
@@ -217,6 +222,9 @@ def launches():
                 yield f"{label} step segments", partial(step, padding=None, **documents)
     for module in (gaussian, categorical):
         yield from node(module, 1, 1, only=HEAVIEST[:1])
+    wide = tensor(512, 16384)
+    yield "fall 512x16384 location", partial(fall.location_fall, wide, wide, 512)
+    yield "fall 512x16384 bernoulli", partial(fall.bernoulli_fall, wide, wide, 512)
     for columns in (10, 131072):
         mu, labels, row = tensor(64, columns), tensor(64, dtype=torch.int64), tensor(64, dtype=torch.float32)
         backward = partial(categorical.clamped_categorical_backward, mu, labels, row, row, -100)

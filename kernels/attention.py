@@ -21,7 +21,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .categorical import check_masks, kl_of, kl_parts, online_softmax, settle
-from .common import check, check_node, check_step, near_tail, on_device, packed, sum_partials
+from .common import (
+    arch,
+    cdiv,
+    check,
+    check_node,
+    check_step,
+    near_tail,
+    next_power_of_2,
+    on_device,
+    packed,
+    sum_partials,
+)
 
 WIDEST = 128  # the largest head dimension
 SCAN = tl.constexpr(512)  # segments that a program looks at together
@@ -536,8 +547,11 @@ def like_tokens(x: Tensor) -> Tensor:
     return torch.empty(b, length, heads, head, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
-def plan(dtype: torch.dtype, dim: int, kernel: str, segments: bool) -> dict[str, int]:
-    """ROWS, COLS, num_warps and num_stages of a kernel: the largest tiles that spill on none of aot.py's targets."""
+def plan(dtype: torch.dtype, dim: int, kernel: str, segments: bool, target: int | str) -> dict[str, int]:
+    """ROWS, COLS, num_warps and num_stages of a kernel: the largest tiles that spill on none of aot.py's targets.
+
+    On a Hopper (target 90) a product of 64 rows is one warpgroup's, four warps. With eight both would compute it whole.
+    """
     wide = dim > 64
     if dtype == torch.float32:
         rows, cols, warps, stages = 16, 16 if kernel == "queries" else 32, 8 if wide else 4, 1
@@ -549,6 +563,11 @@ def plan(dtype: torch.dtype, dim: int, kernel: str, segments: bool) -> dict[str,
         rows, cols, warps, stages = (128, 32, 8, 2) if wide else (64, 64, 8, 2)
     else:
         rows, cols, warps, stages = 64, 32 if wide else 64, 8, 2
+    if target == 90 and dtype != torch.float32:
+        if kernel == "keys" and wide:
+            cols = 128
+        elif rows == 64:
+            warps = 4
     options = {"ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": stages, **FUSED}
     if not torch.version.hip and (segments or kernel == "forward" or (kernel == "queries" and not wide)):
         options["maxnreg"] = 248  # unasked, ptxas takes all 255 on sm_80; in 248 it spills nothing worth the name
@@ -559,9 +578,9 @@ def shape_options(
     q: Tensor, k: Tensor, kernel: str, causal: bool, padding: Tensor | None, segments: Tensor | None
 ) -> dict[str, int]:
     """What a launch fixes at compile time."""
-    dim = max(16, triton.next_power_of_2(q.shape[3]))
+    dim = max(16, next_power_of_2(q.shape[3]))
     masks = {"CAUSAL": causal, "PADDING": padding is not None, "SEGMENTS": segments is not None}
-    tiles = plan(q.dtype, dim, kernel, segments is not None)
+    tiles = plan(q.dtype, dim, kernel, segments is not None, arch())
     return {"GROUP": q.shape[1] // k.shape[1], **masks, "HEAD": q.shape[3], "DIM": dim, **tiles}
 
 
@@ -588,14 +607,14 @@ def attention_forward(
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype.
     """
     mu = check_attention(q, k, v, state, precision, causal, padding, segments)
-    out, facts = like_tokens(q), torch.empty(3, *q.shape[:3], device=q.device)
+    out, facts = like_tokens(q), torch.empty(3, *q.shape[:3], dtype=torch.float32, device=q.device)
     if mu.numel() == 0:
         return out.zero_(), torch.zeros_like(precision), facts.zero_()
     (q, q_stride), (k, k_stride), (v, v_stride) = by_token(q), by_token(k), by_token(v)
-    energy = torch.empty(q.shape[:3], device=q.device)
-    options = shape_options(q, k, "forward", causal, padding, segments)
+    energy = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     with on_device(q):
-        _forward[(len(q) * q.shape[1] * triton.cdiv(q.shape[2], options["ROWS"]),)](
+        options = shape_options(q, k, "forward", causal, padding, segments)
+        _forward[(len(q) * q.shape[1] * cdiv(q.shape[2], options["ROWS"]),)](
             q,
             k,
             v,
@@ -662,17 +681,17 @@ def attention_step(
     out, grad_out = (x.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (out, grad_out))
     precision, facts = precision.contiguous(), facts.contiguous()
     masks = (None if padding is None else padding.contiguous().view(torch.uint8), packed(segments))
-    mean_g = torch.empty(q.shape[:3], device=q.device)
+    mean_g = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lengths = (q.shape[2], k.shape[2], q.shape[1], mean_g.numel(), len(q) // len(precision))
     sizes = (scale, q_stride, k_stride, v_stride, *lengths)
     with on_device(q):
         options = shape_options(q, k, "queries", causal, padding, segments)
-        _grad_queries[(len(q) * q.shape[1] * triton.cdiv(q.shape[2], options["ROWS"]),)](
+        _grad_queries[(len(q) * q.shape[1] * cdiv(q.shape[2], options["ROWS"]),)](
             q, k, v, out, grad_out, state, precision, *masks, facts, mean_g, grad_q, *sizes,
             HAS_STATE=has_state, **options,
         )  # fmt: skip
         options = shape_options(q, k, "keys", causal, padding, segments)
-        _step_keys[(len(q) * k.shape[1] * triton.cdiv(k.shape[2], options["COLS"]),)](
+        _step_keys[(len(q) * k.shape[1] * cdiv(k.shape[2], options["COLS"]),)](
             q, k, v, grad_out, state, precision, packed(keep), packed(move), *masks, facts, mean_g, grad_k, grad_v,
             *sizes, HAS_STATE=has_state, MOVE=moves, **options,
         )  # fmt: skip

@@ -182,8 +182,8 @@ def attention_fall(
         return torch.zeros_like(precision)
     fall = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     (q, q_stride), (k, k_stride), (v, v_stride) = by_token(q), by_token(k), by_token(v)
-    options = shape_options(q, k, "queries", causal, padding, segments)
     with on_device(q):
+        options = shape_options(q, k, "queries", causal, padding, segments)
         _fall[(len(q) * q.shape[1] * -(-q.shape[2] // options["ROWS"]),)](
             q, k, v, out, grad_out, None if padding is None else padding.contiguous().view(torch.uint8),
             packed(segments), fall, scale, q_stride, k_stride, v_stride, q.shape[2], k.shape[2], q.shape[1], **options,
@@ -217,8 +217,8 @@ def attention_first_step(
     if mu.numel() == 0:
         return state
     v, v_stride = by_token(v)
-    options = shape_options(q, k, "queries", causal, padding, segments)
     with on_device(q):
+        options = shape_options(q, k, "queries", causal, padding, segments)
         _first_step[(len(q) * q.shape[1] * -(-q.shape[2] // options["ROWS"]),)](
             v, out, grad_out, state, precision.contiguous(), move.contiguous(),
             None if padding is None else padding.contiguous().view(torch.uint8), packed(segments), v_stride, q.shape[2],

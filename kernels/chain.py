@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .categorical import check_labels, clamp_rows
-from .common import UNFUSED, check, expm1, on_device
-from .linear import arch, multiply
+from .common import UNFUSED, arch, cdiv, check, expm1, on_device
+from .linear import multiply
 
 FACTS = tl.constexpr(7)  # in the table, of each layer
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh")
@@ -359,10 +359,13 @@ def chain_gradient(
     )
     samples, widths, last = len(x), (x.shape[1], *(len(w) for w in weights)), len(weights) - 1
     columns = list(accumulate(widths[1:], initial=0))
-    stride, remembers = 16 * triton.cdiv(columns[-1], 16), guards and steps > 3
-    energy, precisions = torch.empty(samples, device=x.device), torch.empty(last, samples, device=x.device)
+    stride, remembers = 16 * cdiv(columns[-1], 16), guards and steps > 3
+    energy, precisions = (
+        torch.empty(samples, dtype=torch.float32, device=x.device),
+        torch.empty(last, samples, dtype=torch.float32, device=x.device),
+    )
     f, slope, grad = x.new_empty(3, samples, stride)
-    errors = torch.empty(1 + remembers, samples, stride, device=x.device)
+    errors = torch.empty(1 + remembers, samples, stride, dtype=torch.float32, device=x.device)
     unit, last_unit = (math.gcd(16, *sizes) for sizes in (widths[:-1], widths[1:]))
     kinds = tuple(dict.fromkeys(activations))
     table = tuple(
@@ -380,7 +383,7 @@ def chain_gradient(
     if samples:
         rows, cols, depth = 16, 64, 16 if x.element_size() == 4 else 64  # few rows: a GPU is to be full of programs
         with on_device(x):
-            _chain[(triton.cdiv(samples, rows),)](
+            _chain[(cdiv(samples, rows),)](
                 x,
                 target.contiguous(),
                 weight_of_item,
@@ -414,7 +417,7 @@ def chain_gradient(
                 COLS=cols,
                 DEPTH=depth,
                 num_warps=8,
-                num_stages=2 if isinstance(arch(x), str) else 3,
+                num_stages=2 if isinstance(arch(), str) else 3,
                 **UNFUSED,
             )
     parts = [slice(*ends) for ends in pairwise(columns)]

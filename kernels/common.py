@@ -133,9 +133,30 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, for numbers of the host, takes as long as a launch."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n; 1 for 0."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def arch() -> int | str:
+    """The current GPU as Triton names it: 90 for a Hopper, "gfx942"; in the interpreter 90.
+
+    Ahead of time, and in an emulator, there is a driver for tensors of any device.
+    """
+    try:
+        return triton.runtime.driver.active.get_current_target().arch
+    except RuntimeError:
+        return 90
+
+
 def tile(columns: int, elements: int, longest: int) -> tuple[int, int, int]:
     """ROWS, COLS and num_warps of a program over rows of that length: several short rows make up ``elements``."""
-    cols = min(triton.next_power_of_2(columns), longest)
+    cols = min(next_power_of_2(columns), longest)
     rows = max(1, elements // cols)
     return rows, cols, max(4, min(16, rows * cols // 256))
 

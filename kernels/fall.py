@@ -49,7 +49,7 @@ def _fall(
 def _measure(mu: Tensor, grad: Tensor, samples: int, curved: bool) -> Tensor:
     check("mu", mu, mu, mu.shape)
     check("grad", grad, mu, mu.shape)
-    check_precision(torch.empty(samples, device=mu.device), mu)
+    check_precision(torch.empty(samples, dtype=torch.float32, device=mu.device), mu)
     if mu.numel() == 0:
         return torch.zeros(2, samples, dtype=torch.float32, device=mu.device)
     n = mu.numel() // samples

@@ -92,7 +92,7 @@ class Distribution(nn.Module):
                 f"{type(self).__name__} needs them equal"
             )
         self.check_values(target, mu.shape[-1])
-        return torch.full((), float(len(mu)), device=mu.device)
+        return torch.full((), float(len(mu)), dtype=torch.float32, device=mu.device)
 
     def check_values(self, target: Tensor, classes: int) -> None:
         """Raise ValueError for values that the output cannot have (on a GPU assert on the device); here for none."""

@@ -33,8 +33,9 @@ class Nodes:
         self.nodes: list[Node] = []
         self.visited = self.nodes  # those of them that passes after the first meet
         self.shifted: list[Node] = []  # the others: in a compiled model they are mu + e in its graph
-        self.anchor = torch.zeros((), requires_grad=True)  # stands for the states that move, in autograd's graph
-        self.still = self.anchor.detach()  # and for those that do not
+        # Stands for the states that move, in autograd's graph; and for those that do not.
+        self.anchor = torch.zeros((), dtype=torch.float32, requires_grad=True)
+        self.still = self.anchor.detach()
         self.places: dict[Node, Tensor] | None = None  # where the pass under way puts states u
         self.fuses_first = False  # whether the first pass too may do without a node's prediction
         self.begins: Callable[[Node], None] | None = None  # gives a node its state in the first pass already

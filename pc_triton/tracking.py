@@ -77,7 +77,7 @@ class StepTracker(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.full((), torch.nan))
+        self.register_buffer("mean", torch.full((), torch.nan, dtype=torch.float32))
         self.begun = False  # whether it holds a step; to look into the buffer would wait for the GPU
         self.shared = False  # whether all processes learn one step, of what all of them see
         self.seen: Tensor | None = None  # parabolas, since the last update

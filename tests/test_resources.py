@@ -18,13 +18,32 @@ SPILLS = 32  # bytes a thread: below the registers' limit ptxas trades a few for
 SLACK = (8, 8, 0)  # what a kernel may grow beyond its record: registers, spilled bytes, shared bytes
 
 
-@pytest.fixture(scope="module")
-def kernels() -> dict[str, dict[str, list[int]]]:
-    """[registers, spills, shared] by kernel and target, compiled in a process where Triton does not interpret."""
+PAIRS = {  # instructions of a thread for each pair of query and key on sm_90, by head dimension
+    "64": {"_forward": 90, "_grad_queries": 47, "_step_keys": 94},
+    "128": {"_forward": 111, "_grad_queries": 55, "_step_keys": 105},
+}
+
+
+def compiled(*arguments: str):
+    """What aot.py prints, in a process where Triton does not interpret."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, AOT], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, AOT, *arguments], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, dict[str, list[int]]]:
+    """[registers, spills, shared] by kernel and target."""
+    return compiled()
+
+
+def test_instructions_a_pair():
+    """Attention's loops on sm_90, on either version of Triton. Twice as many: two warpgroups compute the same."""
+    found = compiled("--pairs")
+    over = [(head, name, n) for head, by_name in found.items() for name, n in by_name.items() if n > PAIRS[head][name]]
+    assert found.keys() == PAIRS.keys()
+    assert not over, f"{over} over {PAIRS}"
 
 
 @pytest.mark.parametrize("target", SHARED)

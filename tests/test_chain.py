@@ -58,6 +58,9 @@ def compare(model, x, y, spot=("cpu", torch.float32), **options) -> None:
     most that it can spoil: of a bound so wide a test would show nothing, and half of it is refused.
     """
     device, dtype = spot
+    options = {"steps": 3, **options}
+    if options["steps"] == 2 and options.get("step") is None:
+        options["step"] = 0.25  # one that is tracked goes to the layers
     ours, oracle = model.to(device, dtype), copy.deepcopy(model).to(device, dtype).double()
     x, y = x.to(device, dtype), y.to(device) if not y.is_floating_point() else y.to(device, dtype)
     found = []
@@ -72,7 +75,7 @@ def compare(model, x, y, spot=("cpu", torch.float32), **options) -> None:
         found.append([loss.detach().double(), *(p.grad.double() for p in net.parameters() if p.requires_grad)])
         assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
     eps, spoiled = torch.finfo(dtype).eps, 0.0
-    if options.get("step") is None and options.get("steps", 3) > 2:
+    if options.get("step") is None and options["steps"] > 2:
         first, little = 0.25, 1e-6  # the guard's first step, and one whose curve is a line
         line = pc.FreeEnergy(oracle, **{**options, "steps": 2, "step": little})
         start, end = line.loss_and_batch(x.double(), y.double() if y.is_floating_point() else y)[1].energies
@@ -82,7 +85,7 @@ def compare(model, x, y, spot=("cpu", torch.float32), **options) -> None:
     # the largest of any gradient: in one of them the samples' changes may cancel, and their errors not
     change = max(float((t - u).abs().max()) / scale for t, u, scale in zip(*found[2:], scales))
     few = 4 * eps + spoiled * change
-    assert few <= change / 2 or options.get("steps") == 1 or change == 0
+    assert few <= change / 2 or options["steps"] == 1 or change == 0
     for a, b, truth, scale in zip(*found[:3], scales):
         assert (a - truth).abs().max() <= 2 * (b - truth).abs().max() + few * scale
 
@@ -187,9 +190,9 @@ def test_backward_twice_and_without_gradients():
     x, y = batch(5, 6, 4)
     model = network((6, 9, 12, 4))
     with dispatch.use_chain(True):
-        loss = pc.FreeEnergy(model)(x, y)
+        loss = pc.FreeEnergy(model, steps=3)(x, y)
         with torch.no_grad():
-            assert not pc.FreeEnergy(model)(x, y).requires_grad
+            assert not pc.FreeEnergy(model, steps=3)(x, y).requires_grad
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
@@ -214,7 +217,7 @@ def test_the_same_errors(spoil):
     said = []
     for one in (False, True):
         with dispatch.use_chain(one), pytest.raises((ValueError, RuntimeError)) as error:
-            pc.FreeEnergy(network((6, 9, 4)))(x, y)
+            pc.FreeEnergy(network((6, 9, 4)), steps=3)(x, y)
         said.append((error.type, str(error.value)))
     assert said[0] == said[1]
 
@@ -261,22 +264,29 @@ def test_other_models_are_no_chain(name):
 def test_other_calls_go_to_the_layers(options, x, monkeypatch):
     monkeypatch.setattr(chain, "chain_gradient", lambda *_, **__: pytest.fail("one launch"))
     with dispatch.use_chain(True):
-        pc.FreeEnergy(network((6, 9, 4)), **options)(x, torch.randn(5, 4)).backward()
+        pc.FreeEnergy(network((6, 9, 4)), steps=3, **options)(x, torch.randn(5, 4)).backward()
 
 
 def test_a_gradient_in_the_target_and_a_frozen_model_go_to_the_layers(monkeypatch):
     monkeypatch.setattr(chain, "chain_gradient", lambda *_, **__: pytest.fail("one launch"))
     model, y = network((6, 9, 4)), torch.randn(5, 4, requires_grad=True)
     with dispatch.use_chain(True):
-        pc.FreeEnergy(model)(torch.randn(5, 6), y).backward()
+        pc.FreeEnergy(model, steps=3)(torch.randn(5, 6), y).backward()
         assert y.grad.norm() > 0
-        pc.FreeEnergy(model.requires_grad_(False))(torch.randn(5, 6), y.detach())
+        pc.FreeEnergy(model.requires_grad_(False), steps=3)(torch.randn(5, 6), y.detach())
+
+
+def test_a_tracked_step_goes_to_the_layers(monkeypatch):
+    """The default's: the launch does not say what the next batch is to learn from."""
+    monkeypatch.setattr(chain, "chain_gradient", lambda *_, **__: pytest.fail("one launch"))
+    with dispatch.use_chain(True):
+        pc.FreeEnergy(network((6, 9, 4)))(*batch(5, 6, 4))
 
 
 def test_autocast_goes_to_the_layers(monkeypatch):
     monkeypatch.setattr(chain, "chain_gradient", lambda *_, **__: pytest.fail("one launch"))
     with dispatch.use_chain(True), torch.autocast("cpu"):
-        pc.FreeEnergy(network((6, 9, 4)))(*batch(5, 6, 4))
+        pc.FreeEnergy(network((6, 9, 4)), steps=3)(*batch(5, 6, 4))
 
 
 def test_rule(monkeypatch, tmp_path):
@@ -374,7 +384,7 @@ def test_no_launch_waits_for_the_gpu(dtype):
     """And every step gives the same bits."""
     model = network((64, 128, 128, 10)).to("cuda", dtype)
     x, y = (t.cuda() for t in batch(300, 64, 10))
-    free_energy = pc.FreeEnergy(model)
+    free_energy = pc.FreeEnergy(model, steps=3)
 
     def step():
         model.zero_grad()

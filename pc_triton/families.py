@@ -241,7 +241,7 @@ class Categorical(Distribution):
         self, u: Tensor, causal: bool = False, padding: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor:
         """softmax(u) along the last axis; masks as in `pc_triton.reference.mask_logits`."""
-        return log_softmax(mask_logits(u, causal, padding, segments)).exp()
+        return log_softmax(mask_logits(wide(u), causal, padding, segments)).exp().to(u.dtype)
 
     def check_target(self, target: Tensor, mu: Tensor) -> Tensor:
         """Check labels, int64 ``[S, ...]`` for mu ``[S, ..., C]``; the number of those that are not ignored (0-dim).

@@ -28,13 +28,14 @@ Arithmetic is in float32, or in float64 where mu is float64; the emission has mu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arithmetic import Step, error_of, kept, moved_by, per_sample, sent, sum_samples, wide
+from .arithmetic import Step, divergence, error_of, kept, moved_by, per_sample, sent, sum_samples, wide
 from .reference_softmax import attention_fall as attention_fall
 from .reference_softmax import attention_first_step as attention_first_step
 from .reference_softmax import attention_forward as attention_forward
@@ -153,8 +154,14 @@ def gaussian_logvar_forward(
 def gaussian_logvar_energy(u: Tensor, mu: Tensor) -> Tensor:
     """1/2 [s^ - s + (e^s + (m - m^)^2) e^-s^ - 1] per element."""
     (m, s), (m_hat, s_hat) = u.chunk(2, -1), mu.chunk(2, -1)
-    ds = s - s_hat
-    return 0.5 * (torch.expm1(ds) - ds + (m - m_hat) ** 2 * (-s_hat).exp())
+    ds, dm = s - s_hat, m - m_hat
+    one = torch.ones_like(ds)
+    return 0.5 * (divergence(one, one + torch.expm1(ds), ds) + dm * _over(dm, s_hat))
+
+
+def _over(dm: Tensor, s_hat: Tensor) -> Tensor:
+    """dm e^-s^, with e^-s^ no larger than the dtype's largest number: an infinite one times a dm of 0 would be NaN."""
+    return dm * (-s_hat).clamp(max=math.log(torch.finfo(s_hat.dtype).max) - 1).exp()
 
 
 def gaussian_logvar_step(
@@ -193,10 +200,11 @@ def gaussian_logvar_step(
         new = torch.cat([k * dm - c * variance * g, k * ds - c * slope * g_s], -1)
     pi = per_sample(precision, mu_)
     if form == "error":
-        grad_mu = torch.cat([g, 0.5 * (g_s - pi * dm * dm / variance)], -1)
+        grad_mu = torch.cat([g, 0.5 * (g_s - pi * dm * _over(dm, s_hat))], -1)
         return kept(new, state, state_dtype), grad_mu.to(mu.dtype)
     dm, ds = (new if moved else d).chunk(2, -1)
-    grad_mu = pi * torch.cat([-dm / variance, -0.5 * (torch.expm1(ds) + dm * dm / variance)], -1)
+    scaled = _over(dm, s_hat)
+    grad_mu = pi * torch.cat([-scaled, -0.5 * (torch.expm1(ds) + dm * scaled)], -1)
     return mu_ + new, grad_mu.to(mu.dtype)
 
 
@@ -316,14 +324,23 @@ def student_t_step(
 
 
 def bernoulli_energy(u: Tensor, mu: Tensor) -> Tensor:
-    """p (u - mu) - softplus(u) + softplus(mu) per element."""
-    return torch.sigmoid(u) * (u - mu) - F.softplus(u) + F.softplus(mu)
+    """KL of the sigmoids p and q per element: p (u - mu) - softplus(u) + softplus(mu)."""
+    return bernoulli_kl(mu, u - mu)
+
+
+def bernoulli_kl(mu: Tensor, d: Tensor) -> Tensor:
+    """`bernoulli_energy` at u = mu + d: the parts of its two outcomes, in which nothing cancels where d is small."""
+    u, q, near = mu + d, torch.sigmoid(mu), d.abs() < 1
+    gain = torch.log1p(q * torch.expm1(torch.where(near, d, 0.0)))  # softplus(u) - softplus(mu) = log (1 - q) / (1 - p)
+    gain = torch.where(near, gain, F.softplus(u) - F.softplus(mu))
+    return divergence(torch.sigmoid(u), q, gain - d) + divergence(torch.sigmoid(-u), torch.sigmoid(-mu), gain)
 
 
 def bernoulli_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
     """Emission sigmoid(u) and pi KL of the sigmoids."""
-    u = wide(mu) + state if form == "error" else state
-    return torch.sigmoid(u).to(mu.dtype), precision * sum_samples(bernoulli_energy(u, wide(mu)), len(precision))
+    d = error_of(state, mu, form)
+    u = wide(mu) + d if form == "error" else state
+    return torch.sigmoid(u).to(mu.dtype), precision * sum_samples(bernoulli_kl(wide(mu), d), len(precision))
 
 
 def bernoulli_step(

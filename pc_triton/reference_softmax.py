@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arithmetic import Step, error_of, kept, moved_by, per_sample, sent, sum_samples, wide
+from .arithmetic import Step, divergence, error_of, kept, moved_by, per_sample, sent, sum_samples, wide
 
 # Categorical with logits along the last axis: p = softmax(u), q = softmax(mu). A logit of -inf is masked: p = q = 0.
 
@@ -30,14 +30,29 @@ def mask_logits(mu: Tensor, causal: bool, padding: Tensor | None, segments: Tens
 
 def log_softmax(u: Tensor) -> Tensor:
     """log softmax along the last axis that gives -inf, not NaN, in rows whose every logit is -inf."""
-    lse = torch.logsumexp(u, -1, keepdim=True)
-    return u - torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
+    empty = (u == -torch.inf).all(-1, keepdim=True)
+    return F.log_softmax(u.masked_fill(empty, 0.0), -1).masked_fill(empty, -torch.inf)
 
 
 def categorical_energy(u: Tensor, mu: Tensor) -> Tensor:
-    """p (log p - log q) per element, 0 where masked."""
-    log_p, log_q = log_softmax(u), log_softmax(mu)
-    return torch.where(mu == -torch.inf, torch.zeros_like(u), log_p.exp() * (log_p - log_q))
+    """The parts, none of them negative, of KL[p || q] per element: p (log (p / q) - 1) + q; 0 where masked."""
+    return categorical_kl(mu, torch.where(mu == -torch.inf, torch.zeros_like(u), u - mu))
+
+
+def categorical_kl(mu: Tensor, d: Tensor) -> Tensor:
+    """`categorical_energy` at u = mu + d. Nothing cancels in it where d is small: it is of second order in d.
+
+    With y = log (q / p) = log sum q e^d - d a part is p (e^y - 1 - y). Where every |d| of a row is below 1 that
+    logarithm is taken of 1 + sum q (e^d - 1).
+    """
+    log_q, masked = log_softmax(mu), mu == -torch.inf
+    q = log_q.exp()
+    d = (d - (q * d).sum(-1, keepdim=True)).masked_fill(masked, 0.0)
+    near = (d.abs() < 1).all(-1, keepdim=True)
+    shift = torch.log1p((q * torch.expm1(torch.where(near, d, 0.0))).sum(-1, keepdim=True))
+    shift = torch.where(near, shift, torch.logsumexp(log_q + d, -1, keepdim=True))
+    y = torch.where(masked, 0.0, shift - d)
+    return torch.where(masked, 0.0, divergence((log_q - y).exp(), q, y))
 
 
 def categorical_forward(
@@ -52,8 +67,10 @@ def categorical_forward(
 ) -> tuple[Tensor, Tensor]:
     """Emission softmax(u) and pi KL of the softmaxes, over the last axis."""
     logits = mask_logits(wide(mu), causal, padding, segments)
-    u = logits + state if form == "error" else state.masked_fill(logits == -torch.inf, -torch.inf)
-    return log_softmax(u).exp().to(mu.dtype), precision * sum_samples(categorical_energy(u, logits), len(precision))
+    masked = logits == -torch.inf
+    d = error_of(state, wide(mu), form).masked_fill(masked, 0.0)
+    u = logits + d if form == "error" else state.masked_fill(masked, -torch.inf)
+    return log_softmax(u).exp().to(mu.dtype), precision * sum_samples(categorical_kl(logits, d), len(precision))
 
 
 def categorical_step(
@@ -122,7 +139,7 @@ def attention_forward(
     d = error_of(state, mu)
     logits = mask_logits(mu, causal, padding, segments)
     p, energy = categorical_forward(logits, d, precision, form="error")
-    kl = categorical_energy(logits + d, logits).sum(-1)
+    kl = categorical_kl(logits, d).sum(-1)
     lse = torch.logsumexp(logits + d, -1)
     facts = torch.stack([lse.masked_fill(lse == -torch.inf, 0.0), (p * d).sum(-1), kl])
     return (p @ _for_queries(v, q)).to(q.dtype), energy, facts

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pc_triton as pc
 from pc_triton import reference
 
 FAMILIES = ["gaussian", "gaussian_logvar", "bernoulli", "categorical"]
@@ -242,3 +243,51 @@ def test_half_precision_is_computed_in_single():
     assert (new.dtype, grad_mu.dtype) == (torch.float32, torch.bfloat16)
     emission, energy = reference.gaussian_forward(mu.bfloat16(), mu + d, coefficients[0], form="state")
     assert (emission.dtype, energy.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2, 0.2, 0.4, 1.0, 10.0])
+@pytest.mark.parametrize("form", ["error", "state"])
+@pytest.mark.parametrize("family", ["categorical", "bernoulli"])
+def test_small_energies(family, form, size):
+    """Where d is small its energy is of second order in d, and float32 still has its digits; it is never negative."""
+    torch.manual_seed(0)
+    mu, d = 3 * torch.randn(16, 20), size * torch.randn(16, 20)
+    forward = getattr(reference, f"{family}_forward")
+    state = d if form == "error" else mu + d
+    _, energy = forward(mu, state, torch.ones(16), form=form)
+    exact = d.double() if form == "error" else state.double() - mu.double()  # what is left of d in mu + d
+    _, truth = forward(mu.double(), exact, torch.ones(16, dtype=torch.float64), form="error")
+    assert (energy >= 0).all()
+    torch.testing.assert_close(energy.double(), truth, rtol=1e-4, atol=0)
+    second = torch.func.hessian(lambda u: getattr(reference, f"{family}_energy")(u, mu[0].double()).sum())
+    curvature = second(mu[0].double())
+    if size <= 1e-4:
+        quadratic = 0.5 * exact[0] @ curvature @ exact[0]
+        torch.testing.assert_close(truth[0], quadratic, rtol=10 * size, atol=0)
+
+
+def test_energies_of_extreme_variances():
+    """A log variance below that of float32's smallest number: no NaN where u = mu, and none beside it."""
+    mu = torch.tensor([[1.0, 2.0, -90.0, -200.0]], requires_grad=True)
+    energy = reference.gaussian_logvar_energy(mu.detach(), mu)
+    assert (energy == 0).all()
+    assert torch.autograd.grad(energy.sum(), mu)[0].isfinite().all()
+    for form in ("error", "state"):
+        state = torch.zeros(1, 4) if form == "error" else mu.detach().clone()
+        options = {"form": form, "keep": torch.ones(1), "move": torch.ones(1)}
+        noise, grad = torch.zeros(1, 2), torch.zeros(1, 2)
+        for t in reference.gaussian_logvar_step(mu.detach(), state, grad, torch.ones(1), noise=noise, **options):
+            assert t.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shift", [0.0, 1e3, 1e4])
+def test_softmax_far_from_zero(shift, dtype):
+    """Rows sum to 1 but for the rounding of each weight; what the logits are shifted by does not matter."""
+    torch.manual_seed(0)
+    u = (torch.randn(8, 1000) + shift).to(dtype)
+    p = pc.Categorical().emission(u)
+    assert p.dtype == dtype
+    truth = torch.softmax(u.double(), -1)
+    eps = torch.finfo(dtype).eps if dtype != torch.float32 else 32 * torch.finfo(dtype).eps  # e^(log p), log p to -16
+    assert ((p.double() - truth).abs() <= eps * truth + torch.finfo(dtype).tiny).all()

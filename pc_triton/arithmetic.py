@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEAR = 0.3
+NEAR = 0.1
 """Below this `divergence` is a series; beyond it the difference keeps most digits of its dtype."""
 Step = tuple[Tensor | None, Tensor]
 
@@ -59,8 +59,8 @@ def divergence(p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     dtype sees.
     """
     near = y.abs() < NEAR
-    small = torch.where(near, y, 0.0)
-    series = torch.ones_like(small)
-    for k in range(14 if y.dtype == torch.float64 else 8, 2, -1):
-        series = 1 + small / k * series
-    return torch.where(near, 0.5 * p * small * small * series, (q - p - p * y).clamp_min(0.0))
+    small, one = torch.where(near, y, 0.0), y.new_ones(())
+    series = one
+    for k in range(11 if y.dtype == torch.float64 else 6, 2, -1):
+        series = torch.addcmul(one, small, series, value=1.0 / k)
+    return torch.where(near, 0.5 * p * small * small * series, torch.addcmul(q - p, p, y, value=-1.0).clamp_min(0.0))

@@ -42,17 +42,15 @@ def categorical_energy(u: Tensor, mu: Tensor) -> Tensor:
 def categorical_kl(mu: Tensor, d: Tensor) -> Tensor:
     """`categorical_energy` at u = mu + d. Nothing cancels in it where d is small: it is of second order in d.
 
-    With y = log (q / p) = log sum q e^d - d a part is p (e^y - 1 - y). Where every |d| of a row is below 1 that
-    logarithm is taken of 1 + sum q (e^d - 1).
+    With y = log (q / p) = log sum q e^d - d a part is p (e^y - 1 - y). What rounds that logarithm is common to a row,
+    and counts by its square.
     """
     log_q, masked = log_softmax(mu), mu == -torch.inf
     q = log_q.exp()
     d = (d - (q * d).sum(-1, keepdim=True)).masked_fill(masked, 0.0)
-    near = (d.abs() < 1).all(-1, keepdim=True)
-    shift = torch.log1p((q * torch.expm1(torch.where(near, d, 0.0))).sum(-1, keepdim=True))
-    shift = torch.where(near, shift, torch.logsumexp(log_q + d, -1, keepdim=True))
-    y = torch.where(masked, 0.0, shift - d)
-    return torch.where(masked, 0.0, divergence((log_q - y).exp(), q, y))
+    y = torch.logsumexp(log_q + d, -1, keepdim=True) - d
+    y = y.masked_fill(masked, 0.0)
+    return divergence((log_q - y).exp(), q, y)  # 0 where masked: q is 0 there, and y
 
 
 def categorical_forward(

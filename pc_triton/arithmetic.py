@@ -63,4 +63,8 @@ def divergence(p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     series = one
     for k in range(11 if y.dtype == torch.float64 else 6, 2, -1):
         series = torch.addcmul(one, small, series, value=1.0 / k)
-    return torch.where(near, 0.5 * p * small * small * series, torch.addcmul(q - p, p, y, value=-1.0).clamp_min(0.0))
+    series = 0.5 * series * small
+    series = series * small
+    del small  # of the size of attention's weights, as each here
+    series = series * p
+    return torch.where(near, series, torch.addcmul(q - p, p, y, value=-1.0)).clamp_min(0.0)

@@ -98,7 +98,7 @@ class Batch(Nodes):
                 out = self.calls.run(self.model, *args, **self.kwargs)
                 self.out = out["logits"] if isinstance(out, Mapping) and "logits" in out else out
                 here.check(self.out)
-                energy = torch.stack([here.output_energy(self.out), *here.added, *here.energies]).sum(0)
+                energy = torch.stack([here.output_energy(self.out), *here.added, *here.energies], -1).sum(-1)
         except BaseException:
             self.random.restore()  # a batch that is refused draws nothing
             raise
@@ -140,7 +140,7 @@ class Batch(Nodes):
 
     def look(self) -> Tensor:
         """F ``[S]`` at the states, by a forward pass that `energies` does not count."""
-        energy = self.free_energy(moves=False)
+        energy = self.free_energy(learns=True, moves=False)  # as the learning pass, whose graph a compiled model has
         self.energies.pop()
         return energy.detach()
 
@@ -229,4 +229,4 @@ class Batch(Nodes):
             node.precision = pi[row]
             if node.unit is not None and node.family.quadratic:
                 node.precision, node.in_units, node.unit = absolute[row], pi[row], None
-        return reached, (squared / pi).sum(0)
+        return reached, (squared / pi).T.contiguous().sum(-1)  # so that no sample's sum depends on how many there are

@@ -130,6 +130,7 @@ class FreeEnergy(nn.Module):
         self.model, self.output, self.input_node = model, output, Gaussian()
         self._names[self.input_node] = "input"
         self.tracker = StepTracker()
+        self._ddp_params_and_buffers_to_ignore = ["tracker.mean"]  # DistributedDataParallel would send it every step
         self.steps: int = as_order(order).steps if steps is None else steps
         self.order, self.precision, self.displacement = order, precision, displacement
         self.state_optimizer = state_optimizer

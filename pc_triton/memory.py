@@ -94,9 +94,12 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
 
     # The first pass, by autograd. With T = 1 it is the only one.
     learns = s.order == "error" and s.inference_steps == 1
-    plain, work = 18 * d + 3 * pairs, 0.0
+    visits_attention = triton and s.order == "error" and not gaussian  # the kernels keep no logits or weights in memory
+    plain, work = 18 * d + (4 if visits_attention else 3 * pairs), 0.0
     yield plain, 0, 0, head
-    if learns or gaussian:
+    if visits_attention:  # torch's attention keeps no weights on a GPU; where it does, its backward pass has two
+        work = pairs if learns else 2 * pairs + 6.5 * d
+    elif learns or gaussian:
         work = 1.2 * pairs + 3 * d
     else:
         work = 4 * pairs if triton else 10.25 * pairs - 2 * d
@@ -105,11 +108,12 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
         return
 
     # The later passes, with states. A node holds its emission until the model has returned: also while the head works.
-    visits_attention = triton and s.order == "error" and not gaussian  # the kernels keep no logits or weights in memory
     keeps_accepted = s.order in ("sweep", "simultaneous") or (s.order == "error" and s.inference_steps > 3)
     activations = (16 if s.order == "error" else 22) * d + (3 * s.heads if visits_attention else 2 * pairs) + 4
     states = (2 if keeps_accepted else 1) * (6 * d + pairs)
     emissions = 2 * d
+    if gaussian and not triton and s.order == "error" and s.inference_steps == 2:
+        emissions -= pairs  # learning's is the only pass under states, and keeps no gradient of them
     if triton or gaussian:
         work = 9 * d + 2 * pairs if keeps_accepted else 6 * d + (pairs if gaussian else 0)
     else:

@@ -47,10 +47,12 @@ def categorical_kl(mu: Tensor, d: Tensor) -> Tensor:
     """
     log_q, masked = log_softmax(mu), mu == -torch.inf
     q = log_q.exp()
-    d = (d - (q * d).sum(-1, keepdim=True)).masked_fill(masked, 0.0)
-    y = torch.logsumexp(log_q + d, -1, keepdim=True) - d
-    y = y.masked_fill(masked, 0.0)
-    return divergence((log_q - y).exp(), q, y)  # 0 where masked: q is 0 there, and y
+    d = (d - (q * d).sum(-1, keepdim=True)).masked_fill_(masked, 0.0)
+    y = (torch.logsumexp(log_q + d, -1, keepdim=True) - d).masked_fill_(masked, 0.0)
+    del d
+    p = (log_q - y).clamp_(max=0.0).exp_()  # a state as large as 1 / eps leaves nothing of y but rounding
+    del log_q
+    return divergence(p, q, y)  # 0 where masked: q is 0 there, and y
 
 
 def categorical_forward(
@@ -67,8 +69,8 @@ def categorical_forward(
     logits = mask_logits(wide(mu), causal, padding, segments)
     masked = logits == -torch.inf
     d = error_of(state, wide(mu), form).masked_fill(masked, 0.0)
-    u = logits + d if form == "error" else state.masked_fill(masked, -torch.inf)
-    return log_softmax(u).exp().to(mu.dtype), precision * sum_samples(categorical_kl(logits, d), len(precision))
+    emission = log_softmax(logits + d if form == "error" else state.masked_fill(masked, -torch.inf)).exp_().to(mu.dtype)
+    return emission, precision * sum_samples(categorical_kl(logits, d), len(precision))
 
 
 def categorical_step(

@@ -70,7 +70,7 @@ class Tracked(Guarded):
 class StepTracker(nn.Module):
     """The running mean of the best steps, as a part of `FreeEnergy`: a buffer, which checkpoints then hold.
 
-    DistributedDataParallel sends it from process 0 to the others. `shared` has it learn from all of them.
+    Processes learn a step each, of their own samples; with `shared` one of the samples of all of them.
     """
 
     mean: Tensor

@@ -139,9 +139,9 @@ def work(rank, store, folder):
         replica(x[mine][2:], y[mine][2:]).backward()
 
     alone = model()
-    (2 * pc.FreeEnergy(alone)(x, y)).backward()
+    (2 * pc.FreeEnergy(alone, steps=STEPS)(x, y)).backward()
     whole = model()
-    replica = DistributedDataParallel(pc.FreeEnergy(whole))
+    replica = DistributedDataParallel(pc.FreeEnergy(whole, steps=STEPS))
     measure(("ddp", "no_sync"), whole, lambda: accumulate(replica), gradients(alone))
 
     once, whole = model(), model()
@@ -151,7 +151,7 @@ def work(rank, store, folder):
     measure(("ddp", "micro-batches"), whole, lambda: next(step), gradients(once))
 
     whole = sharded(model())
-    free_energy = pc.FreeEnergy(whole)
+    free_energy = pc.FreeEnergy(whole, steps=STEPS)
 
     def accumulate_sharded():
         for half in (slice(2), slice(2, None)):
@@ -163,10 +163,10 @@ def work(rank, store, folder):
     fewer = y.clone()
     fewer[:3] = -100  # of the labels, rank 0 keeps a quarter
     alone = model()
-    free_energy = pc.FreeEnergy(alone)
+    free_energy = pc.FreeEnergy(alone, steps=STEPS)
     ((free_energy(x[:4], fewer[:4]) + free_energy(x[4:], fewer[4:])) / 2).backward()
     whole = model()
-    replica = DistributedDataParallel(pc.FreeEnergy(whole))
+    replica = DistributedDataParallel(pc.FreeEnergy(whole, steps=STEPS))
     measure(("ddp", "labels left out"), whole, lambda: replica(x[mine], fewer[mine]).backward(), gradients(alone))
 
     alone = pc.FreeEnergy(model()).infer(x, y).free_energy[mine]
@@ -206,7 +206,10 @@ def test_gradients_are_those_of_one_process(results, dtype, order):
     found = {name: value for name, value in results.items() if name[1:] == (dtype, order)}
     assert len(found) == {torch.float32: 2, torch.float64: 5 + (order == "error")}[dtype]
     for name, (largest, *_) in found.items():
-        assert largest < ROUNDING * torch.finfo(dtype).eps, name
+        # The guard's step comes of a difference of two F, by which inference lowers F by 0.3 %. Compiled, other sums of
+        # other shapes make up F.
+        spread = 1 / 0.003 if name[0] == "fsdp compiled" else 1
+        assert largest < spread * ROUNDING * torch.finfo(dtype).eps, name
 
 
 def sizes(dtype):
@@ -246,7 +249,7 @@ def test_incremental(results, name, operation, times):
     ("name", "how", "operation", "times"),
     [
         ("ddp", "no_sync", "allreduce", 1),
-        ("ddp", "micro-batches", "allreduce", 1),
+        ("ddp", "micro-batches", "allreduce", 2),  # T = 2: the gradients, and the step that is learnt
         ("fsdp", "no_sync", "reduce_scatter_base", 2 * (1 + BLOCKS)),
     ],
 )

@@ -292,3 +292,15 @@ def test_softmax_far_from_zero(shift, dtype):
     truth = torch.softmax(u.double(), -1)
     eps = torch.finfo(dtype).eps if dtype != torch.float32 else 32 * torch.finfo(dtype).eps  # e^(log p), log p to -16
     assert ((p.double() - truth).abs() <= eps * truth + torch.finfo(dtype).tiny).all()
+
+
+@pytest.mark.parametrize("size", [1e8, 1e15, 1e30])
+@pytest.mark.parametrize("family", ["categorical", "bernoulli"])
+def test_huge_states_are_finite(family, size):
+    """As a saturated node's may become, whose precision is next to nothing."""
+    torch.manual_seed(0)
+    mu, d = 50 * torch.randn(16, 20), size * torch.randn(16, 20)
+    emission, energy = getattr(reference, f"{family}_forward")(mu, d, torch.full((16,), 1e-12), form="error")
+    assert emission.isfinite().all()
+    assert energy.isfinite().all()
+    assert (energy >= 0).all()

@@ -168,13 +168,19 @@ def coefficients(precision_ptr, keep_ptr, move_ptr, sample, inside, MOVE: tl.con
 
 
 @triton.jit
+def exp(x):
+    """e^x as 2^(x log2 e), in two instructions; on NVIDIA's GPUs 0 where it is below float32's normal numbers."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def near_tail(x):
     """e^x - 1 - x for |x| < 1, to float32's relative precision."""
-    series = 1.0 / 362880.0 + x * (1.0 / 3628800.0)
-    series = 1.0 / 5040.0 + x * (1.0 / 40320.0 + x * series)
-    series = 1.0 / 120.0 + x * (1.0 / 720.0 + x * series)
-    series = 1.0 / 6.0 + x * (1.0 / 24.0 + x * series)
-    return x * x * (0.5 + x * series)
+    series = tl.fma(x, 1.0 / 3628800.0, 1.0 / 362880.0)
+    series = tl.fma(x, tl.fma(x, series, 1.0 / 40320.0), 1.0 / 5040.0)
+    series = tl.fma(x, tl.fma(x, series, 1.0 / 720.0), 1.0 / 120.0)
+    series = tl.fma(x, tl.fma(x, series, 1.0 / 24.0), 1.0 / 6.0)
+    return x * x * tl.fma(x, series, 0.5)
 
 
 @triton.jit
@@ -187,7 +193,9 @@ def exp_tail(x):
 @triton.jit
 def expm1(x):
     """e^x - 1, accurate near 0."""
-    return tl.where(tl.abs(x) < 1.0, x + exp_tail(x), tl.exp(x) - 1.0)
+    near = tl.abs(x) < 1.0
+    small = tl.where(near, x, 0.0)
+    return tl.where(near, small + near_tail(small), tl.exp(x) - 1.0)
 
 
 @triton.jit

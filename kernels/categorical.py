@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .common import (
     UNFUSED,
+    cdiv,
     check,
     check_node,
     check_step,
@@ -477,9 +478,9 @@ def categorical_forward(
     columns = mu.shape[-1]
     n_rows = count_rows(mu)
     one_tile, rows, cols, warps = plan(columns)
-    energy = torch.empty(n_rows, device=mu.device)
+    energy = torch.empty(n_rows, dtype=torch.float32, device=mu.device)
     with on_device(mu):
-        _forward[(triton.cdiv(n_rows, rows),)](
+        _forward[(cdiv(n_rows, rows),)](
             mu.contiguous(),
             state,
             precision.contiguous(),
@@ -542,7 +543,7 @@ def categorical_step(
     n_rows = count_rows(mu)
     one_tile, rows, cols, warps = plan(columns)
     with on_device(mu):
-        _step[(triton.cdiv(n_rows, rows),)](
+        _step[(cdiv(n_rows, rows),)](
             mu.contiguous(),
             state,
             packed(grad if error or moves else None),
@@ -718,11 +719,14 @@ def clamped_categorical_forward(mu: Tensor, labels: Tensor, ignore_index: int) -
     n_rows, n_columns = mu.shape
     if n_columns == 0 and n_rows:
         raise ValueError("mu has no columns: give each row at least one category")
-    energy, lse = torch.empty(n_rows, device=mu.device), torch.empty(n_rows, device=mu.device)
+    energy, lse = (
+        torch.empty(n_rows, dtype=torch.float32, device=mu.device),
+        torch.empty(n_rows, dtype=torch.float32, device=mu.device),
+    )
     if n_rows:
         rows, cols, warps = tile(n_columns, 1024, LONG)
         with on_device(mu):
-            _clamped_forward[(triton.cdiv(n_rows, rows),)](
+            _clamped_forward[(cdiv(n_rows, rows),)](
                 mu.contiguous(),
                 labels.contiguous(),
                 energy,
@@ -755,7 +759,7 @@ def clamped_categorical_backward(
     if mu.numel():
         rows, cols, warps = tile(n_columns, 1024, 1024)
         with on_device(mu):
-            _clamped_backward[(triton.cdiv(n_rows, rows) * triton.cdiv(n_columns, cols),)](
+            _clamped_backward[(cdiv(n_rows, rows) * cdiv(n_columns, cols),)](
                 mu.contiguous(),
                 labels.contiguous(),
                 lse.contiguous(),
@@ -784,11 +788,11 @@ def clamped_categorical_gradient_(mu: Tensor, labels: Tensor, ignore_index: int)
         raise ValueError("mu has no columns: give each row at least one category")
     if not mu.is_contiguous():
         raise ValueError("mu is not contiguous and is overwritten: give mu.contiguous()")
-    energy = torch.empty(n_rows, device=mu.device)
+    energy = torch.empty(n_rows, dtype=torch.float32, device=mu.device)
     if n_rows:
         rows, cols, warps = tile(n_columns, 1024, LONG)
         with on_device(mu):
-            _clamped_gradient[(triton.cdiv(n_rows, rows),)](
+            _clamped_gradient[(cdiv(n_rows, rows),)](
                 mu, labels.contiguous(), energy, n_rows, n_columns, ignore_index, ROWS=rows, COLS=cols, num_warps=warps,
                 **UNFUSED,
             )  # fmt: skip

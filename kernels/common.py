@@ -123,6 +123,16 @@ def count_rows(mu: Tensor) -> int:
     return rows
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many parts of that size n has, the last one begun: plain integers, triton.cdiv takes microseconds."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The lowest power of 2 from n >= 1 on."""
+    return 1 << (n - 1).bit_length()
+
+
 def packed(x: Tensor | None) -> Tensor | None:
     """x without strides, as the kernels read it."""
     return None if x is None else x.contiguous()
@@ -135,7 +145,7 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def tile(columns: int, elements: int, longest: int) -> tuple[int, int, int]:
     """ROWS, COLS and num_warps of a program over rows of that length: several short rows make up ``elements``."""
-    cols = min(triton.next_power_of_2(columns), longest)
+    cols = min(power_of_2(columns), longest)
     rows = max(1, elements // cols)
     return rows, cols, max(4, min(16, rows * cols // 256))
 

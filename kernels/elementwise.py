@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .common import (
     UNFUSED,
+    cdiv,
     check,
     check_node,
     check_step,
@@ -188,10 +189,10 @@ def forward(
         return emission, torch.zeros_like(precision)
     n = mu.numel() // samples
     rows, cols, warps = tile(n, 1024, 1024)
-    blocks = triton.cdiv(n, cols)
-    energy = torch.empty(samples, blocks, device=mu.device)
+    blocks = cdiv(n, cols)
+    energy = torch.empty(samples, blocks, dtype=torch.float32, device=mu.device)
     with on_device(mu):
-        _forward[(triton.cdiv(samples, rows) * blocks,)](
+        _forward[(cdiv(samples, rows) * blocks,)](
             mu.contiguous(),
             state,
             precision.contiguous(),
@@ -250,7 +251,7 @@ def step(
     n = mu.numel() // samples
     rows, cols, warps = tile(n, 1024, 1024)
     with on_device(mu):
-        _step[(triton.cdiv(samples, rows) * triton.cdiv(n, cols),)](
+        _step[(cdiv(samples, rows) * cdiv(n, cols),)](
             None if handed_on else mu.contiguous(),
             state,
             packed(grad if error or moves else None),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .common import (
     UNFUSED,
+    cdiv,
     check_node,
     check_step,
     coefficients,
@@ -157,10 +158,10 @@ def gaussian_logvar_forward(
     n = noise.shape[-1]
     n_rows = count_rows(mu)
     rows, cols, warps = tile(n, 1024, 1024)
-    blocks = triton.cdiv(n, cols)
-    energy = torch.empty(n_rows, blocks, device=mu.device)
+    blocks = cdiv(n, cols)
+    energy = torch.empty(n_rows, blocks, dtype=torch.float32, device=mu.device)
     with on_device(mu):
-        _forward[(triton.cdiv(n_rows, rows) * blocks,)](
+        _forward[(cdiv(n_rows, rows) * blocks,)](
             mu.contiguous(),
             state,
             precision.contiguous(),
@@ -211,9 +212,9 @@ def gaussian_logvar_step(
     n = noise.shape[-1]
     n_rows = count_rows(mu)
     rows, cols, warps = tile(n, 1024, 1024)
-    blocks = triton.cdiv(n, cols)
+    blocks = cdiv(n, cols)
     with on_device(mu):
-        _step[(triton.cdiv(n_rows, rows) * blocks,)](
+        _step[(cdiv(n_rows, rows) * blocks,)](
             mu.contiguous(),
             state,
             packed(grad if error or moves else None),

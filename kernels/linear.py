@@ -20,6 +20,7 @@ from triton.runtime.driver import driver
 
 from .common import (
     UNFUSED,
+    cdiv,
     check,
     check_in_place,
     check_moves,
@@ -62,7 +63,7 @@ def plan(rows: int, cols: int, depth: int, itemsize: int, arch: int | str = 90, 
         k = 64 if amd or half > 100 else 32
         warps = 8 if m * n == 128 * 128 else 4
     stages = 2 if amd else min(4, half * 1024 // ((m + n) * k * itemsize))
-    programs = triton.cdiv(rows, m) * triton.cdiv(cols, n)
+    programs = cdiv(rows, m) * cdiv(cols, n)
     parts = min(WAVE // programs, depth // (8 * k)) if split and programs else 1
     return Tiles(m, n, k, warps, stages, splits=max(1, parts))
 
@@ -289,9 +290,9 @@ def linear_forward(
         return out, torch.zeros_like(precision)
     with on_device(x):
         tiles = plan(rows, n, k, x.element_size(), arch(x))
-        blocks = triton.cdiv(n, tiles.cols)
-        energy = torch.empty(rows, blocks, device=x.device)
-        _forward[(triton.cdiv(rows, tiles.rows) * blocks,)](
+        blocks = cdiv(n, tiles.cols)
+        energy = torch.empty(rows, blocks, dtype=torch.float32, device=x.device)
+        _forward[(cdiv(rows, tiles.rows) * blocks,)](
             x.contiguous(),
             weight.contiguous(),
             packed(bias),
@@ -330,13 +331,13 @@ def linear_backward(
     check_moves(keep, move, precision, grad, "grad")
     moves, has_state, samples = keep is not None, state is not None, len(precision)
     if moves and state is None:
-        state = torch.empty(rows, n, device=grad.device)
+        state = torch.empty(rows, n, dtype=torch.float32, device=grad.device)
     grad_x = torch.empty(rows, k, dtype=grad.dtype, device=grad.device)
     if grad.numel() == 0:
         return state, grad_x.zero_()
     with on_device(grad):
         tiles = plan(rows, k, n, grad.element_size(), arch(grad))
-        _backward[(triton.cdiv(rows, tiles.rows) * triton.cdiv(k, tiles.cols),)](
+        _backward[(cdiv(rows, tiles.rows) * cdiv(k, tiles.cols),)](
             grad.contiguous(),
             weight.contiguous(),
             state if moves else None,
@@ -369,12 +370,12 @@ def linear_weight_gradient(grad: Tensor, x: Tensor, *, bias: bool = True) -> tup
         return grad.new_zeros(n, k), grad.sum(0) if bias else None
     with on_device(grad):
         tiles = plan(n, k, rows, grad.element_size(), arch(grad), split=True)
-        blocks, splits = triton.cdiv(k, tiles.cols), tiles.splits
-        part = triton.cdiv(rows, splits * tiles.depth) * tiles.depth
+        blocks, splits = cdiv(k, tiles.cols), tiles.splits
+        part = cdiv(rows, splits * tiles.depth) * tiles.depth
         wide = grad.dtype if splits == 1 else torch.float32
         grad_weight = torch.empty(splits, n, k, dtype=wide, device=grad.device)
-        grad_bias = torch.empty(splits * blocks, n, device=grad.device) if bias else None
-        _weight_gradient[(triton.cdiv(n, tiles.rows) * blocks, splits)](
+        grad_bias = torch.empty(splits * blocks, n, dtype=torch.float32, device=grad.device) if bias else None
+        _weight_gradient[(cdiv(n, tiles.rows) * blocks, splits)](
             grad.contiguous(),
             x.contiguous(),
             grad_weight,

@@ -2,6 +2,7 @@
 
     python tests/aot.py [cuda:90 ...]    # registers a thread, bytes spilled a thread, bytes of shared memory a program
     python tests/aot.py --record         # the same, kept in resources.json for this version of Triton
+    python tests/aot.py --pairs          # attention's machine instructions a pair of query and key, on sm_90
 
 A stub driver tells Triton which GPU it has; the launchers then compile for it and launch nothing.
 """
@@ -233,14 +234,48 @@ def launches():
         yield from network(16384, 256, 256, 256, labels=False, dtype=dtype)
 
 
-def measure(targets) -> dict[str, dict[str, list[int]]]:
-    """[registers, spills, shared] of every kernel on each of these targets."""
+def watch() -> list[tuple]:
+    """From here on kernels are compiled and not launched; they are listed here, each with its launch options."""
     compiled, run = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+        compiled.append((run(self, *args, grid=grid, warmup=True, **options), options))
 
     JITFunction.run = compile_only
+    return compiled
+
+
+def loop_length(kernel) -> int:
+    """How many machine instructions a kernel's longest loop has. It ends with a branch back to its first address."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", cuobjdump(kernel, "-sass"))
+    place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    branches = ((i, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) for i, (_, text) in enumerate(lines))
+    return max((i - place[int(to[1], 16)] + 1 for i, to in branches if to), default=0)
+
+
+def pairs() -> dict[str, float]:
+    """Instructions of a thread in the loop of each of attention's kernels, times threads, a pair of query and key.
+
+    In bfloat16 at head dimension 64, causal, with a float32 state, on sm_90. A warp that computes what another one
+    has, or loads element by element, shows here; how long an instruction takes does not.
+    """
+    from pc_triton.kernels import attention
+
+    compiled = watch()
+    driver.set_active(StubDriver("cuda:90"))
+    q = torch.empty(2, 8, 1024, 64, dtype=torch.bfloat16, device="meta")
+    state, pi, facts = (torch.empty(size, device="meta") for size in ((2, 8, 1024, 1024), (2,), (3, 2, 8, 1024)))
+    attention.attention_forward(q, q, q, state, pi, scale=0.125, causal=True)
+    attention.attention_step(q, q, q, q, q, state, pi, pi, pi, facts, scale=0.125, causal=True)
+    return {
+        kernel.name.strip("_"): loop_length(kernel) * 32 * kernel.metadata.num_warps / options["ROWS"] / options["COLS"]
+        for kernel, options in compiled
+    }
+
+
+def measure(targets) -> dict[str, dict[str, list[int]]]:
+    """[registers, spills, shared] of every kernel on each of these targets."""
+    compiled = watch()
     found: dict[str, dict[str, list[int]]] = {}
     for target in targets:
         driver.set_active(StubDriver(target))
@@ -248,7 +283,7 @@ def measure(targets) -> dict[str, dict[str, list[int]]]:
         for name, call in launches():
             compiled.clear()
             call()
-            for kernel in compiled:
+            for kernel, _ in compiled:
                 label = name if len(compiled) == 1 else f"{name}, {kernel.name.strip('_')}"
                 found.setdefault(label, {})[target] = resources(kernel)
     return found
@@ -266,6 +301,9 @@ def keep(found: dict[str, dict[str, list[int]]]) -> None:
 
 
 def main() -> None:
+    if "--pairs" in sys.argv:
+        print(json.dumps(pairs()))
+        return
     record = "--record" in sys.argv
     found = measure(TARGETS if record else sys.argv[1:] or TARGETS)
     if record:

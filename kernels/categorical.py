@@ -207,7 +207,8 @@ def finish(sums):
 @triton.jit
 def direct_kl(row):
     """KL = <p, d> - (lse u - lse mu), which is noise where u is near mu."""
-    (peak_u, inverse_u), (peak_mu, inverse_mu) = row.settled_u, row.settled_mu
+    peak_u, inverse_u = row.settled_u  # one at a time: Triton 3.6 reads no nested targets
+    peak_mu, inverse_mu = row.settled_mu
     return row.mean_d - (peak_u - peak_mu) - tl.log(inverse_mu / inverse_u)
 
 

@@ -27,10 +27,11 @@ from .common import (
     check,
     check_node,
     check_step,
+    exp,
     near_tail,
-    next_power_of_2,
     on_device,
     packed,
+    power_of_2,
     sum_partials,
 )
 
@@ -131,8 +132,8 @@ def join(peak_a, total_a, peak_b, total_b):
     """The peak of two parts of a row, settled or not, the sum and its inverse; what scales either part to it."""
     highest = tl.maximum(peak_a, peak_b)
     finite = tl.where(highest == float("-inf"), 0.0, highest)
-    scale_a = tl.exp(peak_a - finite)
-    scale_b = tl.exp(peak_b - finite)
+    scale_a = exp(peak_a - finite)
+    scale_b = exp(peak_b - finite)
     total = total_a * scale_a + total_b * scale_b
     return highest, total, settle(highest, total), scale_a, scale_b
 
@@ -298,12 +299,12 @@ def load_state(pointers, mask, live):
 def node_tile(mu, d, g, facts, mean_g, pi, HAS_STATE: tl.constexpr):
     """p and dF/dmu = p (pi (d - <p, d>) + g - <p, g>) + pi (q_ - p) of a tile; masked, mu is -inf and both are 0."""
     lse, mean_d, kl = facts
-    p = tl.exp(mu + d - lse)
+    p = exp(mu + d - lse)
     grad_mu = p * (g - mean_g)
     if HAS_STATE:
         y = mean_d - kl - d
         near = tl.abs(y) < 1.0
-        q = tl.exp(mu - (lse - mean_d + kl))
+        q = exp(mu - (lse - mean_d + kl))
         bend = tl.where(near, p * near_tail(tl.where(near, y, 0.0)), q - p - p * y)
         grad_mu += pi * (bend - p * kl)
     return p, grad_mu
@@ -452,6 +453,7 @@ def _step_keys(
         own = segments_of(cols, item, segments_ptr, n_keys)
         first, end = near_segments(own, first, n_queries, item, segments_ptr, n_keys)
         first = first // ROWS * ROWS
+    span = tl.maximum(end - first, 1)  # see end_of
     for member in range(GROUP):
         head = kv_head * GROUP + member
         head_row = (item * n_heads + head) * n_queries
@@ -460,8 +462,8 @@ def _step_keys(
                 rows = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
                 mask = (rows < n_queries) & (cols < n_keys)[None, :]
                 tl.store(state_ptr + ((head_row + rows) * n_keys + cols[None, :]), 0.0, mask=mask)
-        for start in range(first, end, ROWS):
-            rows = start + tl.arange(0, ROWS)
+        for start in range(0, span, ROWS):
+            rows = first + start + tl.arange(0, ROWS)
             q = load_rows(q_ptr + (item * n_queries * q_stride + head * HEAD), rows, n_queries, q_stride, HEAD, DIM)
             grad_out = load_rows(
                 grad_out_ptr + (item * n_queries * n_heads + head) * HEAD,
@@ -547,29 +549,35 @@ def like_tokens(x: Tensor) -> Tensor:
     return torch.empty(b, length, heads, head, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
-def plan(dtype: torch.dtype, dim: int, kernel: str, segments: bool, target: int | str) -> dict[str, int]:
+def plan(dtype: torch.dtype, dim: int, kernel: str, segments: bool, arch: int | str) -> dict[str, int]:
     """ROWS, COLS, num_warps and num_stages of a kernel: the largest tiles that spill on none of aot.py's targets.
 
-    On a Hopper (target 90) a product of 64 rows is one warpgroup's, four warps. With eight both would compute it whole.
+    arch: Triton's name of the GPU. A product's warps lie along its rows, 16 to each and on sm_90 64 to four, for the
+    keys' kernel along its columns: warps beyond that would compute what others have, softmax and all. On sm_100, whose
+    products lie in a memory of their own, eight warps share 64 rows.
     """
-    wide = dim > 64
+    wide, number = dim > 64, 0 if isinstance(arch, str) else arch
+    amd, tensor_memory = number == 0, 100 <= number < 120
     if dtype == torch.float32:
         rows, cols, warps, stages = 16, 16 if kernel == "queries" else 32, 8 if wide else 4, 1
     elif kernel == "keys":
-        rows, cols, warps, stages = 16, 64, 8 if wide or torch.version.hip else 4, 2
-    elif torch.version.hip:
-        rows, cols, warps, stages = 64, 16, 4, 2
-    elif kernel == "forward":
-        rows, cols, warps, stages = (128, 32, 8, 2) if wide else (64, 64, 8, 2)
-    else:
-        rows, cols, warps, stages = 64, 32 if wide else 64, 8, 2
-    if target == 90 and dtype != torch.float32:
-        if kernel == "keys" and wide:
+        rows, cols, warps, stages = 16, 64, 8 if wide or amd else 4, 2
+        if wide and number == 90 and not segments:
             cols = 128
-        elif rows == 64:
-            warps = 4
+        elif wide and 0 < number < 90:
+            cols, warps = 32, 4
+        elif wide and segments and (amd or tensor_memory):
+            stages = 1
+    elif amd:
+        rows, cols, warps, stages = 64, 16, 4, 2
+    elif kernel == "forward" and wide:
+        rows, cols, warps, stages = 128, 32, 8, 2
+    elif tensor_memory and not wide:
+        rows, cols, warps, stages = 64, 64, 8, 2
+    else:
+        rows, cols, warps, stages = 64, 32 if wide or (segments and kernel == "forward") else 64, 4, 2
     options = {"ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": stages, **FUSED}
-    if not torch.version.hip and (segments or kernel == "forward" or (kernel == "queries" and not wide)):
+    if not amd and (segments or dtype != torch.float32 or kernel == "forward" or not wide):
         options["maxnreg"] = 248  # unasked, ptxas takes all 255 on sm_80; in 248 it spills nothing worth the name
     return options
 
@@ -578,7 +586,7 @@ def shape_options(
     q: Tensor, k: Tensor, kernel: str, causal: bool, padding: Tensor | None, segments: Tensor | None
 ) -> dict[str, int]:
     """What a launch fixes at compile time."""
-    dim = max(16, next_power_of_2(q.shape[3]))
+    dim = max(16, power_of_2(q.shape[3]))
     masks = {"CAUSAL": causal, "PADDING": padding is not None, "SEGMENTS": segments is not None}
     tiles = plan(q.dtype, dim, kernel, segments is not None, arch())
     return {"GROUP": q.shape[1] // k.shape[1], **masks, "HEAD": q.shape[3], "DIM": dim, **tiles}
@@ -673,7 +681,7 @@ def attention_step(
     check("facts", facts, q, (3, *q.shape[:3]), coefficient=True)
     moves, has_state = keep is not None, state is not None
     if moves and state is None:
-        state = (torch.empty if segments is None else torch.zeros)(mu.shape, device=q.device)
+        state = (torch.empty if segments is None else torch.zeros)(mu.shape, dtype=torch.float32, device=q.device)
     grad_q, grad_k, grad_v = like_tokens(q), like_tokens(k), like_tokens(v)
     if mu.numel() == 0:
         return state, grad_q.zero_(), grad_k.zero_(), grad_v.zero_()

@@ -26,6 +26,7 @@ from .common import (
     check_step,
     coefficients,
     count_rows,
+    exp,
     log1p,
     near_tail,
     new_state,
@@ -63,6 +64,8 @@ class Block(NamedTuple):
     offsets: Any
     mask: Any
     """Which entries there are."""
+    read: Any
+    """Which are loaded."""
     live: Any
     """Which of them are seen: u, mu and d are 0 where not."""
     u: Any
@@ -112,26 +115,34 @@ def load_node(
     PADDING: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """The `Block` of these columns. READ: there is a state."""
+    """The `Block` of these columns. READ: there is a state.
+
+    A mask that depends on loaded numbers, or ends anywhere, would cut the loads' vectors to pieces: they are by 8
+    columns, and what is masked within them is replaced. Segments alone save more bytes than that costs.
+    """
     offsets = rows * node.n_columns + cols
     mask = (rows < node.n_rows) & (cols < node.n_columns)
     live = mask
+    read = mask
     if CAUSAL:
         live = live & (cols <= node.last)
+        read = read & (cols // 8 * 8 <= node.last)
     if PADDING:
-        live = live & (tl.load(node.padding_ptr + (node.first_key + cols), mask=live, other=1) == 0)
+        live = live & (tl.load(node.padding_ptr + (node.first_key + cols), mask=read, other=1) == 0)
     if SEGMENTS:
-        live = live & (tl.load(node.segments_ptr + (node.first_key + cols), mask=live, other=0) == node.segment)
-    mu = tl.load(node.mu_ptr + offsets, mask=live, other=float("-inf")).to(tl.float32)
+        live = live & (tl.load(node.segments_ptr + (node.first_key + cols), mask=read, other=0) == node.segment)
+        read = live
+    mu = tl.load(node.mu_ptr + offsets, mask=read, other=float("-inf")).to(tl.float32)
     live = live & (mu != float("-inf"))
     mu = tl.where(live, mu, 0.0)
     u = mu
     d = tl.zeros_like(mu)
     if READ:
-        state = tl.load(node.state_ptr + offsets, mask=live, other=0.0).to(tl.float32)
+        state = tl.load(node.state_ptr + offsets, mask=read, other=0.0).to(tl.float32)
+        state = tl.where(live, state, 0.0)
         u = mu + state if ERROR else state
         d = state if ERROR else state - mu
-    return Block(offsets=offsets, mask=mask, live=live, u=u, mu=mu, d=d)
+    return Block(offsets=offsets, mask=mask, read=read, live=live, u=u, mu=mu, d=d)
 
 
 @triton.jit
@@ -139,7 +150,8 @@ def load_grad(grad_ptr, block, READ: tl.constexpr):
     """g of a block, 0 where masked or where nothing needs it."""
     g = tl.zeros_like(block.d)
     if READ:
-        g = tl.load(grad_ptr + block.offsets, mask=block.live, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + block.offsets, mask=block.read, other=0.0).to(tl.float32)
+        g = tl.where(block.live, g, 0.0)
     return g
 
 
@@ -157,8 +169,8 @@ def online_softmax(x, live, peak, total):
     x = tl.where(live, x, float("-inf"))
     highest = tl.maximum(peak, tl.max(x, axis=1, keep_dims=True))
     finite = tl.where(highest == float("-inf"), 0.0, highest)
-    weights = tl.exp(x - finite)
-    scale = tl.exp(peak - finite)
+    weights = exp(x - finite)
+    scale = exp(peak - finite)
     return highest, total * scale + tl.sum(weights, axis=1, keep_dims=True), weights, scale
 
 
@@ -195,7 +207,7 @@ def finish(sums):
 @triton.jit
 def direct_kl(row):
     """KL = <p, d> - (lse u - lse mu), which is noise where u is near mu."""
-    peak_u, inverse_u = row.settled_u
+    peak_u, inverse_u = row.settled_u  # one at a time: Triton 3.6 reads no nested targets
     peak_mu, inverse_mu = row.settled_mu
     return row.mean_d - (peak_u - peak_mu) - tl.log(inverse_mu / inverse_u)
 
@@ -204,7 +216,7 @@ def direct_kl(row):
 def softmax(x, live, settled):
     """e^(x - peak) / total of a block, 0 where masked."""
     peak, inverse = settled
-    return tl.exp(tl.where(live, x - peak, float("-inf"))) * inverse
+    return exp(tl.where(live, x - peak, float("-inf"))) * inverse
 
 
 @triton.jit
@@ -214,7 +226,7 @@ def kl_parts(p, q, x, kl):
     Away from x = 0 p e^-x is taken as q e^KL, which cannot overflow.
     """
     near = tl.abs(x) < 1.0
-    return tl.where(near, p * near_tail(tl.where(near, -x, 0.0)), q * tl.exp(tl.minimum(kl, 1.0)) - p + p * x)
+    return tl.where(near, p * near_tail(tl.where(near, -x, 0.0)), q * exp(tl.minimum(kl, 1.0)) - p + p * x)
 
 
 @triton.jit
@@ -623,7 +635,7 @@ def _clamped_backward(
     lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
     scale = tl.load(grad_energy_ptr + rows, mask=inside, other=0.0)
     mu = tl.load(mu_ptr + offsets, mask=mask, other=float("-inf")).to(tl.float32)
-    q = tl.exp(mu - tl.where(lse == float("-inf"), 0.0, lse))
+    q = exp(mu - tl.where(lse == float("-inf"), 0.0, lse))
     grad = tl.where(labels == ignore_index, 0.0, scale * (q - tl.where(cols == labels, 1.0, 0.0)))
     tl.store(grad_mu_ptr + offsets, grad, mask=mask)
 

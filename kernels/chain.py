@@ -64,9 +64,12 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _layer(table_ptr, l, dtype: tl.constexpr, UNIT: tl.constexpr, LAST_UNIT: tl.constexpr):
-    """W and b (0: none) of layer l, their N and K, and where its part and its input's begin in a buffer's rows."""
+    """W and b (0: none) of layer l, their N and K, and where its part and its input's begin in a buffer's rows.
+
+    A number made a pointer loses what is known of its alignment, hence it is said of the pointer; the launcher checks.
+    """
     at = table_ptr + l * FACTS
-    weight, bias = tl.multiple_of(tl.load(at), 16).to(dtype), tl.load(at + 1).to(dtype)
+    weight, bias = tl.multiple_of(tl.load(at).to(dtype), 16), tl.load(at + 1).to(dtype)
     n, k = tl.load(at + 2).to(tl.int32) * LAST_UNIT, tl.load(at + 3).to(tl.int32) * UNIT
     return weight, bias, n, k, tl.load(at + 4) * UNIT, tl.load(at + 5) * UNIT
 
@@ -257,7 +260,7 @@ def _chain(
             input_at = tl.where(  # a number, since AMD's compiler cannot choose between pointers
                 l == 0, (x_ptr + top * width).to(tl.int64), (activation_ptr + (top * stride + layer[5])).to(tl.int64)
             )
-            input_ptr = tl.multiple_of(input_at, UNIT * x_ptr.dtype.element_ty.primitive_bitwidth // 8).to(x_ptr.dtype)
+            input_ptr = tl.multiple_of(input_at.to(x_ptr.dtype), UNIT * x_ptr.dtype.element_ty.primitive_bitwidth // 8)
             node = rows < tl.where(l < last, S, 0)
             total = _forwards(
                 t == 0, node, samples, layer, input_ptr, tl.where(l == 0, width, stride),
@@ -381,6 +384,7 @@ def chain_gradient(
         for l, (weight, bias) in enumerate(zip(weights, biases))
     )
     if samples:
+        amd = isinstance(arch(), str)
         rows, cols, depth = 16, 64, 16 if x.element_size() == 4 else 64  # few rows: a GPU is to be full of programs
         with on_device(x):
             _chain[(cdiv(samples, rows),)](
@@ -417,7 +421,8 @@ def chain_gradient(
                 COLS=cols,
                 DEPTH=depth,
                 num_warps=8,
-                num_stages=2 if isinstance(arch(), str) else 3,
+                num_stages=2 if amd else 3,
+                **({} if amd else {"maxnreg": 224}),  # unasked, ptxas spills rather than take over 128
                 **UNFUSED,
             )
     parts = [slice(*ends) for ends in pairwise(columns)]

@@ -123,6 +123,16 @@ def count_rows(mu: Tensor) -> int:
     return rows
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many parts of that size n has, the last one begun: plain integers, triton.cdiv takes microseconds."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The lowest power of 2 from n >= 1 on."""
+    return 1 << (n - 1).bit_length()
+
+
 def packed(x: Tensor | None) -> Tensor | None:
     """x without strides, as the kernels read it."""
     return None if x is None else x.contiguous()
@@ -131,16 +141,6 @@ def packed(x: Tensor | None) -> Tensor | None:
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch on x's GPU even where another one is current."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up. Triton's own, for numbers of the host, takes as long as a launch."""
-    return -(-a // b)
-
-
-def next_power_of_2(n: int) -> int:
-    """The smallest power of 2 that is at least n; 1 for 0."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def arch() -> int | str:
@@ -156,7 +156,7 @@ def arch() -> int | str:
 
 def tile(columns: int, elements: int, longest: int) -> tuple[int, int, int]:
     """ROWS, COLS and num_warps of a program over rows of that length: several short rows make up ``elements``."""
-    cols = min(next_power_of_2(columns), longest)
+    cols = min(power_of_2(columns), longest)
     rows = max(1, elements // cols)
     return rows, cols, max(4, min(16, rows * cols // 256))
 
@@ -189,13 +189,19 @@ def coefficients(precision_ptr, keep_ptr, move_ptr, sample, inside, MOVE: tl.con
 
 
 @triton.jit
+def exp(x):
+    """e^x as 2^(x log2 e), in two instructions; on NVIDIA's GPUs 0 where it is below float32's normal numbers."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def near_tail(x):
     """e^x - 1 - x for |x| < 1, to float32's relative precision."""
-    series = 1.0 / 362880.0 + x * (1.0 / 3628800.0)
-    series = 1.0 / 5040.0 + x * (1.0 / 40320.0 + x * series)
-    series = 1.0 / 120.0 + x * (1.0 / 720.0 + x * series)
-    series = 1.0 / 6.0 + x * (1.0 / 24.0 + x * series)
-    return x * x * (0.5 + x * series)
+    series = tl.fma(x, 1.0 / 3628800.0, 1.0 / 362880.0)
+    series = tl.fma(x, tl.fma(x, series, 1.0 / 40320.0), 1.0 / 5040.0)
+    series = tl.fma(x, tl.fma(x, series, 1.0 / 720.0), 1.0 / 120.0)
+    series = tl.fma(x, tl.fma(x, series, 1.0 / 24.0), 1.0 / 6.0)
+    return x * x * tl.fma(x, series, 0.5)
 
 
 @triton.jit
@@ -208,7 +214,9 @@ def exp_tail(x):
 @triton.jit
 def expm1(x):
     """e^x - 1, accurate near 0."""
-    return tl.where(tl.abs(x) < 1.0, x + exp_tail(x), tl.exp(x) - 1.0)
+    near = tl.abs(x) < 1.0
+    small = tl.where(near, x, 0.0)
+    return tl.where(near, small + near_tail(small), tl.exp(x) - 1.0)
 
 
 @triton.jit

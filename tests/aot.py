@@ -2,7 +2,7 @@
 
     python tests/aot.py [cuda:90 ...]    # registers a thread, bytes spilled a thread, bytes of shared memory a program
     python tests/aot.py --record         # the same, kept in resources.json for this version of Triton
-    python tests/aot.py --pairs          # attention's instructions for each pair of query and key, on sm_90
+    python tests/aot.py --pairs          # attention's machine instructions a pair of query and key, on sm_90
 
 A stub driver tells Triton which GPU it has; the launchers then compile for it and launch nothing.
 """
@@ -242,47 +242,48 @@ def launches():
         yield from network(16384, 256, 256, 256, labels=False, dtype=dtype)
 
 
-def loop_instructions(kernel) -> int:
-    """Machine instructions in the longest loop of a kernel for an NVIDIA GPU: that over an attention's tiles."""
-    lengths = [0]
-    for line in cuobjdump(kernel, "-sass").splitlines():
-        branch = re.search(r"/\*([0-9a-f]{4,})\*/.*\bBRA\b.*?0x([0-9a-f]+)", line)
-        if branch:
-            lengths.append((int(branch[1], 16) - int(branch[2], 16)) // 16 + 1)  # of 16 bytes each
-    return max(lengths)
-
-
-def instructions_a_pair(head: int) -> dict[str, float]:
-    """Of attention's kernels on sm_90 the instructions of a thread for each pair of query and key, in bfloat16."""
-    from pc_triton.kernels import attention
-
-    run, compiled = JITFunction.run, []
+def watch() -> list[tuple]:
+    """From here on kernels are compiled and not launched; they are listed here, each with its launch options."""
+    compiled, run = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
         compiled.append((run(self, *args, grid=grid, warmup=True, **options), options))
 
     JITFunction.run = compile_only
+    return compiled
+
+
+def loop_length(kernel) -> int:
+    """How many machine instructions a kernel's longest loop has. It ends with a branch back to its first address."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", cuobjdump(kernel, "-sass"))
+    place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    branches = ((i, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) for i, (_, text) in enumerate(lines))
+    return max((i - place[int(to[1], 16)] + 1 for i, to in branches if to), default=0)
+
+
+def pairs() -> dict[str, float]:
+    """Instructions of a thread in the loop of each of attention's kernels, times threads, a pair of query and key.
+
+    In bfloat16 at head dimension 64, causal, with a float32 state, on sm_90. A warp that computes what another one
+    has, or loads element by element, shows here; how long an instruction takes does not.
+    """
+    from pc_triton.kernels import attention
+
+    compiled = watch()
     driver.set_active(StubDriver("cuda:90"))
-    q, k = (torch.empty(2, heads, 1024, head, dtype=torch.bfloat16, device="meta") for heads in (8, 4))
-    pi, facts, state = (torch.empty(size, device="meta") for size in ((2,), (3, 2, 8, 1024), (2, 8, 1024, 1024)))
-    options = {"scale": 0.125, "causal": True}
-    attention.attention_forward(q, k, k, state, pi, **options)
-    attention.attention_step(q, k, k, q, q, state, pi, pi, pi, facts, **options)
-    JITFunction.run = run
+    q = torch.empty(2, 8, 1024, 64, dtype=torch.bfloat16, device="meta")
+    state, pi, facts = (torch.empty(size, device="meta") for size in ((2, 8, 1024, 1024), (2,), (3, 2, 8, 1024)))
+    attention.attention_forward(q, q, q, state, pi, scale=0.125, causal=True)
+    attention.attention_step(q, q, q, q, q, state, pi, pi, pi, facts, scale=0.125, causal=True)
     return {
-        kernel.name: loop_instructions(kernel) * 32 * tile["num_warps"] / (tile["ROWS"] * tile["COLS"])
-        for kernel, tile in compiled
+        kernel.name.strip("_"): loop_length(kernel) * 32 * kernel.metadata.num_warps / options["ROWS"] / options["COLS"]
+        for kernel, options in compiled
     }
 
 
 def measure(targets) -> dict[str, dict[str, list[int]]]:
     """[registers, spills, shared] of every kernel on each of these targets."""
-    compiled, run = [], JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **options):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
-
-    JITFunction.run = compile_only
+    compiled = watch()
     found: dict[str, dict[str, list[int]]] = {}
     for target in targets:
         driver.set_active(StubDriver(target))
@@ -290,7 +291,7 @@ def measure(targets) -> dict[str, dict[str, list[int]]]:
         for name, call in launches():
             compiled.clear()
             call()
-            for kernel in compiled:
+            for kernel, _ in compiled:
                 label = name if len(compiled) == 1 else f"{name}, {kernel.name.strip('_')}"
                 found.setdefault(label, {})[target] = resources(kernel)
     return found
@@ -309,7 +310,7 @@ def keep(found: dict[str, dict[str, list[int]]]) -> None:
 
 def main() -> None:
     if "--pairs" in sys.argv:
-        print(json.dumps({head: instructions_a_pair(head) for head in (64, 128)}))
+        print(json.dumps(pairs()))
         return
     record = "--record" in sys.argv
     found = measure(TARGETS if record else sys.argv[1:] or TARGETS)

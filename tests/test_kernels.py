@@ -13,10 +13,17 @@ import pytest
 import torch
 
 from pc_triton import reference
-from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar
+from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar, laplace, student_t
 from pc_triton.kernels.common import tile
 
-MODULES = {"gaussian": gaussian, "gaussian_logvar": gaussian_logvar, "bernoulli": bernoulli, "categorical": categorical}
+MODULES = {
+    "gaussian": gaussian,
+    "gaussian_logvar": gaussian_logvar,
+    "bernoulli": bernoulli,
+    "categorical": categorical,
+    "laplace": laplace,
+    "student_t": student_t,
+}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = "PTX_EMULATED" in os.environ  # the compiled code runs in tests/ptx_emulator
 ON_CPU = pytest.mark.skipif(not INTERPRETED, reason="a CPU needs the interpreter: set TRITON_INTERPRET=1")
@@ -69,6 +76,18 @@ def cut_rows(monkeypatch, longest: int) -> None:
     monkeypatch.setattr(categorical, "plan", tiles)
 
 
+def function(module, family: str, part: str):
+    """A family's forward or step, called with the arguments that all families share: no unit, 3 degrees of freedom."""
+    call, nu = getattr(module, f"{family}_{part}"), {"nu": 3.0} if family == "student_t" else {}
+    if family not in ("laplace", "student_t"):
+        return call
+    if part == "forward":
+        return lambda *arguments, **options: call(*arguments, **nu, **options)
+    return lambda mu, state, grad, precision, keep, move, **options: call(
+        mu, state, grad, precision, None, keep, move, **nu, **options
+    )
+
+
 def double(x):
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
@@ -107,7 +126,7 @@ def problem(family: str, shape, samples: int, spot: Spot, form: str, *, scale: f
 
 
 def check_step(family, mu, state, grad, coefficients, extra, form, moved, **options) -> None:
-    kernel, oracle = (getattr(module, f"{family}_step") for module in (MODULES[family], reference))
+    kernel, oracle = (function(module, family, "step") for module in (MODULES[family], reference))
     precision, keep, move = coefficients
     start = state
     if state is None and form == "state":
@@ -130,7 +149,7 @@ def check_step(family, mu, state, grad, coefficients, extra, form, moved, **opti
 
 
 def check_forward(family, mu, state, coefficients, extra, form, **options) -> None:
-    kernel, oracle = (getattr(module, f"{family}_forward") for module in (MODULES[family], reference))
+    kernel, oracle = (function(module, family, "forward") for module in (MODULES[family], reference))
     arguments = (mu, state, coefficients[0], *extra)
     before = state.clone()
     if family == "categorical" and form == "state":
@@ -322,10 +341,10 @@ def test_far_variances(form, device):
 def test_nothing_to_do_at_the_prediction(family, form, columns, spot):
     """E = 0 and dF/dmu = 0, exactly, at u = mu with no gradient from above."""
     mu, state, grad, c, extra = problem(family, (2, columns), 2, spot, form, scale=4.0, size=0.0)
-    _, energy = getattr(MODULES[family], f"{family}_forward")(mu, state, c[0], *extra, form=form)
+    _, energy = function(MODULES[family], family, "forward")(mu, state, c[0], *extra, form=form)
     assert (energy == 0).all()
     for moved in (False, True):
-        new, grad_mu = getattr(MODULES[family], f"{family}_step")(
+        new, grad_mu = function(MODULES[family], family, "step")(
             mu, state.clone(), torch.zeros_like(grad), *c, *extra, form=form, moved=moved
         )
         assert torch.equal(new, state)
@@ -337,7 +356,7 @@ def test_nothing_to_do_at_the_prediction(family, form, columns, spot):
 def test_small_energies_keep_their_digits(family, size, device):
     """A relative error of 2e-5 of each sample's energy, where the plain formula loses all of it in float32."""
     mu, state, _, c, extra = problem(family, (4, 200), 4, (device, torch.float32), "error", scale=3.0, size=size)
-    _, energy = getattr(MODULES[family], f"{family}_forward")(mu, state, c[0], *extra, form="error")
+    _, energy = function(MODULES[family], family, "forward")(mu, state, c[0], *extra, form="error")
     if family == "categorical" or (family == "bernoulli" and size < 1e-3):  # float64 loses too many digits as well
         probability = mu.double().softmax(-1) if family == "categorical" else mu.double().sigmoid()
         if size < 1e-3:
@@ -349,7 +368,7 @@ def test_small_energies_keep_their_digits(family, size, device):
             truth = 0.5 * c[0] * curvature
             torch.testing.assert_close(energy.double(), truth, rtol=max(2e-5, 3 * size), atol=0.0)
             return
-    truth = getattr(reference, f"{family}_forward")(
+    truth = function(reference, family, "forward")(
         mu.double(), state.double(), c[0].double(), *map(double, extra), form="error"
     )[1]
     torch.testing.assert_close(energy.double(), truth, rtol=2e-5, atol=0.0)
@@ -388,11 +407,11 @@ def test_strided_inputs(family, device):
 def test_empty(family, shape, device):
     for form in ("error", "state"):
         mu, state, grad, c, extra = problem(family, shape, shape[0], (device, torch.float32), form)
-        emission, energy = getattr(MODULES[family], f"{family}_forward")(mu, state, c[0], *extra, form=form)
+        emission, energy = function(MODULES[family], family, "forward")(mu, state, c[0], *extra, form=form)
         assert emission.shape == grad.shape
         assert torch.equal(energy, torch.zeros_like(c[0]))
         for given_state in (state, None):
-            new, grad_mu = getattr(MODULES[family], f"{family}_step")(mu, given_state, grad, *c, *extra, form=form)
+            new, grad_mu = function(MODULES[family], family, "step")(mu, given_state, grad, *c, *extra, form=form)
             assert new.shape == mu.shape
             assert grad_mu.shape == (grad if family == "gaussian" and form == "error" else mu).shape
 
@@ -452,7 +471,7 @@ def test_bad_arguments(family, changes, error, words):
         changes.setdefault("grad", torch.zeros(4, 3))
         words = words.replace(r"\[4, 6\]", r"\[4, 3\]")
     with pytest.raises(error, match=words):
-        getattr(MODULES[family], f"{family}_step")(**arguments(**changes), **extra)
+        function(MODULES[family], family, "step")(**arguments(**changes), **extra)
 
 
 def test_bad_noise_and_masks():
@@ -563,7 +582,7 @@ def test_clamped_empty_and_bad(device):
 @pytest.mark.parametrize("family", MODULES)
 def test_no_launch_waits_for_the_gpu(family):
     mu, state, grad, c, extra = problem(family, (8, 1000), 4, ("cuda", torch.bfloat16), "error")
-    step = getattr(MODULES[family], f"{family}_step")
+    step = function(MODULES[family], family, "step")
     step(mu, state, grad, *c, *extra, form="error")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.set_sync_debug_mode("error")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributions as D
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 import pc_triton as pc
 from pc_triton import reference
 
-FAMILIES = ["gaussian", "gaussian_logvar", "bernoulli", "categorical"]
+FAMILIES = ["gaussian", "gaussian_logvar", "bernoulli", "categorical", "laplace", "student_t"]
+NU = 3.0
 FORMS = ["error", "state"]
 EPS = torch.finfo(torch.float64).eps
 
@@ -26,6 +29,10 @@ def divergence(family: str, u, mu):
         kl = D.kl_divergence(D.Normal(m, (s / 2).exp()), D.Normal(m_hat, (s_hat / 2).exp()))
     elif family == "bernoulli":
         kl = D.kl_divergence(D.Bernoulli(logits=u), D.Bernoulli(logits=mu))
+    elif family == "laplace":
+        kl = D.kl_divergence(D.Laplace(u, 1.0), D.Laplace(mu, 1.0))
+    elif family == "student_t":  # no divergence has a closed form: log p(mu) - log p(u), of the density around mu
+        kl = D.StudentT(NU, mu).log_prob(mu) - D.StudentT(NU, mu).log_prob(u)
     else:
         kl = D.kl_divergence(D.Categorical(logits=u), D.Categorical(logits=mu))
     return kl.flatten(1).sum(1) if kl.dim() > 1 else kl
@@ -35,7 +42,7 @@ def emission(family: str, u, noise):
     if family == "gaussian_logvar":
         m, s = u.chunk(2, -1)
         return m + (s / 2).exp() * noise[0]
-    return {"gaussian": lambda: u, "bernoulli": u.sigmoid, "categorical": lambda: u.softmax(-1)}[family]()
+    return {"bernoulli": u.sigmoid, "categorical": lambda: u.softmax(-1)}.get(family, lambda: u)()
 
 
 def curvature(family: str, u, mu, v):
@@ -43,6 +50,8 @@ def curvature(family: str, u, mu, v):
     if family == "gaussian_logvar":
         (_, s), (_, s_hat) = u.chunk(2, -1), mu.chunk(2, -1)
         return v * torch.cat([(-s_hat).exp(), torch.expm1(s - s_hat) / (2 * (s - s_hat))], -1)
+    if family == "student_t":
+        return v * (NU + 1) / NU
     p = emission(family, u, ())
     if family == "bernoulli":
         return p * (1 - p) * v
@@ -60,7 +69,16 @@ def problem(family: str, shape: tuple[int, ...], samples: int, size: float = 1.0
 
 
 def functions(family: str):
-    return getattr(reference, f"{family}_forward"), getattr(reference, f"{family}_step")
+    """Its forward and step, called with the arguments that all families share: no unit."""
+    forward, step = getattr(reference, f"{family}_forward"), getattr(reference, f"{family}_step")
+    if family not in ("laplace", "student_t"):
+        return forward, step
+    nu = {"nu": NU} if family == "student_t" else {}
+
+    def unitless(mu, state, grad, precision, keep, move, **options):
+        return step(mu, state, grad, precision, None, keep, move, **nu, **options)
+
+    return partial(forward, **nu), unitless
 
 
 def close(a, b) -> None:

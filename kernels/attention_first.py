@@ -28,7 +28,7 @@ from .attention import (
     visible,
 )
 from .categorical import online_softmax, settle
-from .common import check, check_moves, new_state, on_device, packed, sum_partials
+from .common import UNFUSED, check, check_moves, new_state, on_device, packed, sum_partials
 
 
 @triton.jit
@@ -186,7 +186,8 @@ def attention_fall(
         options = shape_options(q, k, "queries", causal, padding, segments)
         _fall[(len(q) * q.shape[1] * -(-q.shape[2] // options["ROWS"]),)](
             q, k, v, out, grad_out, None if padding is None else padding.contiguous().view(torch.uint8),
-            packed(segments), fall, scale, q_stride, k_stride, v_stride, q.shape[2], k.shape[2], q.shape[1], **options,
+            packed(segments), fall, scale, q_stride, k_stride, v_stride, q.shape[2], k.shape[2], q.shape[1],
+            **options | UNFUSED,
         )  # fmt: skip
     return sum_partials(fall, samples)
 
@@ -222,6 +223,6 @@ def attention_first_step(
         _first_step[(len(q) * q.shape[1] * -(-q.shape[2] // options["ROWS"]),)](
             v, out, grad_out, state, precision.contiguous(), move.contiguous(),
             None if padding is None else padding.contiguous().view(torch.uint8), packed(segments), v_stride, q.shape[2],
-            k.shape[2], q.shape[1], len(q) // len(precision), **options,
+            k.shape[2], q.shape[1], len(q) // len(precision), **options | UNFUSED,
         )  # fmt: skip
     return state

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check, check_precision, on_device, row_tile, tile
+from .common import UNFUSED, check, check_precision, on_device, row_tile, tile
 
 
 @triton.jit
@@ -69,6 +69,7 @@ def _measure(mu: Tensor, grad: Tensor, samples: int, curved: bool) -> Tensor:
             ROWS=rows,
             COLS=cols,
             num_warps=warps,
+            **UNFUSED,  # fused into a sum, a product makes each lane's another
         )
     return partials.sum(-1)
 

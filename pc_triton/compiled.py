@@ -64,12 +64,17 @@ class CompiledSteps:
         self.steps: dict[Any, tuple[Callable[..., Sequence[Tensor | None]], Callable[[Any, Tensor | None], None]]] = {}
         self.pool: Any = None  # the memory that the CUDA graphs share: one runs at a time
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "steps": {}, "pool": None}  # a copy makes its own graphs
+
     def __call__(self, x: Any, y: Tensor | None, tracks: bool) -> Tensor:
         """The free energy per item, with the weight gradients already made for its ``backward()``.
 
         tracks: as for `FreeEnergy.loss_and_batch`.
         """
         owner, whole = self.owner, self.whole
+        if owner.tracker.holds:
+            return owner.loss_and_batch(x, y, tracks=tracks)[0]  # what is held is no part of a graph
         first = None
         if tracks and owner.tracker.awaits(owner.rules.step):
             first, _ = owner.loss_and_batch(x, y, tracks=True)  # it sets the step; the graph is of those after it

@@ -36,11 +36,14 @@ class Distribution(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A family derived from a built-in one, with mathematics of its own, is not computed by its parent's."""
         super().__init_subclass__(**kwargs)
-        own = vars(cls)
-        if "node_forward" not in own and {"energy", "emission", "variance"} & own.keys():
-            cls.node_forward, cls.node_step = Distribution.node_forward, Distribution.node_step  # type: ignore
-            cls.fall = cls.fall if "fall" in own else Distribution.fall  # type: ignore
-            cls.quadratic = False
+
+        def place(name: str) -> int:
+            return next(i for i, base in enumerate(cls.__mro__) if name in vars(base))
+
+        own = min(map(place, ("energy", "emission", "variance")))
+        for name in ("node_forward", "node_step", "fall", "quadratic"):
+            if place(name) > own:
+                setattr(cls, name, vars(Distribution)[name])
 
     def forward(self, mu: Tensor, **frozen: Any) -> Tensor:
         """The emission of the node for its prediction mu ``[B, ..., C]``; in inference that of its state.

@@ -35,17 +35,24 @@ class Tracked(Guarded):
     def __init__(self, step: float, mean: Tensor | None = None) -> None:
         super().__init__(step)
         self.mean = mean
+        self.coarse = False  # whether F is too coarse to learn from
 
     def begin(self, free_energy: Tensor, slope: Tensor | None, remembers: bool) -> None:
         super().begin(free_energy, slope, remembers)
         if self.mean is not None:
-            self.step = torch.zeros_like(free_energy) + self.mean.to(free_energy)
+            self.step = torch.zeros_like(free_energy) + torch.where(self.mean.isfinite(), self.mean, self.first)
+
+    def unguarded(self, nodes: Sequence[Node], free_energy: Tensor) -> tuple[Tensor, Tensor]:
+        """In bfloat16 Newton's step: there u = mu + e loses what is small in e, and F tells of its rounding."""
+        if any(node.dtype == torch.bfloat16 for node in nodes):
+            self.coarse, self.step = True, torch.ones_like(self.step)
+        return super().unguarded(nodes, free_energy)
 
     def finish(self, nodes: Sequence[Node], look: Callable[[], Tensor]) -> None:
-        if self.mean is not None or self.moves != 1 or self.slope is None:
+        if self.mean is not None or self.coarse or self.moves != 1 or self.slope is None:
             return
         best = self.slope / torch.maximum(self._curvature(look()), self.slope)
-        best = torch.where(best > 0, best, self.step)  # where nothing moved, or F is no number
+        best = torch.where(best > 0, best, self.step)  # where nothing moved
         for node in nodes:
             if node.state is not None:
                 node.state = node.state * per_sample(best / self.step, node.state).to(node.state.dtype)
@@ -62,9 +69,15 @@ class Tracked(Guarded):
         return torch.where(both.isfinite().all(0), both, 0.0).sum(1)
 
     def _curvature(self, free_energy: Tensor) -> Tensor:
-        """Of F ``[S]`` along the first move, from F and its slope before it and F after it."""
+        """Of F ``[S]`` along the first move, from F and its slope before it and F after it.
+
+        At most what makes a tenth of the step the best one: an F that is no number says no more than that it was too
+        long, and no sample decides for all.
+        """
         assert self.slope is not None
-        return 2 * (free_energy - self.accepted + self.step * self.slope) / self.step**2
+        curvature = 2 * (free_energy - self.accepted + self.step * self.slope) / self.step**2
+        most = 10 * self.slope / self.step
+        return torch.minimum(curvature.nan_to_num(nan=torch.inf, posinf=torch.inf), most)
 
 
 class StepTracker(nn.Module):
@@ -81,7 +94,8 @@ class StepTracker(nn.Module):
         self.begun = False  # whether it holds a step; to look into the buffer would wait for the GPU
         self.shared = False  # whether all processes learn one step, of what all of them see
         self.seen: Tensor | None = None  # parabolas, since the last update
-        self.holds = False
+        self.first = 1.0
+        self.holds = 0  # how many `hold` are entered
 
     def rule(self, step: float) -> Tracked:
         """The rule for a batch; ``step`` is that of a first one."""
@@ -97,7 +111,9 @@ class StepTracker(nn.Module):
         That is the minimum of the samples' summed parabolas, at most 1, Newton's. free_energy: F ``[S]`` of the
         learning pass.
         """
-        parabola = rule.parabola(free_energy)
+        if rule.coarse and not self.begun:
+            self.mean, self.begun = torch.ones_like(self.mean, device=free_energy.device), True
+        parabola = None if rule.coarse else rule.parabola(free_energy)
         if parabola is None:
             return
         self.seen = parabola if self.seen is None else self.seen + parabola
@@ -108,21 +124,24 @@ class StepTracker(nn.Module):
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Within it the step stays as it is; after it all batches within count as one, as micro-batches do."""
-        self.holds = True
+        self.holds += 1
         try:
             yield
         except BaseException:
             self.seen = None
             raise
         finally:
-            self.holds = False
-        self._update()
+            self.holds -= 1
+        if not self.holds:
+            self._update()
 
     def _update(self) -> None:
         if self.seen is None:
             return
         slope, curvature = parallel.total(self.seen) if self.shared else self.seen
         self.seen = None
+        if not self.begun and not bool(slope > 0):
+            return  # nothing moved: the next batch is the first
         self.mean = self.mean.to(slope.device)
         best = (slope / torch.maximum(curvature, slope)).clamp(SMALLEST, 1.0).to(self.mean.dtype)
         mean = self.mean if self.begun else torch.full_like(best, self.first)
@@ -133,6 +152,7 @@ class StepTracker(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """A checkpoint made before steps were tracked has none, and begins as a new model does."""
         name = f"{prefix}mean"
-        state_dict.setdefault(name, torch.full_like(self.mean, torch.nan))
+        given = name in state_dict
+        state_dict.setdefault(name, torch.full((), torch.nan, dtype=torch.float32))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-        self.begun = bool(state_dict[name].isfinite())
+        self.begun = given and bool(state_dict[name].isfinite())

@@ -326,6 +326,30 @@ def test_a_derived_emission(family):
     torch.testing.assert_close(settled.output, model(x))
 
 
+def test_mathematics_from_another_base():
+    """An energy that comes before the family's in the order of bases; and a step of its own, which stays."""
+
+    class Quartic:
+        def energy(self, u, mu):
+            return (u - mu) ** 4
+
+    class Mixed(Quartic, pc.Gaussian):
+        pass
+
+    class Stepped(pc.Gaussian):
+        def energy(self, u, mu):
+            return (u - mu) ** 4
+
+        def node_step(self, *arguments, **options):
+            return pc.Distribution.node_step(self, *arguments, **options)
+
+    assert Mixed.node_forward is pc.Distribution.node_forward
+    assert Stepped.node_forward is pc.Distribution.node_forward
+    assert Stepped.node_step is not pc.Distribution.node_step
+    assert pc.Gaussian.node_forward is not pc.Distribution.node_forward
+    assert type("Plain", (pc.Gaussian,), {}).node_forward is pc.Gaussian.node_forward
+
+
 def test_attention_by_a_derived_softmax():
     """Neither the fused kernel nor torch's own attention computes it."""
 

@@ -543,20 +543,30 @@ def by_token(x: Tensor) -> tuple[Tensor, int]:
     return x, row
 
 
+def packed_tokens(x: Tensor, q: Tensor) -> Tensor:
+    """x ``[B, heads, length, HEAD]`` in q's dtype, laid out ``[B, length, heads, HEAD]`` without strides."""
+    return x.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def mask_pointers(padding: Tensor | None, segments: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The masks as the kernels read them."""
+    return None if padding is None else padding.contiguous().view(torch.uint8), packed(segments)
+
+
 def like_tokens(x: Tensor) -> Tensor:
     """A new tensor of x's shape and dtype, laid out ``[B, length, heads, HEAD]``."""
     b, heads, length, head = x.shape
     return torch.empty(b, length, heads, head, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
-def plan(dtype: torch.dtype, dim: int, kernel: str, segments: bool, arch: int | str) -> dict[str, int]:
+def plan(dtype: torch.dtype, dim: int, kernel: str, segments: bool, target: int | str) -> dict[str, int]:
     """ROWS, COLS, num_warps and num_stages of a kernel: the largest tiles that spill on none of aot.py's targets.
 
-    arch: Triton's name of the GPU. A product's warps lie along its rows, 16 to each and on sm_90 64 to four, for the
+    target: Triton's name of the GPU. A product's warps lie along its rows, 16 to each and on sm_90 64 to four, for the
     keys' kernel along its columns: warps beyond that would compute what others have, softmax and all. On sm_100, whose
     products lie in a memory of their own, eight warps share 64 rows.
     """
-    wide, number = dim > 64, 0 if isinstance(arch, str) else arch
+    wide, number = dim > 64, 0 if isinstance(target, str) else target
     amd, tensor_memory = number == 0, 100 <= number < 120
     if dtype == torch.float32:
         rows, cols, warps, stages = 16, 16 if kernel == "queries" else 32, 8 if wide else 4, 1
@@ -628,8 +638,7 @@ def attention_forward(
             v,
             state,
             precision.contiguous(),
-            None if padding is None else padding.contiguous().view(torch.uint8),
-            packed(segments),
+            *mask_pointers(padding, segments),
             out,
             energy,
             facts,
@@ -686,9 +695,9 @@ def attention_step(
     if mu.numel() == 0:
         return state, grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
     (q, q_stride), (k, k_stride), (v, v_stride) = by_token(q), by_token(k), by_token(v)
-    out, grad_out = (x.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (out, grad_out))
+    out, grad_out = packed_tokens(out, q), packed_tokens(grad_out, q)
     precision, facts = precision.contiguous(), facts.contiguous()
-    masks = (None if padding is None else padding.contiguous().view(torch.uint8), packed(segments))
+    masks = mask_pointers(padding, segments)
     mean_g = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lengths = (q.shape[2], k.shape[2], q.shape[1], mean_g.numel(), len(q) // len(precision))
     sizes = (scale, q_stride, k_stride, v_stride, *lengths)

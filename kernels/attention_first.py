@@ -21,6 +21,8 @@ from .attention import (
     end_of,
     keys_near,
     load_rows,
+    mask_pointers,
+    packed_tokens,
     place,
     seen_keys,
     segments_of,
@@ -28,7 +30,7 @@ from .attention import (
     visible,
 )
 from .categorical import online_softmax, settle
-from .common import UNFUSED, check, check_moves, new_state, on_device, packed, sum_partials
+from .common import UNFUSED, cdiv, check, check_moves, new_state, on_device, sum_partials
 
 
 @triton.jit
@@ -150,13 +152,6 @@ def _first_step(
         tl.store(pointers, new, mask=inside[:, None] & (cols < n_keys)[None, :])
 
 
-def _by_tokens(q: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """out and grad_out ``[B, H, N, D]`` in q's dtype, laid out ``[B, N, H, D]``."""
-    for x in tensors:
-        check("out and grad_out", x, q, q.shape)
-    return [x.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
-
-
 def attention_fall(
     q: Tensor,
     k: Tensor,
@@ -177,16 +172,18 @@ def attention_fall(
     """
     precision = torch.empty(samples, dtype=torch.float32, device=q.device)
     mu = check_attention(q, k, v, None, precision, causal, padding, segments)
-    out, grad_out = _by_tokens(q, out, grad_out)
+    check("out", out, q, q.shape)
+    check("grad_out", grad_out, q, q.shape)
+    out, grad_out = packed_tokens(out, q), packed_tokens(grad_out, q)
     if mu.numel() == 0:
         return torch.zeros_like(precision)
     fall = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     (q, q_stride), (k, k_stride), (v, v_stride) = by_token(q), by_token(k), by_token(v)
     with on_device(q):
         options = shape_options(q, k, "queries", causal, padding, segments)
-        _fall[(len(q) * q.shape[1] * -(-q.shape[2] // options["ROWS"]),)](
-            q, k, v, out, grad_out, None if padding is None else padding.contiguous().view(torch.uint8),
-            packed(segments), fall, scale, q_stride, k_stride, v_stride, q.shape[2], k.shape[2], q.shape[1],
+        _fall[(len(q) * q.shape[1] * cdiv(q.shape[2], options["ROWS"]),)](
+            q, k, v, out, grad_out, *mask_pointers(padding, segments), fall,
+            scale, q_stride, k_stride, v_stride, q.shape[2], k.shape[2], q.shape[1],
             **options | UNFUSED,
         )  # fmt: skip
     return sum_partials(fall, samples)
@@ -213,16 +210,18 @@ def attention_first_step(
     """
     mu = check_attention(q, k, v, None, precision, causal, padding, segments)
     check_moves(move, move, precision, mu)
-    out, grad_out = _by_tokens(q, out, grad_out)
+    check("out", out, q, q.shape)
+    check("grad_out", grad_out, q, q.shape)
+    out, grad_out = packed_tokens(out, q), packed_tokens(grad_out, q)
     state = new_state(mu, "error", state_dtype)
     if mu.numel() == 0:
         return state
     v, v_stride = by_token(v)
     with on_device(q):
         options = shape_options(q, k, "queries", causal, padding, segments)
-        _first_step[(len(q) * q.shape[1] * -(-q.shape[2] // options["ROWS"]),)](
+        _first_step[(len(q) * q.shape[1] * cdiv(q.shape[2], options["ROWS"]),)](
             v, out, grad_out, state, precision.contiguous(), move.contiguous(),
-            None if padding is None else padding.contiguous().view(torch.uint8), packed(segments), v_stride, q.shape[2],
-            k.shape[2], q.shape[1], len(q) // len(precision), **options | UNFUSED,
+            *mask_pointers(padding, segments),
+            v_stride, q.shape[2], k.shape[2], q.shape[1], len(q) // len(precision), **options | UNFUSED,
         )  # fmt: skip
     return state

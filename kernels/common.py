@@ -44,7 +44,11 @@ def check(
 def check_precision(precision: Tensor, like: Tensor, beside: str = "mu") -> None:
     """Refuse a precision that does not divide the rows of ``like``, of that name, among samples."""
     check("precision", precision, like, (precision.numel(),), beside=beside, coefficient=True)
-    samples = len(precision)
+    check_samples(len(precision), like, beside)
+
+
+def check_samples(samples: int, like: Tensor, beside: str = "mu") -> None:
+    """Refuse a number of samples that does not divide the rows of ``like``, of that name."""
     if like.shape[0] % samples if samples else like.shape[0]:
         raise ValueError(
             f"{beside} has {like.shape[0]} rows, no multiple of the {samples} samples of precision: "

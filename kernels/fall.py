@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import UNFUSED, check, check_precision, on_device, row_tile, tile
+from .common import UNFUSED, cdiv, check, check_samples, on_device, row_tile, tile
 
 
 @triton.jit
@@ -49,15 +49,15 @@ def _fall(
 def _measure(mu: Tensor, grad: Tensor, samples: int, curved: bool) -> Tensor:
     check("mu", mu, mu, mu.shape)
     check("grad", grad, mu, mu.shape)
-    check_precision(torch.empty(samples, dtype=torch.float32, device=mu.device), mu)
+    check_samples(samples, mu)
     if mu.numel() == 0:
         return torch.zeros(2, samples, dtype=torch.float32, device=mu.device)
     n = mu.numel() // samples
     rows, cols, warps = tile(n, 4096, 4096)
-    blocks = -(-n // cols)
+    blocks = cdiv(n, cols)
     partials = torch.empty(2, samples, blocks, dtype=torch.float32, device=mu.device)
     with on_device(mu):
-        _fall[(-(-samples // rows) * blocks,)](
+        _fall[(cdiv(samples, rows) * blocks,)](
             mu.contiguous(),
             grad.contiguous(),
             partials[0],

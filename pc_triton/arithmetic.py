@@ -41,6 +41,11 @@ def sum_samples(x: Tensor, samples: int) -> Tensor:
     return x.reshape(samples, -1).sum(1)
 
 
+def mean_square(mu: Tensor, samples: int) -> Tensor:
+    """The mean of mu^2 of each sample ``[S]``: the square of a location family's unit."""
+    return sum_samples(wide(mu) ** 2, samples) * (samples / mu.numel())
+
+
 def sent(grad: Tensor | None, mu: Tensor) -> Tensor:
     """What the children send back; 0 where nothing reads it."""
     return wide(mu).new_zeros(()) if grad is None else wide(grad)

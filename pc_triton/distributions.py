@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arithmetic import Step, error_of, kept, per_sample, sum_samples, wide
+from .arithmetic import Step, error_of, kept, mean_square, per_sample, sum_samples, wide
 from .context import awaits_pass, outside_graphs, pass_here
 
 
@@ -171,8 +171,7 @@ class Distribution(nn.Module):
             u = wide(mu.detach()).requires_grad_()
             push = torch.autograd.grad(self.emission(u, **frozen), u, wide(grad))[0]
         u = u.detach()
-        mean = sum_samples(u * u, samples) * (samples / u.numel())
-        return torch.stack([mean, sum_samples(self.variance(u) * push * push, samples)])
+        return torch.stack([mean_square(u, samples), sum_samples(self.variance(u) * push * push, samples)])
 
     def units(self, mu: Tensor) -> float:
         """The number of units whose states mu holds: its elements; for a Categorical its rows."""

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arithmetic import Step, divergence, error_of, kept, moved_by, per_sample, sent, sum_samples, wide
+from .arithmetic import Step, divergence, error_of, kept, mean_square, moved_by, per_sample, sent, sum_samples, wide
 from .reference_softmax import attention_fall as attention_fall
 from .reference_softmax import attention_first_step as attention_first_step
 from .reference_softmax import attention_forward as attention_forward
@@ -54,15 +54,13 @@ from .reference_softmax import mask_logits as mask_logits
 
 def location_fall(mu: Tensor, grad: Tensor, samples: int) -> Tensor:
     """The mean of mu^2 and the sum of g^2 of each sample ``[2, S]``: unit^2, and the fall, of a location family."""
-    mean = sum_samples(wide(mu) ** 2, samples) * (samples / mu.numel())
-    return torch.stack([mean, sum_samples(wide(grad) ** 2, samples)])
+    return torch.stack([mean_square(mu, samples), sum_samples(wide(grad) ** 2, samples)])
 
 
 def bernoulli_fall(mu: Tensor, grad: Tensor, samples: int) -> Tensor:
     """`location_fall` with the sum of p (1 - p) g^2 for the sum of g^2."""
     p = torch.sigmoid(wide(mu))
-    mean = sum_samples(wide(mu) ** 2, samples) * (samples / mu.numel())
-    return torch.stack([mean, sum_samples(p * (1 - p) * wide(grad) ** 2, samples)])
+    return torch.stack([mean_square(mu, samples), sum_samples(p * (1 - p) * wide(grad) ** 2, samples)])
 
 
 # Gaussian with a fixed variance: E = pi sum d^2 / 2, where pi holds 1 / sigma^2 as well.

@@ -94,7 +94,6 @@ class StepTracker(nn.Module):
         self.begun = False  # whether it holds a step; to look into the buffer would wait for the GPU
         self.shared = False  # whether all processes learn one step, of what all of them see
         self.seen: Tensor | None = None  # parabolas, since the last update
-        self.first = 1.0
         self.holds = 0  # how many `hold` are entered
 
     def rule(self, step: float) -> Tracked:
@@ -117,7 +116,6 @@ class StepTracker(nn.Module):
         if parabola is None:
             return
         self.seen = parabola if self.seen is None else self.seen + parabola
-        self.first = rule.first
         if not self.holds:
             self._update()
 
@@ -144,9 +142,9 @@ class StepTracker(nn.Module):
             return  # nothing moved: the next batch is the first
         self.mean = self.mean.to(slope.device)
         best = (slope / torch.maximum(curvature, slope)).clamp(SMALLEST, 1.0).to(self.mean.dtype)
-        mean = self.mean if self.begun else torch.full_like(best, self.first)
-        best = torch.where(slope > 0, best, mean)  # where nothing moved there is nothing to learn
-        self.mean.copy_(mean + NEWEST * (best - mean) if self.begun else best)
+        if self.begun:
+            best = torch.where(slope > 0, self.mean + NEWEST * (best - self.mean), self.mean)  # else nothing moved
+        self.mean.copy_(best)
         self.begun = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

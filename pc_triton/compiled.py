@@ -80,11 +80,13 @@ class CompiledSteps:
             first, _ = owner.loss_and_batch(x, y, tracks=True)  # it sets the step; the graph is of those after it
         leaves, spec = tree_flatten((x, y))
         inputs = [t for t in leaves if isinstance(t, Tensor)]
-        parameters, buffers = list(whole.parameters()), list(whole.buffers())
+        modules = list(whole.modules())  # walked once: on a small model that is a good part of a step
+        parameters = list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
+        buffers = list(dict.fromkeys(b for m in modules for b in m._buffers.values() if b is not None))
         learned = [p for p in parameters if p.requires_grad]
         device = inputs[0].device.type
         key = (
-            spec, tracks, owner.settings, owner.output, *(m.training for m in whole.modules()),
+            spec, tracks, owner.settings, owner.output, *(m.training for m in modules),
             torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
             *(t if not isinstance(t, Tensor) else None for t in leaves),
             *((t.shape, t.dtype, t.device, t.requires_grad) for t in (*parameters, *buffers, *inputs)),

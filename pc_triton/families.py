@@ -21,7 +21,7 @@ from .context import add_energy
 from .dispatch import backend, tracing
 from .distributions import Distribution
 from .reference import bernoulli_energy, gaussian_logvar_energy, laplace_energy
-from .reference_softmax import categorical_energy, log_softmax, mask_logits
+from .reference_softmax import categorical_energy, log_softmax, mask_logits, softmax
 
 
 class Gaussian(Distribution):
@@ -241,7 +241,7 @@ class Categorical(Distribution):
         self, u: Tensor, causal: bool = False, padding: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor:
         """softmax(u) along the last axis; masks as in `pc_triton.reference.mask_logits`."""
-        return log_softmax(mask_logits(wide(u), causal, padding, segments)).exp().to(u.dtype)
+        return softmax(mask_logits(wide(u), causal, padding, segments)).to(u.dtype)
 
     def check_target(self, target: Tensor, mu: Tensor) -> Tensor:
         """Check labels, int64 ``[S, ...]`` for mu ``[S, ..., C]``; the number of those that are not ignored (0-dim).
@@ -329,8 +329,12 @@ def output_family(given: Distribution | None, own: Distribution | None, target: 
     """The family of the clamped output: the one given; Categorical for labels; the output node's own; Gaussian(1)."""
     if given is not None:
         return given
-    own = Gaussian(1.0) if own is None else own
-    return own if target.is_floating_point() or isinstance(own, Categorical) else Categorical()
+    if target.is_floating_point():
+        return _VALUES if own is None else own
+    return own if isinstance(own, Categorical) else _LABELS
+
+
+_VALUES, _LABELS = Gaussian(1.0), Categorical()  # made once: every pass asks for the output's family
 
 
 class Laplace(Distribution):

@@ -45,7 +45,7 @@ class Batch(Nodes):
         clamp_input: bool | Tensor = True,
         shows: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self.inputs = model, inputs
         self.args, self.kwargs, first = check_batch(inputs)
         clamped = Output(target, len(first), output, output_weight, mask)
         super().__init__(len(first), calls, names, form, clamped)
@@ -72,15 +72,15 @@ class Batch(Nodes):
     # Passes.
 
     def free_energy(
-        self, *, first: bool = False, learns: bool = False, moves: bool = True, shows: bool = False, local: bool = False
+        self, *, learns: bool = False, moves: bool = True, shows: bool = False, local: bool = False
     ) -> Tensor:
-        """F ``[S]`` at the states, with its graph: one forward pass of the model.
+        """F ``[S]`` at the states, with its graph: one forward pass of the model. The first makes the nodes.
 
-        first: the pass that makes the nodes, at their predictions. learns: weight gradients will be taken of it. moves:
-        gradients of the states will be. shows: nodes keep their emissions and energies. local: each node's weights see
-        its own energy alone, whatever the order.
+        learns: weight gradients will be taken of it. moves: gradients of the states will be. shows: nodes keep their
+        emissions and energies. local: each node's weights see its own energy alone, whatever the order.
         """
-        here = ModelPass(self, first, learns, moves, shows, local)
+        here = ModelPass(self, learns, moves, shows, local)
+        first = here.first
         resume = RandomState(self.random.device) if self.resumes_random and not first else None
         self.random.restore()  # dropout and noise are the same in every pass
         try:
@@ -115,8 +115,8 @@ class Batch(Nodes):
         leaves = self.respond(response)
         if energy.requires_grad:
             torch.autograd.grad(energy, leaves, ones(energy), allow_unused=True)
-        for node in self.shifted:
-            if not node.moved and not isinstance(response, Gradient):
+        for node in self.in_graph:
+            if not node.displaced and not isinstance(response, Gradient):
                 raise RuntimeError(
                     f"node {node.name!r}: the model's forward passes it by; inference needs the same path at every step"
                 )
@@ -152,8 +152,8 @@ class Batch(Nodes):
 
     def _put_errors_in_the_graph(self, here: ModelPass, held: contextlib.ExitStack) -> None:
         """Have the Gaussian nodes of a compiled model add their errors to their predictions, within ``held``."""
-        for node in self.shifted:
-            node.moved = False
+        for node in self.in_graph:
+            node.displaced = False
             assert isinstance(node.family, Gaussian)
             held.enter_context(node.family.shifted(here.error_of(node, node.dtype)))
 
@@ -165,7 +165,7 @@ class Batch(Nodes):
         learns: it is the learning pass already. fuses: nobody but `Node` will ask what it predicts.
         """
         self.fuses_first = fuses and not self.shows
-        energy = self.free_energy(first=True, learns=learns, moves=False)
+        energy = self.free_energy(learns=learns, moves=False)
         if learns:
             self.let_go()
         return energy
@@ -194,7 +194,7 @@ class Batch(Nodes):
         (E_local of Goemaere et al. 2025); the two agree where inference is settled.
         """
         if local:
-            self.shifted, self.visited = [], self.nodes
+            self.in_graph, self.called = [], self.nodes
         return self.free_energy(learns=True, moves=False, local=local)
 
     def calibrate(self, energy: Tensor, precision: Precision) -> tuple[list[tuple[Node, Tensor]], Tensor]:

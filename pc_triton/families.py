@@ -290,7 +290,7 @@ class Categorical(Distribution):
         energy = _ClampedCategorical.apply(mu.reshape(-1, mu.shape[-1]), target.reshape(-1), self.ignore_index)
         return sum_samples(energy, len(mu))
 
-    def units(self, mu: Tensor) -> float:
+    def variables(self, mu: Tensor) -> float:
         """Rows."""
         return mu.numel() / mu.shape[-1]
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import orders, parallel
+from . import orders
 from .batch import Batch
 from .chain import chain_loss
 from .checks import check_free_input, check_model, check_options
 from .context import outside_graphs, prepare_compiler
 from .distributions import Distribution
 from .families import Gaussian
+from .infer import Settled, infer
 from .orders import Order, Start, as_order
 from .plumbing import Calls, hold_gathered, hold_statistics, sharded_modules
 from .report import NodeStep, Report, look, report
@@ -24,19 +25,6 @@ from .rules import Constant, Guarded, Precision, Rules, StateOptimizer, as_preci
 from .tracking import StepTracker, Tracked
 
 OrderName = Literal["error", "sweep", "simultaneous", "incremental"]
-
-
-class Settled(NamedTuple):
-    """What `FreeEnergy.infer` returns."""
-
-    input: Any
-    """The model's input: as given, or where it was free its inferred values, a tensor of x's shape."""
-    output: Tensor
-    """What the model returns under the inferred states: the logits or parameters, where the output is clamped."""
-    free_energy: Tensor
-    """F per sample ``[S]`` in nats."""
-    states: dict[str, Tensor]
-    """What each free node emits, by its name in the model (a module visited again has ``#2`` added)."""
 
 
 class FreeEnergy(nn.Module):
@@ -131,17 +119,33 @@ class FreeEnergy(nn.Module):
         self._names[self.input_node] = "input"
         self.tracker = StepTracker()
         self._ddp_params_and_buffers_to_ignore = ["tracker.mean"]  # DistributedDataParallel would send it every step
-        self.steps: int = as_order(order).steps if steps is None else steps
         self.order, self.precision, self.displacement = order, precision, displacement
+        self._steps, self._step = steps, step  # None: those of the order
         self.state_optimizer = state_optimizer
         self.state_dtype = None if state_dtype == torch.float32 else state_dtype  # None: that of the arithmetic
         self.output_weight, self.stop, self.local = output_weight, stop, local
-        self.guarded = step is None and state_optimizer is None
-        self.step = as_order(order).step if step is None else step
         _ = self.rules  # refuses what is out of range
         prepare_compiler()
         self._calls = Calls(model)
         self._compiled: Callable[..., Tensor] | None = None
+
+    @property
+    def steps(self) -> int:
+        """T: what was given, or the order's own."""
+        return as_order(self.order).steps if self._steps is None else self._steps
+
+    @steps.setter
+    def steps(self, steps: int | None) -> None:
+        self._steps = steps
+
+    @property
+    def step(self) -> float | Constant:
+        """The step, of the first move where it adapts: what was given, or the order's own."""
+        return as_order(self.order).step if self._step is None else self._step
+
+    @step.setter
+    def step(self, step: float | Constant | None) -> None:
+        self._step = step
 
     @property
     def rules(self) -> Rules:
@@ -149,9 +153,9 @@ class FreeEnergy(nn.Module):
         order, optimizes = as_order(self.order), self.state_optimizer is not None
         check_options(self.steps, self.order, order.form, optimizes, self.state_dtype, self.output_weight)
         step = as_step(self.step)
-        if self.guarded and type(step) is Constant:
-            one_move = order.form == "error" and self.steps == 2
-            step = self.tracker.rule(step.first) if one_move else Guarded(step.first)
+        if self._step is None and not optimizes:
+            only = order.form == "error" and self.steps == 2  # its one move is corrected by none
+            step = self.tracker.rule(order.step) if only else Guarded(order.step)
         return Rules(
             as_precision(self.precision, self.displacement),
             step,
@@ -165,7 +169,7 @@ class FreeEnergy(nn.Module):
     def settings(self) -> tuple[Any, ...]:
         """All that a training step follows from, but for the model and the batch."""
         return (
-            self.steps, self.order, self.precision, self.displacement, self.step, self.guarded, self.state_optimizer,
+            self.steps, self.order, self.precision, self.displacement, self._step, self.state_optimizer,
             self.state_dtype, self.output_weight, self.stop, self.local, self.tracker.begun,
         )  # fmt: skip
 
@@ -355,18 +359,9 @@ class FreeEnergy(nn.Module):
             check_free_input(x, clamp_input)
         batch = self.batch(x, y, mask=mask, input_node=self.input_node, clamp_input=clamp_input, shows=True)
         batch.watch = watch
+        rules = dataclasses.replace(self.rules, remembers=True)
         with hold_statistics(self._calls.norms):
-            steps = self.settle(batch, self.steps, start, dataclasses.replace(self.rules, remembers=True))
-            energy = batch.probe()
-            if isinstance(steps, Guarded):  # the last move too must not have raised F
-                rose = steps.take_back(batch.nodes, energy)
-                if rose or parallel.together():  # all processes make the same passes
-                    energy = batch.probe()
-        nodes = batch.named_nodes()
-        states = {name: node.emission.detach() for name, node in nodes.items() if node.emission is not None}
-        if isinstance(clamp_input, Tensor):
-            states["input"] = torch.where(clamp_input, x, states["input"])
-        return Settled(x if clamp_input is True else states["input"], batch.out.detach(), energy, states)
+            return infer(batch, lambda: self.settle(batch, self.steps, start, rules))
 
     @torch.inference_mode(False)
     @torch.enable_grad()

@@ -157,7 +157,7 @@ class AttentionAtPrediction:
     masks: dict[str, Any]
 
     @property
-    def units(self) -> float:
+    def variables(self) -> float:
         return self.q[..., 0].numel()
 
     def fall(self, grad: Tensor, samples: int) -> Tensor:

@@ -127,8 +127,9 @@ def descend(
             batch.move(free_energy, Gradient(_give_gradient))
             optimizer.step()
         else:
-            still = min((node.number for node in batch.nodes if node.moved), default=math.inf) if skips else -math.inf
-            batch.move(free_energy, Move(*steps.next(batch.nodes, free_energy.detach()), sweep, still))
+            displaced = [node.number for node in batch.nodes if node.displaced]
+            lowest = min(displaced, default=math.inf) if skips else -math.inf
+            batch.move(free_energy, Move(*steps.next(batch.nodes, free_energy.detach()), sweep, lowest))
         del free_energy  # with its graph, before the next is made
     else:
         if batch.watch is not None:
@@ -159,7 +160,7 @@ def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False
             node.precision = torch.full((batch.samples,), pi, dtype=node.state.dtype, device=node.state.device)
 
         batch.begins = begins
-        free_energy = batch.free_energy(first=True, learns=learns, moves=True)
+        free_energy = batch.free_energy(learns=learns)
         batch.begins = None
         batch.let_go()
         return free_energy, rules.step.start(free_energy.detach(), None, rules.remembers)
@@ -196,12 +197,12 @@ def _shift(batch: Batch, rules: Rules) -> None:
     """In a compiled model, leave the Gaussian nodes that are visited once to its graph, as mu + e."""
     if batch.calls.compiled and rules.state_optimizer is None and not batch.shows:
         families = [node.family for node in batch.nodes]
-        batch.shifted = [
+        batch.in_graph = [
             node
             for node in batch.nodes
             if node.state is not None and type(node.family) is Gaussian and families.count(node.family) == 1
         ]
-        batch.visited = [node for node in batch.nodes if node not in batch.shifted]
+        batch.called = [node for node in batch.nodes if node not in batch.in_graph]
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ class Nodes:
     ) -> None:
         self.samples, self.calls, self.names, self.form, self.output = samples, calls, names, form, output
         self.nodes: list[Node] = []
-        self.visited = self.nodes  # those of them that passes after the first meet
-        self.shifted: list[Node] = []  # the others: in a compiled model they are mu + e in its graph
-        # Stands for the states that move, in autograd's graph; and for those that do not.
+        self.called = self.nodes  # those of them whose layers call a pass after the first
+        self.in_graph: list[Node] = []  # the others: in a compiled model they are mu + e in its graph
+        # Stands for the states in autograd's graph, where they move; and where they do not.
         self.anchor = torch.zeros((), dtype=torch.float32, requires_grad=True)
-        self.still = self.anchor.detach()
+        self.anchor_held = self.anchor.detach()
         self.places: dict[Node, Tensor] | None = None  # where the pass under way puts states u
         self.fuses_first = False  # whether the first pass too may do without a node's prediction
         self.begins: Callable[[Node], None] | None = None  # gives a node its state in the first pass already
@@ -58,9 +58,10 @@ class Nodes:
 class ModelPass:
     """One pass of the model under the states of a batch: what its layers meet (`context.Pass`)."""
 
-    def __init__(self, batch: Nodes, first: bool, learns: bool, moves: bool, shows: bool, local: bool) -> None:
-        self.batch, self.first, self.learns, self.shows, self.local = batch, first, learns, shows, local
-        self.form = batch.form
+    def __init__(self, batch: Nodes, learns: bool, moves: bool, shows: bool, local: bool) -> None:
+        self.batch, self.form = batch, batch.form
+        self.first = not batch.nodes  # it makes them
+        self.learns, self.shows, self.local = learns, shows, local
         self.response: Response | None = None  # `Batch.move` gives it, before the backward pass
         self.differentiates = moves
         self.visits = 0
@@ -68,7 +69,7 @@ class ModelPass:
         self.checkpointed = False  # whether the model is where `checkpoint_contexts` are
         self.energies: list[Tensor] = []  # [S], of the nodes
         self.added: list[Tensor] = []  # [S], that the model added
-        self.anchor = batch.anchor if moves else batch.still
+        self.anchor = batch.anchor if moves else batch.anchor_held
         self.leaves = [self.anchor] if moves else []  # what the states' backward pass begins from
         self.seen: list[tuple[Node, Tensor, int]] = []  # emissions, and how often each had been changed
         self.head: tuple[Tensor, Tensor] | None = None
@@ -183,7 +184,7 @@ class ModelPass:
         prediction = wide(mu.detach())
         u = prediction if u is None else u
         node.state = (u - prediction if self.form == "error" else u.clone()).to(node.state.dtype)
-        node.moved = True
+        node.displaced = True
         return node.family.emission(u, **node.frozen).to(mu.dtype)
 
     def error_of(self, node: Node, dtype: torch.dtype) -> Tensor:
@@ -207,13 +208,13 @@ class ModelPass:
         return self.form == "error" and type(node.family) is Gaussian and backend(mu) is reference
 
     def _next_node(self, family: Distribution) -> Node:
-        visited = self.batch.visited
-        if self.visits == len(visited) or visited[self.visits].family is not family:
+        called = self.batch.called
+        if self.visits == len(called) or called[self.visits].family is not family:
             raise RuntimeError(
                 f"node {self.batch.name_of(family)!r}: the model visits its nodes in another order than in its "
                 "first pass; inference needs the same path at every step"
             )
-        return visited[self.visits]
+        return called[self.visits]
 
     def _new_node(self, family: Distribution, mu: Tensor, frozen: dict[str, Any]) -> Node:
         batch = self.batch
@@ -249,9 +250,9 @@ class ModelPass:
                 f"the model returned {type(out).__name__}: it must return one tensor, or a mapping with its "
                 "'logits'; wrap it"
             )
-        if not batch.nodes or self.visits != len(batch.visited):
+        if not batch.nodes or self.visits != len(batch.called):
             raise RuntimeError(
-                f"the model's forward visited {self.visits} value nodes, and {len(batch.visited)} in its first pass: "
+                f"the model's forward visited {self.visits} value nodes, and {len(batch.called)} in its first pass: "
                 "inference needs at least one, and the same at every step"
             )
         if out.dim() == 0 or out.shape[0] != batch.samples:

@@ -22,7 +22,7 @@ from .families import Gaussian
 from .node import Gradient, Node, Response
 from .output import Output
 from .passes import ModelPass, Nodes
-from .plumbing import Calls, RandomState, hold_statistics, hold_weights, ones, sharded_modules
+from .plumbing import Calls, RandomState, hold_statistics, hold_weights, ones, refuse_second_derivative, sharded_modules
 from .rules import Precision, precisions
 
 
@@ -104,6 +104,8 @@ class Batch(Nodes):
             raise
         if resume is not None:
             resume.restore()
+        if learns and (moves or not first) and energy.requires_grad:  # at the prediction it is plain backpropagation
+            energy.register_hook(refuse_second_derivative)
         self.energies.append(energy.detach())
         self.awaits = (here, here.leaves) if moves else None
         here.close()

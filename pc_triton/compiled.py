@@ -24,6 +24,7 @@ from .batch import Batch
 from .checks import check_values
 from .dispatch import tracing
 from .distributions import Distribution
+from .plumbing import once_differentiable
 from .rules import Rules
 from .tracking import StepTracker
 
@@ -289,7 +290,7 @@ class _Replayed(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("a compiled step makes gradients with its loss, once; leave FreeEnergy.compile() out")
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads, ctx.grads = ctx.grads, None
         if grads is None:

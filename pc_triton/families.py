@@ -205,7 +205,10 @@ class Bernoulli(Distribution):
 
 
 class _ClampedCategorical(torch.autograd.Function):
-    """-log q_y per row; the gradient q - y is made in the backward pass from the saved log-sum-exp."""
+    """-log q_y per row; the gradient q - y is made in the backward pass from the saved log-sum-exp.
+
+    Where that is to be differentiated again (``create_graph=True``) torch's own cross-entropy makes it.
+    """
 
     @staticmethod
     def forward(ctx, mu, labels, ignore_index):
@@ -215,9 +218,11 @@ class _ClampedCategorical(torch.autograd.Function):
         return energy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_energy):
         mu, labels, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            energy = F.cross_entropy(wide(mu), labels, ignore_index=ctx.ignore_index, reduction="none")
+            return *torch.autograd.grad(energy, mu, grad_energy, create_graph=True), None, None
         grad = backend(mu).clamped_categorical_backward(mu, labels, lse, grad_energy, ctx.ignore_index)
         return grad, None, None
 

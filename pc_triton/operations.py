@@ -17,6 +17,12 @@ from torch import Tensor
 from .dispatch import backend
 from .families import Gaussian
 from .node import Node, Response
+from .plumbing import once_differentiable
+
+REFUSAL = (
+    "a derivative taken within the model passes a value node, whose gradient inference makes once; take it around a "
+    "part of the model without nodes"
+)
 
 
 class Turn(Protocol):
@@ -48,7 +54,7 @@ class Emit(torch.autograd.Function):
         return emission, energy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable(REFUSAL)
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
         (mu,) = ctx.saved_tensors
         node, form, response = ctx.node, ctx.form, ctx.here.response
@@ -86,7 +92,7 @@ class EmitLinear(torch.autograd.Function):
         return emission.view(state.shape), energy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable(REFUSAL)
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
         weight, x = ctx.saved_tensors
         node, response = ctx.node, ctx.here.response
@@ -126,7 +132,7 @@ class EmitAttention(torch.autograd.Function):
         return out, energy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable(REFUSAL)
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
         q, k, v, out, facts = ctx.saved_tensors
         node, response = ctx.node, ctx.here.response

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -106,6 +107,33 @@ class Calls:
         """Within it the compiled model draws the random numbers of the first pass, whose draws were eager."""
         with torch._inductor.config.patch(fallback_random=True), torch._dynamo.config.patch(recompile_limit=MODELS):
             yield
+
+
+def refuse_second_derivative(grad: Tensor) -> None:
+    """A hook on a loss whose states were inferred: its gradient has no derivative, and a wrong one would be silent."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True: the free energy has no second derivative, since its graph does not hold how the "
+            "inferred states depend on the weights. FreeEnergy(model, steps=1), which is backpropagation, has one"
+        )
+
+
+def once_differentiable(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The backward of an `autograd.Function` that made its gradients beforehand; what: the refusal of a second one.
+
+    torch's own lets ``create_graph=True`` pass where the gradient that comes in requires none, as that of a loss.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def once(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"create_graph=True: {what}")
+            return backward(ctx, *grads)
+
+        return once
+
+    return decorate
 
 
 MODELS = 64

@@ -1,0 +1,168 @@
+"""What models and programs of others do around a training step: made right, or refused in words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pc_triton as pc
+from pc_triton import dispatch
+
+ORDERS = ["error", "sweep", "simultaneous"]
+
+
+def mlp(dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    layers = pc.Linear(4, 5), nn.Tanh(), pc.Linear(5, 5, **options), nn.Tanh(), nn.Linear(5, 3)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def batch(dtype=torch.float64):
+    torch.manual_seed(1)
+    return torch.randn(6, 4, dtype=dtype), torch.randint(3, (6,))
+
+
+def loss_of(free_energy, x, y):
+    """The loss of a call, or of the first step of "incremental"."""
+    return next(free_energy.incremental(x, y)) if free_energy.order == "incremental" else free_energy(x, y)
+
+
+# Second derivatives.
+
+
+def penalty_gradient(loss, parameters):
+    """The gradient of the squared gradient of the loss, as of a gradient penalty."""
+    grads = torch.autograd.grad(loss, parameters, create_graph=True)
+    return torch.autograd.grad(sum((g * g).sum() for g in grads), parameters, materialize_grads=True)
+
+
+@pytest.mark.parametrize(
+    "node", [pc.Gaussian(), pc.Bernoulli(), pc.Categorical()], ids=lambda node: type(node).__name__
+)
+@pytest.mark.parametrize("values", [False, True])
+def test_one_error_step_has_second_derivatives(values, node):
+    """At T = 1 F is the plain loss: so is the gradient of its gradient."""
+    model, (x, y) = mlp(node=node), batch()
+    parameters = list(model.parameters())
+    y = torch.randn(6, 3, dtype=torch.float64) if values else y
+    plain = 0.5 * ((model(x) - y) ** 2).sum() / 6 if values else F.cross_entropy(model(x), y)
+    truth = penalty_gradient(plain, parameters)
+    for a, b in zip(penalty_gradient(pc.FreeEnergy(model, steps=1)(x, y), parameters), truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_second_derivatives_of_ignored_labels():
+    model, (x, y) = mlp(), batch()
+    y[2] = -100
+    parameters = list(model.parameters())
+    truth = penalty_gradient(F.cross_entropy(model(x), y), parameters)
+    for a, b in zip(penalty_gradient(pc.FreeEnergy(model, steps=1)(x, y), parameters), truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 2},
+        {"steps": 1, "local": True},
+        {"order": "sweep", "steps": 1},
+        {"order": "simultaneous"},
+        {"order": "incremental", "steps": 1},
+    ],
+    ids=str,
+)
+def test_inferred_states_have_no_second_derivative(options, backend):
+    """They depend on the weights, and the graph does not say how: refused, and plain learning is as before."""
+    model, (x, y) = mlp(torch.float32), batch(torch.float32)
+    free_energy = pc.FreeEnergy(model, **options)
+    with dispatch.use_backend(backend):
+        with pytest.raises(RuntimeError, match=r"create_graph=True.*steps=1"):
+            loss_of(free_energy, x, y).backward(create_graph=True)
+        assert all(p.grad is None for p in model.parameters())
+        loss_of(free_energy, x, y).backward()
+    assert model[4].weight.grad.abs().sum() > 0
+
+
+def test_gradients_made_with_the_loss_have_no_second_derivative():
+    x, y = batch(torch.float32)
+    head = nn.Sequential(pc.Linear(4, 5), nn.Tanh(), pc.Head(5, 3))
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*nn\.Linear"):
+        pc.FreeEnergy(head, steps=1)(x, y).backward(create_graph=True)
+    with dispatch.use_backend("triton"), dispatch.use_chain(True):
+        loss = pc.FreeEnergy(mlp(torch.float32), steps=1)(x, y)
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*one launch"):
+        loss.backward(create_graph=True)
+
+
+class Slope(nn.Module):
+    """A model that takes a derivative through its own node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 5), pc.Bernoulli(), nn.Linear(5, 1))
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.body(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_derivative_within_the_model_through_a_node():
+    torch.manual_seed(0)
+    model, x = Slope(), torch.randn(6, 4)
+    y = torch.zeros(6, 4)
+    pc.FreeEnergy(model, steps=1)(x, y).backward()
+    truth = torch.autograd.grad(0.5 * (model(x) ** 2).sum() / 6, model.body[0].weight)[0]
+    torch.testing.assert_close(model.body[0].weight.grad, truth)
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*without nodes"):
+        pc.FreeEnergy(model, steps=2)(x, y)
+
+
+# Nothing that can be trained below a node.
+
+
+def on_the_data():
+    torch.manual_seed(0)
+    return nn.Sequential(pc.Gaussian(), nn.Linear(4, 5), nn.Tanh(), pc.Linear(5, 5), nn.Linear(5, 3)).double()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("order", [*ORDERS, "incremental"])
+@pytest.mark.parametrize("frozen", [[0], [0, 2], [4], [0, 2, 4]], ids=str)
+def test_frozen_parts_leave_the_other_gradients_alone(frozen, order, steps):
+    model, (x, y) = mlp(), batch()
+    loss_of(pc.FreeEnergy(model, order=order, steps=steps), x, y).backward()
+    truth = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    for layer in frozen:
+        model[layer].requires_grad_(False)
+    loss = loss_of(pc.FreeEnergy(model, order=order, steps=steps), x, y)
+    if frozen != [0, 2, 4]:
+        loss.backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (not p.requires_grad)
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, truth[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_node_on_the_data(order, steps):
+    """At a high precision the gradients are backpropagation's; state orders have the last layer's after any step."""
+    model, (x, y) = on_the_data(), batch()
+    pc.FreeEnergy(model, order=order, steps=steps, precision=1e9)(x, y).backward()
+    truth = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    for p, g in zip(model.parameters(), truth, strict=True):
+        if order == "error" or p.shape[0] == 3:
+            torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_model_without_parameters(order, steps):
+    model, (x, _) = nn.Sequential(pc.Gaussian(), nn.Tanh(), pc.Gaussian(), nn.Tanh()), batch()
+    loss = pc.FreeEnergy(model, order=order, steps=steps, precision=1e3)(x, x)
+    plain = 0.5 * ((model(x) - x) ** 2).sum() / 6
+    torch.testing.assert_close(loss, plain, rtol=0.01, atol=0.0)

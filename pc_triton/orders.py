@@ -18,6 +18,7 @@ from . import parallel
 from .arithmetic import wide
 from .batch import Batch
 from .checks import check_finite
+from .dispatch import as_state
 from .families import Gaussian
 from .node import Gradient, Move, Node
 from .rules import Constant, Displacement, Fixed, Rules
@@ -146,7 +147,7 @@ def _give_gradient(node: Node, natural: Tensor) -> None:
 def _errors_at_zero(pushes: list[tuple[Node, Tensor]], rules: Rules) -> None:
     for node, _ in pushes:
         assert node.mu is not None
-        node.state = torch.zeros_like(wide(node.mu), dtype=rules.state_dtype)
+        node.state = as_state(torch.zeros_like(wide(node.mu), dtype=rules.state_dtype))
 
 
 def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False) -> tuple[Tensor | None, Constant]:
@@ -156,7 +157,7 @@ def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False
 
         def begins(node: Node) -> None:
             assert node.mu is not None
-            node.state = wide(node.mu.detach()).clone()
+            node.state = as_state(wide(node.mu.detach()).clone())
             node.precision = torch.full((batch.samples,), pi, dtype=node.state.dtype, device=node.state.device)
 
         batch.begins = begins
@@ -167,7 +168,7 @@ def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False
     free_energy = batch.at_prediction()
     for node, _ in batch.calibrate(free_energy, rules.precision)[0]:
         assert node.mu is not None
-        node.state = wide(node.mu).clone()
+        node.state = as_state(wide(node.mu).clone())
     _start_at(batch, start)
     batch.let_go()
     batch.energies.clear()  # F at the states that the first move starts from is still to be taken

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import reference
 from .arithmetic import sum_samples, wide
 from .context import First, Fused, running
-from .dispatch import backend, tracing
+from .dispatch import as_state, backend, tracing
 from .distributions import Distribution
 from .families import Categorical, Gaussian
 from .node import Node, Response
@@ -91,6 +91,7 @@ class ModelPass:
             return mu
         if node.state is None:
             return self._record(node, self._at_prediction(node, mu))
+        node.state = as_state(node.state)  # an order or a rule of the user's may have permuted it
         if batch.places is not None:
             emission = self._placed(node, mu, batch.places.get(node))
             return self._record(node, emission, wide(mu.detach()).new_zeros(batch.samples))
@@ -113,6 +114,7 @@ class ModelPass:
         node = self._next_node(family)
         if node is self.batch.output.node or node.state is None:
             return None
+        node.state = as_state(node.state)
         return self._record(node, *fused(node, self, self.anchor))
 
     def _emit_first(self, family: Distribution, first: First) -> Tensor:
@@ -183,7 +185,7 @@ class ModelPass:
         assert node.state is not None
         prediction = wide(mu.detach())
         u = prediction if u is None else u
-        node.state = (u - prediction if self.form == "error" else u.clone()).to(node.state.dtype)
+        node.state = as_state((u - prediction if self.form == "error" else u.clone()).to(node.state.dtype))
         node.displaced = True
         return node.family.emission(u, **node.frozen).to(mu.dtype)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pc_triton as pc
-from pc_triton import dispatch
+from pc_triton import dispatch, orders
 
 ORDERS = ["error", "sweep", "simultaneous"]
 
@@ -166,3 +166,91 @@ def test_a_model_without_parameters(order, steps):
     loss = pc.FreeEnergy(model, order=order, steps=steps, precision=1e3)(x, x)
     plain = 0.5 * ((model(x) - x) ** 2).sum() / 6
     torch.testing.assert_close(loss, plain, rtol=0.01, atol=0.0)
+
+
+# Permuted memory.
+
+
+class Permuted(nn.Module):
+    """A node on a prediction that was transposed, or that lies channels-last; packed, on a copy in rows."""
+
+    def __init__(self, node, how, packed) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.packed, self.node = how, packed, node
+        self.conv, self.hidden, self.head = nn.Conv2d(3, 4, 1), pc.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.conv(x)  # [S, 4, 2, 3]
+        h = h.flatten(2).transpose(1, 2) if self.how == "transposed" else h.to(memory_format=torch.channels_last)
+        h = self.node(h.contiguous() if self.packed else h)
+        h = h if self.how == "transposed" else h.flatten(2).transpose(1, 2)
+        return self.head(self.hidden(h.tanh()).mean(1))
+
+
+def sgd(states):
+    return torch.optim.SGD(states, lr=0.3)
+
+
+OPTIONS = [{}, {"order": "sweep"}, {"order": "simultaneous", "precision": 3.0}, {"order": "incremental"}]
+
+
+@pytest.mark.parametrize("node", [pc.Gaussian, pc.Bernoulli, pc.Categorical, pc.StudentT])
+@pytest.mark.parametrize("how", ["transposed", "channels last"])
+@pytest.mark.parametrize(
+    "options",
+    [*OPTIONS, {"state_optimizer": sgd}, {"order": "simultaneous", "state_optimizer": sgd}],
+    ids=["error", "sweep", "simultaneous", "incremental", "error-sgd", "simultaneous-sgd"],
+)
+def test_kernels_take_states_of_permuted_predictions(options, how, node):
+    """Of two dimensions swapped, or of convolutions in channels-last: they compute what they do of a copy in rows."""
+    torch.manual_seed(1)
+    x, y = torch.randn(5, 3, 2, 3), torch.randint(3, (5,))
+    found = []
+    for packed in (False, True):
+        model = Permuted(node(), how, packed)
+        with dispatch.use_backend("triton"):
+            loss_of(pc.FreeEnergy(model, **options), x, y).backward()
+            settled = pc.FreeEnergy(model, **options).infer(x, y, start=lambda mu: {"node": 1.1 * mu["node"]})
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        found.append([*grads, settled.free_energy])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+
+
+def test_an_order_of_ones_own_may_permute_states():
+    def settle(batch, rules, moves, start):
+        steps = orders.simultaneous(batch, rules, 1, start)
+        for node in batch.nodes:
+            if node.state is not None:
+                node.state = node.state.t().contiguous().t()
+        return orders.descend(batch, rules, steps, moves - 1)
+
+    (x, y), found = batch(torch.float32), []
+    for backend in ("torch", "triton"):
+        model = mlp(torch.float32)
+        with dispatch.use_backend(backend):
+            pc.FreeEnergy(model, order=settle)(x, y).backward()
+        found.append(model[0].weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"local": True}, {"order": "sweep"}, {"order": "simultaneous"}], ids=str)
+def test_channels_last_convolutions_in_a_compiled_model(options):
+    torch.manual_seed(1)
+    x, y = torch.randn(4, 3, 6, 6), torch.randint(3, (4,))
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        body = nn.Conv2d(3, 4, 3), pc.Gaussian(), nn.ReLU(), nn.Conv2d(4, 4, 2), pc.Bernoulli(), nn.Flatten()
+        model = nn.Sequential(*body, nn.Linear(36, 3))
+        if compiled:
+            model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+            model.compile(backend="aot_eager")
+        free_energy = pc.FreeEnergy(model, **options)
+        for _ in range(2):
+            model.zero_grad()
+            free_energy(x, y).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()

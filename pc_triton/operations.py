@@ -58,6 +58,8 @@ class Emit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
         (mu,) = ctx.saved_tensors
         node, form, response = ctx.node, ctx.form, ctx.here.response
+        if node.state is None:  # it became the output: it emits what it is predicted
+            return grad, None, None, None, None, None
         if response is None:
             if grad is None and form == "error":
                 grad = _zeros(*ctx.like)

@@ -21,6 +21,7 @@ from .operations import Emit, respond_to
 from .output import Output
 from .plumbing import Calls, hold_statistics
 from .recompute import Again, in_checkpoint
+from .returned import LAYOUT, made_of
 
 
 class Nodes:
@@ -140,6 +141,11 @@ class ModelPass:
 
     def labels_for(self, logits: Tensor) -> tuple[Tensor, int, bool] | None:
         output = self.batch.output
+        if output.target is not None and output.target.is_floating_point() and output.given is None:
+            self.batch.calls.say(
+                "y holds values, and pc.Head gives logits: they are compared by squared error. Give FreeEnergy "
+                "output=pc.Categorical() for probabilities, or output=pc.Gaussian() for what is done now"
+            )
         if output.target is None or output.target.is_floating_point() or self.shows or tracing.get():
             return None
         family = output.family
@@ -273,9 +279,13 @@ class ModelPass:
         returned = [
             (node, emission) for node, emission, _ in self.seen if node.fused is None and _is_emission(out, emission)
         ]
-        if not returned:
-            return
-        node, emission = returned[-1]
+        if returned:
+            node, emission = returned[-1]
+        else:
+            found = self._passed_on(out)
+            if found is None:
+                return
+            node, emission, output.direct = found, out, True
         assert node.mu is not None
         if node.state is not None:  # it has no energy of its own
             del self.energies[[n for n, *_ in self.seen].index(node)]
@@ -283,11 +293,30 @@ class ModelPass:
         if emission.shape != out.shape:
             output.shape = out.shape  # the model flattens or squeezes what its last node emits
 
+    def _passed_on(self, out: Tensor) -> Node | None:
+        """The node of which the model returns values as they are, some of them or as log_softmax of labels' logits."""
+        output = self.batch.output
+        found = made_of(out, [(node, emission) for node, emission, _ in self.seen if node.fused is None])
+        if found is None:
+            return None
+        node, names = found
+        labels = output.target is not None and not output.target.is_floating_point()
+        same = names[1:] if labels and names and names[0] == "LogSoftmax" else names  # log_softmax of it is the same
+        if set(same) <= LAYOUT and type(node.family).emission is Distribution.emission:
+            return node
+        last = next(name for name in names if name not in LAYOUT) if set(names) - LAYOUT else names[0]
+        self.batch.calls.say(
+            f"the model returns what its last node, {node.name!r}, emits after {last.lower()} and nothing that learns: "
+            "the last layer's output is then a hidden state of its own, which explains a part of the error away. To "
+            "clamp the output itself use a plain layer there, such as nn.Linear for pc.Linear"
+        )
+        return None
+
     def output_energy(self, out: Tensor) -> Tensor:
         """The energy ``[S]`` of the output, at what the model returned."""
         output = self.batch.output
         if self.head is None:
-            return output.energy(out if output.node is None else self.output_mu, self.first)
+            return output.energy(out if output.node is None or output.direct else self.output_mu, self.first)
         stands_for, energy = self.head
         if out is not stands_for:
             raise RuntimeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -92,6 +93,13 @@ class Calls:
         self.compiled = any("_orig_mod" in n or m._compiled_call_impl for n, m in model.named_modules())
         self.norms = [m for m in model.modules() if isinstance(m, _NormBase)]
         self.run: Callable[..., Any] = _call
+        self.said: set[str] = set()
+
+    def say(self, warning: str) -> None:
+        """Warn of what cannot be known to be wrong, once."""
+        if warning not in self.said:
+            self.said.add(warning)
+            warnings.warn(warning, stacklevel=2)
 
     def compile(self, backend: Any = "inductor") -> None:
         """Give the model to torch.compile, unless its user has done so already."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -254,3 +256,139 @@ def test_channels_last_convolutions_in_a_compiled_model(options):
         found.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+# What the model does to its output.
+
+
+class Ends(nn.Module):
+    """A model of one hidden layer, and a last one that is given, followed by a function."""
+
+    def __init__(self, last, function, columns=3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.last, self.function = pc.Linear(4, 5), last(5, columns), function
+
+    def forward(self, x):
+        return self.function(self.last(self.hidden(x).tanh()))
+
+
+def probabilities(y):
+    return F.one_hot(y, 3).double()
+
+
+TWICE = {
+    "sigmoid": (lambda z: z.sigmoid(), pc.Bernoulli(), probabilities),
+    "sigmoid, then flattened": (lambda z: z.sigmoid().flatten(1).float(), pc.Bernoulli(), probabilities),
+    "logsigmoid": (F.logsigmoid, pc.Bernoulli(), probabilities),
+    "softmax of a Bernoulli": (lambda z: z.softmax(-1), pc.Bernoulli(), probabilities),
+    "softmax": (lambda z: z.softmax(-1), None, lambda y: y),
+    "softmax, given": (nn.Softmax(-1), pc.Categorical(), probabilities),
+    "a node on a sigmoid": (nn.Sequential(nn.Sigmoid(), pc.Bernoulli()), None, probabilities),
+}
+
+
+@pytest.mark.parametrize("order", ["error", "simultaneous"])
+@pytest.mark.parametrize("last", [nn.Linear, pc.Linear])
+@pytest.mark.parametrize("name", TWICE)
+def test_an_activation_that_the_output_has_itself(name, last, order):
+    (x, y), (function, output, target) = batch(), TWICE[name]
+    model = Ends(last, function).double()
+    with pytest.raises(ValueError, match=r"takes logits.*take that last step out"):
+        pc.FreeEnergy(model, output, order=order)(x, target(y))
+
+
+ONCE = {
+    "sigmoid by squared error": (torch.sigmoid, None, probabilities),
+    "softmax by squared error": (nn.Softmax(-1), pc.Gaussian(), probabilities),
+    "log_softmax": (nn.LogSoftmax(-1), None, lambda y: y),
+    "sigmoid of labels": (torch.sigmoid, None, lambda y: y),
+    "a node of the sigmoid": (pc.Bernoulli(), None, probabilities),
+    "a node of the softmax": (pc.Categorical(), None, lambda y: y),
+    "a gate": (lambda z: z * z.sigmoid(), pc.Bernoulli(), probabilities),
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_an_activation_that_the_output_does_not_have(name, recwarn):
+    (x, y), (function, output, target) = batch(), ONCE[name]
+    assert pc.FreeEnergy(Ends(nn.Linear, function).double(), output)(x, target(y)).isfinite()
+    assert not [w for w in recwarn if "node" in str(w.message)]
+
+
+SAME = {
+    "slice": (lambda z: z[:, :3], 6, False),
+    "select": (lambda z: z[:, 1], 6, True),
+    "chunk": (lambda z: z.chunk(2, 1)[1], 6, False),
+    "gather": (lambda z: z.gather(1, torch.arange(6).view(6, 1) % 3).squeeze(1), 6, True),
+    "index": (lambda z: z[torch.arange(6), torch.arange(6) % 3], 6, True),
+    "permuted": (lambda z: z.view(-1, 3, 2).transpose(1, 2), 6, True),
+    "log_softmax": (nn.LogSoftmax(-1), 3, False),
+    "log_softmax of a slice": (lambda z: z[:, 3:].log_softmax(-1), 6, False),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "simultaneous", "precision": 1.0}, {"order": "sweep"}], ids=str)
+@pytest.mark.parametrize("name", SAME)
+def test_a_last_layer_whose_values_are_returned_is_the_output(name, options, recwarn):
+    """In part, in another order, or as log_softmax of logits: F and gradients are those of a plain last layer."""
+    function, columns, values = SAME[name]
+    x, y = batch()
+    y = torch.randn_like(Ends(nn.Linear, function, columns).double()(x)) if values else y
+    found = []
+    for last in (pc.Linear, nn.Linear):
+        model = Ends(last, function, columns).double()
+        free_energy = pc.FreeEnergy(model, **options)
+        loss = free_energy(x, y)
+        loss.backward()
+        settled = free_energy.infer(x, y)
+        assert list(settled.states) == ["hidden"]
+        found.append([loss.detach(), settled.free_energy, settled.output, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert not [w for w in recwarn if "node" in str(w.message)]
+
+
+AFTER = {
+    "softplus": (F.softplus, probabilities),
+    "mean": (lambda z: z.view(-1, 3, 1).mean(2), lambda y: y),
+    "tanh of a slice": (lambda z: z[:, :2].tanh(), lambda y: torch.zeros(6, 2).double()),
+}
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_a_last_layer_with_something_after_it_is_told_of_once(name):
+    (x, y), (function, target) = batch(), AFTER[name]
+    model = Ends(pc.Linear, function).double()
+    free_energy = pc.FreeEnergy(model)
+    with pytest.warns(UserWarning, match=r"'last', emits after.*nn\.Linear for pc\.Linear"):
+        free_energy(x, target(y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        free_energy(x, target(y))
+        free_energy.infer(x, target(y))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_layer_after_the_last_node_is_nothing_to_tell(frozen, recwarn):
+    model, (x, y) = mlp(), batch()
+    model[4].requires_grad_(not frozen)
+    pc.FreeEnergy(nn.Sequential(model, nn.Tanh()))(x, y)
+    assert not [w for w in recwarn if "node" in str(w.message)]
+
+
+def test_values_for_a_head_are_told_of():
+    model, (x, y) = Ends(pc.Head, nn.Identity()).double(), batch()
+    free_energy = pc.FreeEnergy(model)
+    with pytest.warns(UserWarning, match=r"output=pc\.Categorical\(\)"):
+        free_energy(x, probabilities(y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        free_energy(x, probabilities(y))
+
+
+@pytest.mark.parametrize("output", [pc.Categorical(), pc.Gaussian()])
+def test_a_head_with_an_output_that_is_given_is_nothing_to_tell(output, recwarn):
+    model, (x, y) = Ends(pc.Head, nn.Identity()).double(), batch()
+    pc.FreeEnergy(model, output)(x, probabilities(y))
+    assert not [w for w in recwarn if "pc.Head" in str(w.message)]

@@ -22,7 +22,7 @@ from .families import Gaussian
 from .node import Gradient, Node, Response
 from .output import Output
 from .passes import ModelPass, Nodes
-from .plumbing import Calls, RandomState, hold_statistics, hold_weights, ones, refuse_second_derivative, sharded_modules
+from .plumbing import Calls, RandomState, hold_weights, ones, refuse_second_derivative, sharded_modules
 from .rules import Precision, precisions
 
 
@@ -60,7 +60,8 @@ class Batch(Nodes):
         self.energies: list[Tensor] = []  # F [S] of every pass
         self.watch: Callable[[Batch], None] | None = None  # called before every move, and after the last
         self.awaits: tuple[ModelPass, list[Tensor]] | None = None  # the last pass, until its response is known
-        self.random = RandomState(first.device)
+        self.looks = calls.looks_again(model.training)
+        self.random = RandomState(first.device, calls.draws_elsewhere or self.looks)
         self.resumes_random = False  # whether something else draws between the passes
 
     @property
@@ -81,12 +82,15 @@ class Batch(Nodes):
         """
         here = ModelPass(self, learns, moves, shows, local)
         first = here.first
-        resume = RandomState(self.random.device) if self.resumes_random and not first else None
+        resume = None
+        if self.resumes_random and not first:
+            resume = RandomState(self.random.device, self.calls.draws_elsewhere)
+        noted = self.calls.buffers.note(self.looks) if first else None
         self.random.restore()  # dropout and noise are the same in every pass
         try:
             with torch.enable_grad(), running(here), contextlib.ExitStack() as held:
-                if not first and self.calls.norms:
-                    held.enter_context(hold_statistics(self.calls.norms))
+                if not first and (self.calls.norms or self.moved):
+                    held.enter_context(self.held())
                 if not learns and self.weights:
                     held.enter_context(hold_weights(self.weights))
                 if self.calls.compiled:
@@ -101,7 +105,12 @@ class Batch(Nodes):
                 energy = torch.stack([here.output_energy(self.out), *here.added, *here.energies], -1).sum(-1)
         except BaseException:
             self.random.restore()  # a batch that is refused draws nothing
+            if noted is not None:
+                noted.restore()
             raise
+        if noted is not None:
+            self.moved = noted.moved()
+            self.calls.learn(self.moved, self.random.moved_elsewhere())
         if resume is not None:
             resume.restore()
         if learns and (moves or not first) and energy.requires_grad:  # at the prediction it is plain backpropagation

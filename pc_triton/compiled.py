@@ -119,6 +119,10 @@ class CompiledSteps:
                 return capture(loss, self.whole, inputs, self.pool), lambda x, y: None  # it checks on the device
         with torch.random.fork_rng(), _unmoved(owner.model):
             _, batch = owner.loss_and_batch(x, y)  # raises what there is to raise, with values to look at
+        if batch.calls.draws_elsewhere:
+            raise ValueError(
+                "compile() cannot hold random numbers of Python or NumPy that the model draws: leave it out"
+            )
         with _casts_anew():
             graph, example = trace(loss, self.whole, inputs)
         step = torch._inductor.compile(graph, example, options=self.options)  # type: ignore[arg-type]

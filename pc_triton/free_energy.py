@@ -19,7 +19,7 @@ from .distributions import Distribution
 from .families import Gaussian
 from .infer import Settled, infer
 from .orders import Order, Start, as_order
-from .plumbing import Calls, hold_gathered, hold_statistics, sharded_modules
+from .plumbing import Calls, hold_gathered, sharded_modules
 from .report import NodeStep, Report, look, report
 from .rules import Constant, Guarded, Precision, Rules, StateOptimizer, as_precision, as_step, as_stop
 from .tracking import StepTracker, Tracked
@@ -360,7 +360,7 @@ class FreeEnergy(nn.Module):
         batch = self.batch(x, y, mask=mask, input_node=self.input_node, clamp_input=clamp_input, shows=True)
         batch.watch = watch
         rules = dataclasses.replace(self.rules, remembers=True)
-        with hold_statistics(self._calls.norms):
+        with self._calls.held():
             return infer(batch, lambda: self.settle(batch, self.steps, start, rules))
 
     @torch.inference_mode(False)
@@ -376,7 +376,7 @@ class FreeEnergy(nn.Module):
             raise ValueError(
                 "the report needs whole gradients, and FSDP2 shards this model: report on an unsharded copy"
             )
-        with hold_statistics(self._calls.norms):
+        with self._calls.held():
             return report(
                 make=partial(self.batch, x, y),
                 settle=lambda batch: self.settle(batch, self.moves),

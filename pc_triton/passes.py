@@ -19,7 +19,7 @@ from .families import Categorical, Gaussian
 from .node import Node, Response
 from .operations import Emit, respond_to
 from .output import Output
-from .plumbing import Calls, hold_statistics
+from .plumbing import Calls, Slot, hold_buffers, hold_statistics
 from .recompute import Again, in_checkpoint
 from .returned import LAYOUT, made_of
 
@@ -37,9 +37,16 @@ class Nodes:
         # Stands for the states in autograd's graph, where they move; and where they do not.
         self.anchor = torch.zeros((), dtype=torch.float32, requires_grad=True)
         self.anchor_held = self.anchor.detach()
+        self.moved: list[tuple[Slot, Tensor]] = []  # buffers that the first pass changed, as they were before it
         self.places: dict[Node, Tensor] | None = None  # where the pass under way puts states u
         self.fuses_first = False  # whether the first pass too may do without a node's prediction
         self.begins: Callable[[Node], None] | None = None  # gives a node its state in the first pass already
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it a pass changes no buffers of the model, and finds them as the first pass did."""
+        with hold_statistics(self.calls.norms), hold_buffers(self.moved):
+            yield
 
     def name_of(self, family: Distribution) -> str:
         """The name of a value node in the model: its module's, without the ``.node`` of a layer."""
@@ -343,7 +350,7 @@ class ModelPass:
         """Within it a part of the pass is computed again, for its backward, from that visit on."""
         before, (self.visits, self.again) = (self.visits, self.again), (visits, True)
         try:
-            with running(self), hold_statistics(self.batch.calls.norms), self._in_checkpoint():
+            with running(self), self.batch.held(), self._in_checkpoint():
                 yield
         finally:
             self.visits, self.again = before

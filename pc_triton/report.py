@@ -183,6 +183,7 @@ def report(
         learning = _gradients(loss(), parameters)
         random.restore()
         backpropagation = _gradients(make(form="error").at_prediction(learns=True).sum(), parameters)
+        random.restore()
 
     items = float(batch.items)
     nodes = tuple(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 import pc_triton as pc
@@ -392,3 +395,180 @@ def test_a_head_with_an_output_that_is_given_is_nothing_to_tell(output, recwarn)
     model, (x, y) = Ends(pc.Head, nn.Identity()).double(), batch()
     pc.FreeEnergy(model, output)(x, probabilities(y))
     assert not [w for w in recwarn if "pc.Head" in str(w.message)]
+
+
+# What a forward changes, and where it draws.
+
+
+class Statistic(nn.Module):
+    """A running mean of the user's own, in place or as a new tensor, and a counter; it takes the mean off."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("still", torch.ones(4, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                moved = self.mean + 0.5 * (x.mean(0) - self.mean)
+                self.mean = self.mean.copy_(moved) if self.in_place else moved
+                self.count += 1
+        return (x - self.mean) * self.mean.exp() * self.still
+
+
+def with_statistic(in_place=True):
+    return nn.Sequential(Statistic(in_place), mlp())
+
+
+BUFFERS = {"in place": with_statistic, "anew": lambda: with_statistic(False)}
+
+
+def buffers_of(model):
+    return {name: b.clone() for name, b in model.named_buffers()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"steps": 4}, {"order": "sweep"}, {"order": "incremental"}, {"steps": 1}], ids=str
+)
+@pytest.mark.parametrize("make", BUFFERS.values(), ids=list(BUFFERS))
+def test_a_batch_moves_a_running_statistic_once(make, options):
+    """As one forward does, at the first batch and at those after it."""
+    (x, y), model, plain = batch(), make(), make()
+    free_energy = pc.FreeEnergy(model, **options)
+    for _ in range(3):
+        plain(x)
+        if options.get("order") == "incremental":
+            for loss in free_energy.incremental(x, y):
+                loss.backward()
+        else:
+            free_energy(x, y).backward()
+        for a, b in zip(model.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0.0, atol=0.0)
+
+
+def test_every_pass_finds_the_buffers_of_the_first():
+    """All passes of a batch are of one function."""
+    (x, y), model = batch(), with_statistic()
+    seen = []
+    model[0].register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    pc.FreeEnergy(model, steps=4)(x, y).backward()
+    assert len(seen) == 4
+    for out in seen:
+        assert torch.equal(out, seen[0])
+
+
+@pytest.mark.parametrize("call", ["infer", "record", "report"])
+@pytest.mark.parametrize("make", BUFFERS.values(), ids=list(BUFFERS))
+def test_what_trains_nothing_moves_no_statistic(make, call):
+    (x, y), model = batch(), make()
+    free_energy = pc.FreeEnergy(model)
+    for _ in range(2):
+        before = buffers_of(model)
+        getattr(free_energy, call)(x, y)
+        for name, b in model.named_buffers():
+            assert torch.equal(b, before[name])
+        free_energy(x, y).backward()
+    assert model[0].count == 2
+
+
+def test_a_refused_batch_moves_no_statistic():
+    (x, y), model = batch(), with_statistic()
+    before = buffers_of(model)
+    y[0] = 9
+    with pytest.raises(ValueError, match="label 9"):
+        pc.FreeEnergy(model)(x, y)
+    for name, b in model.named_buffers():
+        assert torch.equal(b, before[name])
+
+
+def test_a_statistic_that_begins_to_move_late():
+    """In evaluation nothing moves; from the first batch of training on each batch counts once."""
+    (x, y), model = batch(), with_statistic()
+    free_energy = pc.FreeEnergy(model)
+    free_energy.eval()
+    for _ in range(3):
+        free_energy(x, y)
+    free_energy.train()
+    for _ in range(3):
+        free_energy(x, y).backward()
+    assert model[0].count == 3
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiled_batch_moves_a_statistic_once(whole):
+    (x, y), model, plain = batch(), with_statistic(), with_statistic()
+    free_energy = pc.FreeEnergy(model)
+    if whole:
+        free_energy.compile()
+    else:
+        model.compile(backend="aot_eager")
+    for _ in range(3):
+        plain(x)
+        free_energy(x, y).backward()
+        for a, b in zip(model.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_part_that_is_computed_again_moves_a_statistic_once():
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = with_statistic()
+
+        def forward(self, x):
+            context = {"use_reentrant": False, "context_fn": pc.checkpoint_contexts}
+            return torch.utils.checkpoint.checkpoint(self.body, x.requires_grad_(), **context)
+
+    (x, y), model = batch(), Checkpointed()
+    for _ in range(2):
+        pc.FreeEnergy(model)(x, y).backward()
+    assert model.body[0].count == 2
+
+
+class Draws(nn.Module):
+    """Skips a layer at random, as many models do, by a generator that is not torch's."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.draw, self.drawn = draw, []
+        self.body = mlp()
+        self.more = pc.Linear(4, 4).double()
+
+    def forward(self, x):
+        self.drawn.append(self.draw())
+        return self.body(self.more(x) if self.drawn[-1] < 0.5 else x)
+
+
+GENERATORS = {"python": (random.random, random.seed), "numpy": (numpy.random.rand, numpy.random.seed)}
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "sweep"}, {"order": "incremental"}], ids=str)
+@pytest.mark.parametrize("name", GENERATORS)
+def test_other_generators_draw_once_in_a_batch(name, options):
+    """The same in all its passes, and the next batch new ones: those that plain passes would have."""
+    (x, y), (draw, seed) = batch(), GENERATORS[name]
+    seed(0)
+    plain = [draw() for _ in range(6)]
+    seed(0)
+    model = Draws(draw)
+    free_energy = pc.FreeEnergy(model, **options)
+    for number in range(6):
+        model.drawn.clear()
+        if options.get("order") == "incremental":
+            for loss in free_energy.incremental(x, y):
+                loss.backward()
+        else:
+            free_energy(x, y).backward()
+        assert len(model.drawn) > 1
+        assert set(model.drawn) == {plain[number]}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_compile_refuses_other_generators(name):
+    free_energy = pc.FreeEnergy(Draws(GENERATORS[name][0]))
+    free_energy.compile()
+    with pytest.raises(ValueError, match="Python or NumPy"):
+        free_energy(*batch())

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from .arithmetic import sum_samples, wide
-from .checks import check_batch, check_devices
+from .checks import check_batch, check_devices, samples_first
 from .context import running
+from .dispatch import tracing
 from .distributions import Distribution
 from .families import Gaussian
 from .node import Gradient, Node, Response
 from .output import Output
 from .passes import ModelPass, Nodes
 from .plumbing import Calls, RandomState, hold_weights, ones, refuse_second_derivative, sharded_modules
+from .returned import refuse_own_loss, refuse_own_tokens
 from .rules import Precision, precisions
 
 
@@ -60,7 +62,10 @@ class Batch(Nodes):
         self.energies: list[Tensor] = []  # F [S] of every pass
         self.watch: Callable[[Batch], None] | None = None  # called before every move, and after the last
         self.awaits: tuple[ModelPass, list[Tensor]] | None = None  # the last pass, until its response is known
-        self.looks = calls.looks_again(model.training)
+        graph = tracing.get() or (first.is_cuda and torch.cuda.is_current_stream_capturing())
+        self.looks = calls.looks_again(model.training) and not graph
+        if self.looks:
+            refuse_own_tokens(model, inputs, target)
         self.random = RandomState(first.device, calls.draws_elsewhere or self.looks)
         self.resumes_random = False  # whether something else draws between the passes
 
@@ -98,9 +103,13 @@ class Batch(Nodes):
                     held.enter_context(
                         self.calls.eager() if first or local or self.places is not None else self.calls.traced()
                     )
+                if self.looks and first and self.calls.time_first:
+                    held.enter_context(samples_first(self.calls.time_first, self.samples))
                 args = self.args if self.clamp_input is True else (self._free_input(), *self.args[1:])
                 out = self.calls.run(self.model, *args, **self.kwargs)
                 self.out = out["logits"] if isinstance(out, Mapping) and "logits" in out else out
+                if self.looks and first:
+                    refuse_own_loss(out, self.output.target)
                 here.check(self.out)
                 energy = torch.stack([here.output_energy(self.out), *here.added, *here.energies], -1).sum(-1)
         except BaseException:

@@ -13,7 +13,7 @@ from .checks import check_finite, ordinary
 from .distributions import Distribution
 from .families import Categorical, output_family
 from .node import Node
-from .returned import refuse_activation_twice
+from .returned import refuse_activation_twice, refuse_classes_first
 
 
 class Output:
@@ -70,6 +70,8 @@ class Output:
         if self.mask is not None and "mask" not in inspect.signature(family.clamped).parameters:
             raise TypeError(f"{type(family).__name__}.clamped(mu, target) takes no mask: add the argument mask=None")
         refuse_activation_twice(family, mu)
+        if isinstance(family, Categorical) and not self.target.is_floating_point():
+            refuse_classes_first(self.target, mu)
         self.items = family.check_target(self.target, mu)
         if self.mask is not None and isinstance(family, Categorical) and not self.target.is_floating_point():
             self.items = (self.labels(family) != family.ignore_index).sum()

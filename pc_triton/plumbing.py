@@ -184,6 +184,8 @@ class Calls:
     def __init__(self, model: nn.Module) -> None:
         self.compiled = any("_orig_mod" in n or m._compiled_call_impl for n, m in model.named_modules())
         self.norms = [m for m in model.modules() if isinstance(m, _NormBase)]
+        steps_first = (nn.RNNBase, nn.MultiheadAttention)
+        self.time_first = {n: m for n, m in model.named_modules() if isinstance(m, steps_first) and not m.batch_first}
         self.buffers = Buffers(model)
         self.batches: Counter[bool] = Counter()
         self.draws_elsewhere = False  # whether its forward was seen to draw from Python's or NumPy's generator

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .distributions import Distribution
@@ -34,9 +36,12 @@ LAYOUT = {
 PROBABILITIES = {"Sigmoid", "Hardsigmoid", "LogSigmoid", "Softmax"}
 
 
-def name_of(operation: Any) -> str:
+SHIFTED = "y = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)"
+
+
+def _name(operation: tuple[Any, int]) -> str:
     """``SigmoidBackward0`` is Sigmoid."""
-    return operation.name().partition("Backward")[0]
+    return operation[0].name().partition("Backward")[0]
 
 
 def operations_before(out: Tensor) -> Iterator[tuple[Any, int]]:
@@ -62,13 +67,13 @@ def made_of(out: Tensor, tensors: Sequence[tuple[T, Tensor]]) -> tuple[T, list[s
     for edge in operations_before(out):
         if edge in of:
             return of[edge], names
-        names.append(name_of(edge[0]))
+        names.append(_name(edge))
     return None
 
 
 def last_activation(out: Tensor) -> str:
     """The name of the last operation that made ``out``, but for those of `LAYOUT`; empty where there is none."""
-    names = (name_of(operation) for operation, _ in operations_before(out))
+    names = map(_name, operations_before(out))
     return next((name for name in names if name not in LAYOUT), "")
 
 
@@ -84,3 +89,57 @@ def refuse_activation_twice(family: Distribution, mu: Tensor) -> None:
             "probabilities itself: take that last step out of the model (nn.Identity() in its place), or give another "
             "output, such as output=pc.Gaussian() for a squared error"
         )
+
+
+def refuse_classes_first(labels: Tensor, logits: Tensor) -> None:
+    """Raise ValueError where labels would fit logits of both layouts, and a convolution made those.
+
+    Its channels lie along axis 1, and `Categorical` takes the last axis for the classes.
+    """
+    fits_both = labels.shape == logits.shape[:-1] == torch.Size([*logits.shape[:1], *logits.shape[2:]])
+    if logits.dim() < 3 or not fits_both:
+        return
+    made = next((name for name in map(_name, operations_before(logits)) if name != "ToCopy"), "")
+    if made.endswith("Convolution") or made.startswith("Upsample"):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} come out of a convolution, with the classes along axis 1, and are read with "
+            "the classes along the last axis: return logits.movedim(1, -1)"
+        )
+
+
+def refuse_own_loss(returned: Any, y: Tensor | None) -> None:
+    """Raise ValueError where a model made a loss of its own of labels in its arguments, and they are not in y.
+
+    Or where they are, as they are, and the model shifts them: a language model predicts the token after each.
+    """
+    loss = returned.get("loss") if isinstance(returned, Mapping) else None
+    if not isinstance(loss, Tensor):
+        return
+    if y is None:
+        raise ValueError(
+            "x holds labels, of which the model made a loss of its own, and y is not given: take them out of x and "
+            "give them as y; a causal language model's one token on, " + SHIFTED
+        )
+    logits = returned.get("logits")
+    if y.is_floating_point() or y.dim() < 2 or not isinstance(logits, Tensor) or logits.shape[:-1] != y.shape:
+        return
+    logits, own = logits.detach().float(), float(loss.detach())
+    plain, shifted = (
+        float(F.cross_entropy(a.flatten(0, -2), b.flatten()))
+        for a, b in ((logits, y), (logits[..., :-1, :], y[..., 1:]))
+    )
+    if abs(own - shifted) < 1e-3 * abs(own) < abs(own - plain):
+        raise ValueError(f"y holds the model's own labels, which it shifts before its loss: {SHIFTED}")
+
+
+def refuse_own_tokens(model: Any, given: Any, y: Tensor | None) -> None:
+    """Raise ValueError where a model that generates, of Hugging Face's, is to learn each token from itself."""
+    generates = getattr(model, "can_generate", None)
+    if y is None or y.is_floating_point() or generates is None or getattr(model.config, "is_encoder_decoder", False):
+        return
+    tokens = given.get("input_ids") if isinstance(given, Mapping) else given[0] if isinstance(given, tuple) else given
+    if not isinstance(tokens, Tensor) or tokens.shape != y.shape or tokens.device != y.device or not generates():
+        return
+    same = tokens.data_ptr() == y.data_ptr()  # to compare values would wait for a GPU
+    if same or (not y.is_cuda and bool(((tokens == y) | (y == -100)).all())):
+        raise ValueError(f"y holds the input's own tokens, and the model predicts the token after each: {SHIFTED}")

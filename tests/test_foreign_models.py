@@ -572,3 +572,124 @@ def test_compile_refuses_other_generators(name):
     free_energy.compile()
     with pytest.raises(ValueError, match="Python or NumPy"):
         free_energy(*batch())
+
+
+# Labels in the arguments, classes and time along another axis.
+
+
+class Loss(nn.Module):
+    """A model that makes a loss of its own where its arguments hold labels, as Hugging Face's do."""
+
+    def __init__(self, shifts) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Embedding(7, 5), pc.Linear(5, 5), nn.Tanh(), nn.Linear(5, 7))
+        self.shifts = shifts
+
+    def forward(self, input_ids, labels=None):
+        logits = self.body(input_ids)
+        if labels is None:
+            return {"logits": logits}
+        a, b = (logits[:, :-1], labels[:, 1:]) if self.shifts else (logits, labels)
+        return {"loss": F.cross_entropy(a.flatten(0, 1), b.flatten()), "logits": logits}
+
+
+def tokens():
+    torch.manual_seed(2)
+    x = torch.randint(7, (3, 6))
+    y = torch.randint(7, (3, 6))
+    y[0, 3] = -100
+    return {"input_ids": x, "labels": y}
+
+
+@pytest.mark.parametrize("shifts", [False, True])
+def test_labels_among_the_arguments_alone(shifts):
+    free_energy = pc.FreeEnergy(Loss(shifts))
+    with pytest.raises(ValueError, match=r"x holds labels.*give them as y"):
+        free_energy(tokens())
+
+
+def test_labels_that_the_model_shifts():
+    """As they are, they train each token on itself: refused; shifted, or where the model does not shift, they train."""
+    given = tokens()
+    with pytest.raises(ValueError, match=r"which it shifts before its loss: y = torch\.nn\.functional\.pad"):
+        pc.FreeEnergy(Loss(True))(given, given["labels"])
+    model = Loss(True)
+    y = torch.nn.functional.pad(given["labels"][:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(pc.FreeEnergy(model, steps=1)(given, y), model(**given)["loss"])
+    model = Loss(False)
+    torch.testing.assert_close(pc.FreeEnergy(model, steps=1)(given, given["labels"]), model(**given)["loss"])
+
+
+@pytest.mark.parametrize("form", ["tensor", "dict", "copy"])
+def test_a_language_model_on_its_own_tokens(form):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    model, _ = pc.convert(transformers.GPT2LMHeadModel(config))
+    ids = torch.randint(11, (2, 6))
+    x = {"input_ids": ids} if form == "dict" else ids
+    with pytest.raises(ValueError, match="own tokens, and the model predicts the token after"):
+        pc.FreeEnergy(model)(x, ids.clone() if form == "copy" else ids)
+    assert pc.FreeEnergy(model)(ids[:, :-1], ids[:, 1:]).isfinite()
+
+
+LAST = {
+    "convolution": nn.Conv1d(4, 5, 1),
+    "a node on a convolution": nn.Sequential(nn.Conv1d(4, 5, 1), pc.Gaussian()),
+    "upsampling": nn.Sequential(nn.Conv1d(4, 5, 1), nn.Upsample(scale_factor=1.0, mode="linear")),
+    "transposed convolution": nn.ConvTranspose1d(4, 5, 1),
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_classes_along_the_channels_of_a_convolution(name):
+    """With as many classes as positions the shapes fit either way: a convolution's classes are its channels."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), pc.Gaussian(), nn.Tanh(), LAST[name])
+    y = torch.randint(5, (2, 5))
+    with pytest.raises(ValueError, match=r"movedim\(1, -1\)"):
+        pc.FreeEnergy(model)(torch.randn(2, 3, 5), y)
+
+
+class Last(nn.Module):
+    def forward(self, x):
+        return x.movedim(1, -1)
+
+
+@pytest.mark.parametrize(
+    "last", [nn.Sequential(nn.Conv1d(4, 5, 1), Last()), nn.Sequential(Last(), nn.Linear(4, 5))], ids=["moved", "linear"]
+)
+def test_classes_along_the_last_axis(last):
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), pc.Gaussian(), nn.Tanh(), last)
+    assert pc.FreeEnergy(model)(torch.randn(2, 3, 5), torch.randint(5, (2, 5))).isfinite()
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer, turns) -> None:
+        super().__init__()
+        self.layer, self.turns = layer, turns
+        self.node, self.head = pc.Gaussian(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.turns else x
+        h = self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)[0]
+        return self.head(self.node(h.transpose(0, 1) if self.turns else h))
+
+
+LAYERS = {
+    "gru": lambda **options: nn.GRU(4, 4, **options),
+    "lstm": lambda **options: nn.LSTM(4, 4, **options),
+    "attention": lambda **options: nn.MultiheadAttention(4, 2, **options),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_time_first_is_refused(name):
+    x, y = torch.randn(7, 2, 4), torch.randint(3, (7, 2))
+    with pytest.raises(ValueError, match=r"'layer' has batch_first=False.*steps in time"):
+        pc.FreeEnergy(Recurrent(LAYERS[name](), False))(x, y)
+    for model in (Recurrent(LAYERS[name](batch_first=True), False), Recurrent(LAYERS[name](), True)):
+        assert pc.FreeEnergy(model)(x, y).isfinite()
+        assert not model.layer._forward_pre_hooks

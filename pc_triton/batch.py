@@ -19,6 +19,7 @@ from .checks import check_batch, check_devices
 from .context import running
 from .distributions import Distribution
 from .families import Gaussian
+from .float8 import FewDigits
 from .node import Gradient, Node, Response
 from .output import Output
 from .passes import ModelPass, Nodes
@@ -58,6 +59,7 @@ class Batch(Nodes):
             self.weights = [p for p in parameters.values() if p.requires_grad and p.is_leaf]
         self.out = torch.empty(0)  # what the model returned in the last pass
         self.energies: list[Tensor] = []  # F [S] of every pass
+        self.few_digits: FewDigits | None = None  # for passes in which states move, and nothing learns or is shown
         self.watch: Callable[[Batch], None] | None = None  # called before every move, and after the last
         self.awaits: tuple[ModelPass, list[Tensor]] | None = None  # the last pass, until its response is known
         self.random = RandomState(first.device)
@@ -80,11 +82,11 @@ class Batch(Nodes):
         gradients of the states will be. shows: nodes keep their emissions and energies. local: each node's weights see
         its own energy alone, whatever the order.
         """
-        here = ModelPass(self, first, learns, moves, shows, local)
+        here = ModelPass(self, first, learns, moves, shows, local, None if learns or shows else self.few_digits)
         resume = RandomState(self.random.device) if self.resumes_random and not first else None
         self.random.restore()  # dropout and noise are the same in every pass
         try:
-            with torch.enable_grad(), running(here), contextlib.ExitStack() as held:
+            with torch.enable_grad(), running(here), here.digits(), contextlib.ExitStack() as held:
                 if not first and self.calls.norms:
                     held.enter_context(hold_statistics(self.calls.norms))
                 if not learns and self.weights:

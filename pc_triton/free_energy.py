@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +17,14 @@ from .checks import check_free_input, check_model, check_options
 from .context import outside_graphs, prepare_compiler
 from .distributions import Distribution
 from .families import Gaussian
+from .float8 import FewDigits
 from .orders import Order, Start, as_order
 from .plumbing import Calls, hold_gathered, hold_statistics, sharded_modules
-from .report import NodeStep, Report, look, report
+from .report import NodeStep, Report, Settled, look, report
 from .rules import Constant, Guarded, Precision, Rules, StateOptimizer, as_precision, as_step, as_stop
 from .tracking import StepTracker, Tracked
 
 OrderName = Literal["error", "sweep", "simultaneous", "incremental"]
-
-
-class Settled(NamedTuple):
-    """What `FreeEnergy.infer` returns."""
-
-    input: Any
-    """The model's input: as given, or where it was free its inferred values, a tensor of x's shape."""
-    output: Tensor
-    """What the model returns under the inferred states: the logits or parameters, where the output is clamped."""
-    free_energy: Tensor
-    """F per sample ``[S]`` in nats."""
-    states: dict[str, Tensor]
-    """What each free node emits, by its name in the model (a module visited again has ``#2`` added)."""
 
 
 class FreeEnergy(nn.Module):
@@ -90,6 +78,11 @@ class FreeEnergy(nn.Module):
             a float64 model. ``torch.bfloat16``: half the memory, and fewer bytes in every inference step; arithmetic
             stays as it is, each move is rounded. For order "error" alone, whose errors are small beside u; a chain of
             small layers that runs in one launch keeps its states on the chip, in float32 whatever this says.
+        inference_dtype: ``torch.float8_e4m3fn`` for products of 8 bits in the passes that move states and do not learn:
+            those of ``F.linear`` with parameters, and `Head`'s. Gradients are in ``float8_e5m2``. GPUs of compute
+            capability 8.9 and above multiply them at twice the rate; elsewhere they are rounded alike, at a cost. The
+            learning pass, `infer` and all that is reported keep their digits, and so do products of sizes that are no
+            multiples of 16 and a chain in one launch. The one step of T = 2 is then 1, not learnt. None: as they learn.
         output_weight: a factor on the energy of the clamped output, and so on the loss. A small one nudges the states
             towards y, a negative one away from it.
         stop: ends inference before its T steps. A number: once the last move changed F by at most that fraction of it,
@@ -119,6 +112,7 @@ class FreeEnergy(nn.Module):
         step: float | Constant | None = None,
         state_optimizer: StateOptimizer | None = None,
         state_dtype: torch.dtype | None = None,
+        inference_dtype: torch.dtype | None = None,
         output_weight: float = 1.0,
         stop: float | Callable[[Sequence[Tensor]], bool] | None = None,
         local: bool = False,
@@ -135,7 +129,7 @@ class FreeEnergy(nn.Module):
         self.order, self.precision, self.displacement = order, precision, displacement
         self.state_optimizer = state_optimizer
         self.state_dtype = None if state_dtype == torch.float32 else state_dtype  # None: that of the arithmetic
-        self.output_weight, self.stop, self.local = output_weight, stop, local
+        self.inference_dtype, self.output_weight, self.stop, self.local = inference_dtype, output_weight, stop, local
         self.guarded = step is None and state_optimizer is None
         self.step = as_order(order).step if step is None else step
         _ = self.rules  # refuses what is out of range
@@ -147,16 +141,18 @@ class FreeEnergy(nn.Module):
     def rules(self) -> Rules:
         """The rules of inference as objects: what the arguments say, or what was set since. Raises ValueError."""
         order, optimizes = as_order(self.order), self.state_optimizer is not None
-        check_options(self.steps, self.order, order.form, optimizes, self.state_dtype, self.output_weight)
+        dtypes = self.state_dtype, self.inference_dtype
+        check_options(self.steps, self.order, order.form, optimizes, *dtypes, self.output_weight)
         step = as_step(self.step)
         if self.guarded and type(step) is Constant:
             one_move = order.form == "error" and self.steps == 2
-            step = self.tracker.rule(step.first) if one_move else Guarded(step.first)
+            coarse = self.inference_dtype is not None
+            step = self.tracker.rule(step.first, coarse) if one_move else Guarded(step.first)
         return Rules(
             as_precision(self.precision, self.displacement),
             step,
             self.state_optimizer,
-            self.state_dtype,
+            *dtypes,
             as_stop(self.stop),
             remembers=order.form == "state" or self.steps > 3,
         )
@@ -166,7 +162,7 @@ class FreeEnergy(nn.Module):
         """All that a training step follows from, but for the model and the batch."""
         return (
             self.steps, self.order, self.precision, self.displacement, self.step, self.guarded, self.state_optimizer,
-            self.state_dtype, self.output_weight, self.stop, self.local, self.tracker.begun,
+            self.state_dtype, self.inference_dtype, self.output_weight, self.stop, self.local, self.tracker.begun,
         )  # fmt: skip
 
     @property
@@ -254,7 +250,11 @@ class FreeEnergy(nn.Module):
 
     def settle(self, batch: Batch, moves: int, start: Start | None = None, rules: Rules | None = None) -> Constant:
         """Move every state of a batch ``moves`` times from the prediction, or from ``start``. Returns the step rule."""
-        return as_order(self.order).settle(batch, self.rules if rules is None else rules, moves, start)
+        rules = self.rules if rules is None else rules
+        batch.few_digits = None if rules.inference_dtype is None else FewDigits()
+        steps = as_order(self.order).settle(batch, rules, moves, start)
+        batch.few_digits = None
+        return steps
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """Make the whole training step, all of inference and the weight gradients, one graph; for small models.
@@ -356,7 +356,8 @@ class FreeEnergy(nn.Module):
         batch = self.batch(x, y, mask=mask, input_node=self.input_node, clamp_input=clamp_input, shows=True)
         batch.watch = watch
         with hold_statistics(self._calls.norms):
-            steps = self.settle(batch, self.steps, start, dataclasses.replace(self.rules, remembers=True))
+            rules = dataclasses.replace(self.rules, remembers=True, inference_dtype=None)
+            steps = self.settle(batch, self.steps, start, rules)
             energy = batch.probe()
             if isinstance(steps, Guarded):  # the last move too must not have raised F
                 rose = steps.take_back(batch.nodes, energy)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .arithmetic import wide
 from .context import infers, outside_graphs, pass_here
 from .dispatch import backend
+from .float8 import FewDigits
 
 CHUNKS, LEAST, MOST = 8, 256, 2048
 """The logits are made for 1 / CHUNKS of the rows at a time, for LEAST of them at least and MOST at most.
@@ -46,7 +47,9 @@ class Head(nn.Linear):
             return super().forward(input)
         labels, ignore_index, learns = clamped
         rows = input.reshape(-1, self.in_features)
-        energy = HeadEnergy.apply(rows, self.weight, self.bias, labels.reshape(-1), ignore_index, learns)
+        energy = HeadEnergy.apply(
+            rows, self.weight, self.bias, labels.reshape(-1), ignore_index, learns, here.few_digits
+        )
         here.clamp(logits, energy)
         return logits
 
@@ -60,7 +63,14 @@ class HeadEnergy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, learns: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignore_index: int,
+        learns: bool,
+        few_digits: FewDigits | None,
     ) -> Tensor:
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         energy = wide(x).new_empty(len(x))
@@ -72,7 +82,7 @@ class HeadEnergy(torch.autograd.Function):
             grad = F.linear(x[rows], weight, bias)
             energy[rows] = backend(grad).clamped_categorical_gradient_(grad, labels[rows], ignore_index)
             if grad_x is not None:
-                grad_x[rows] = grad @ weight
+                grad_x[rows] = grad @ weight if few_digits is None else few_digits.gradient(grad, weight)
             if grad_weight is not None:
                 _add_product(grad_weight, grad.T, x[rows])
             if grad_bias is not None:
@@ -89,7 +99,7 @@ class HeadEnergy(torch.autograd.Function):
         scale = grad_energy[0]
         x = None if x is None else (x * grad_energy.unsqueeze(-1)).to(x.dtype)
         weight, bias = (None if t is None else (t * scale).to(ctx.dtype) for t in (weight, bias))
-        return x, weight, bias, None, None, None
+        return x, weight, bias, None, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -25,6 +25,19 @@ PER_NODE = ("energy", "residual", "precision")
 """What `Report.scalars` gives for every node."""
 
 
+class Settled(NamedTuple):
+    """What `FreeEnergy.infer` returns."""
+
+    input: Any
+    """The model's input: as given, or where it was free its inferred values, a tensor of x's shape."""
+    output: Tensor
+    """What the model returns under the inferred states: the logits or parameters, where the output is clamped."""
+    free_energy: Tensor
+    """F per sample ``[S]`` in nats."""
+    states: dict[str, Tensor]
+    """What each free node emits, by its name in the model (a module visited again has ``#2`` added)."""
+
+
 class NodeStep(NamedTuple):
     """One node at one step of `FreeEnergy.record`."""
 
@@ -172,9 +185,12 @@ def report(
     with torch.random.fork_rng():
         batch = make()
         random = batch.random  # every run below sees the same noise
+        measured: list[Tensor] = []
+        if rules.inference_dtype is not None:  # F of its own passes tells of their rounding
+            batch.watch = lambda batch: measured.append(batch.look())
         settle(batch)
         last = batch.probe()
-        free_energies = batch.energies[-moves - 1 :]
+        free_energies = measured or batch.energies[-moves - 1 :]
         local = _gradients(batch.learn(local=True).sum(), parameters) if batch.form == "error" else None
         random.restore()
         begun = make(form="error")

@@ -1,0 +1,141 @@
+"""Products in 8 bits, for the passes of inference: they move states by a fraction of a percent, and need few digits.
+
+A number in 8 bits is a float8 times a scale that its whole tensor shares. The scale is a power of two, so that
+scaling rounds nothing: what is lost is the rounding to float8 alone, 2^-4 of a number in e4m3 and 2^-3 in e5m2.
+Operands of the forward products are in e4m3. Gradients reach farther, and are in e5m2 (Micikevicius et al. 2022,
+arXiv 2209.05433).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .arithmetic import wide
+
+FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {FORWARD: 2.0**8, GRADIENT: 2.0**15}
+"""The largest number of a tensor is scaled to at least half of this and below it; float8 holds 1.75 times as much."""
+MULTIPLE = 16
+"""The products of GPUs take sizes that are multiples of this; others stay as they are, on every device."""
+
+
+class Rounded(NamedTuple):
+    """A tensor in 8 bits."""
+
+    values: Tensor
+    scale: Tensor
+    """float32, 0-dim: the tensor is values * scale."""
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Rounded:
+    """x in 8 bits, of any shape. NaN or infinity anywhere in it makes the scale NaN or infinite."""
+    largest = torch.linalg.vector_norm(x.detach(), torch.inf).float().clamp_min(torch.finfo(torch.float32).tiny * 2**16)
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, the largest that is not larger
+    scale = power * (2 / LARGEST[dtype])
+    x = x if x.dtype == torch.bfloat16 else wide(x)  # float16 has no room for the inverse of every scale
+    inverse = (1 / scale).to(x.dtype)
+    if x.is_cuda:  # one kernel
+        return Rounded(torch.mul(x, inverse, out=torch.empty_like(x, dtype=dtype)), scale)
+    return Rounded((x * inverse).to(dtype), scale)
+
+
+class Weight:
+    """A weight ``[N, K]`` in 8 bits, for x W' and for g W."""
+
+    def __init__(self, weight: Tensor) -> None:
+        values, self.scale = rounded(weight.detach(), FORWARD)
+        # A product reads both operands along what it sums over.
+        self.by_rows, self.by_columns = values.contiguous(), values.t().contiguous()
+
+
+def product(a: Tensor, dtype: torch.dtype, b: Tensor, b_scale: Tensor, out: torch.dtype) -> Tensor:
+    """a b' ``[R, N]`` in the dtype ``out``: a ``[R, K]`` is rounded to ``dtype`` here, b ``[N, K]`` is already."""
+    values, a_scale = rounded(a, dtype)
+    a = values.contiguous()
+    if a.is_cuda and has_products(a.device):
+        # The fast sum keeps some 14 bits, more than either operand has.
+        return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=out, use_fast_accum=True)
+    return (a.to(out) * a_scale.to(out)) @ (b.to(out) * b_scale.to(out)).t()
+
+
+@lru_cache
+def has_products(device: torch.device) -> bool:
+    """Whether a GPU multiplies float8: NVIDIA's do from compute capability 8.9, as AMD's with other formats do not."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+class Linear(torch.autograd.Function):
+    """x W' + b of numbers in 8 bits, and its gradient in x; weights get none, as no pass of inference takes one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, out: torch.dtype) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        y = product(x.flatten(0, -2), FORWARD, weight.by_rows, weight.scale, out)
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], len(weight.by_rows))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x = product(grad.flatten(0, -2), GRADIENT, ctx.weight.by_columns, ctx.weight.scale, ctx.dtype)
+        return x.view(*grad.shape[:-1], x.shape[-1]), None, None, None
+
+
+class FewDigits(TorchFunctionMode):
+    """Within it ``F.linear`` multiplies in 8 bits wherever its weight is a parameter, or a part of one.
+
+    It keeps the weights' 8 bits, for all passes of a batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: dict[Any, tuple[Tensor, Weight]] = {}  # with what is rounded, so that its id stays its own
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return self.linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``F.linear``."""
+        if not takes(input, weight):
+            return F.linear(input, weight, bias)
+        device = input.device.type
+        out = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        return Linear.apply(input, self.in_8_bits(weight), bias, out)
+
+    def gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """grad W, for a gradient ``[R, N]`` of what `linear` makes of a weight ``[N, K]``."""
+        if not takes(grad, weight.t()):
+            return grad @ weight
+        eight = self.in_8_bits(weight)
+        return product(grad, GRADIENT, eight.by_columns, eight.scale, grad.dtype)
+
+    def in_8_bits(self, weight: Tensor) -> Weight:
+        """The weight, rounded once until it changes."""
+        owner = _owner(weight)
+        key = id(owner), owner._version, weight.storage_offset(), weight.shape, weight.stride()
+        if key not in self.weights:
+            self.weights[key] = owner, Weight(weight)
+        return self.weights[key][1]
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether x W' is made in 8 bits: W a parameter that states do not reach, in sizes that GPUs multiply."""
+    owner = _owner(weight)
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and type(x) in (Tensor, torch.nn.Parameter)
+    sizes = weight.dim() == 2 and x.dim() > 1 and not any(size % MULTIPLE for size in weight.shape)
+    return plain and owner.is_leaf and sizes and x.numel() > 0 and x.is_floating_point()
+
+
+def _owner(weight: Tensor) -> Tensor:
+    """The tensor that a view is of."""
+    return weight._base if weight._is_view() and weight._base is not None else weight

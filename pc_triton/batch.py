@@ -93,9 +93,8 @@ class Batch(Nodes):
                     held.enter_context(hold_weights(self.weights))
                 if self.calls.compiled:
                     self._put_errors_in_the_graph(here, held)
-                    held.enter_context(
-                        self.calls.eager() if first or local or self.places is not None else self.calls.traced()
-                    )
+                    eager = first or local or self.places is not None or here.few_digits is not None
+                    held.enter_context(self.calls.eager() if eager else self.calls.traced())
                 args = self.args if self.clamp_input is True else (self._free_input(), *self.args[1:])
                 out = self.calls.run(self.model, *args, **self.kwargs)
                 self.out = out["logits"] if isinstance(out, Mapping) and "logits" in out else out

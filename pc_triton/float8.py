@@ -18,10 +18,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .arithmetic import wide
+from .dispatch import tracing
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {FORWARD: 2.0**8, GRADIENT: 2.0**15}
 """The largest number of a tensor is scaled to at least half of this and below it; float8 holds 1.75 times as much."""
+SMALLEST = 2.0**-110
+"""What a tensor's largest number counts as if it is smaller, so that scale and inverse are ordinary numbers."""
 MULTIPLE = 16
 """The products of GPUs take sizes that are multiples of this; others stay as they are, on every device."""
 
@@ -35,40 +38,48 @@ class Rounded(NamedTuple):
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Rounded:
-    """x in 8 bits, of any shape. NaN or infinity anywhere in it makes the scale NaN or infinite."""
-    largest = torch.linalg.vector_norm(x.detach(), torch.inf).float().clamp_min(torch.finfo(torch.float32).tiny * 2**16)
-    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, the largest that is not larger
+    """x in 8 bits, of any shape and without a gradient. NaN or infinity anywhere in x is NaN everywhere in it."""
+    x = x.detach()
+    largest = torch.linalg.vector_norm(x, torch.inf).float().clamp_min(SMALLEST)
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent's bits: a power of two
     scale = power * (2 / LARGEST[dtype])
     x = x if x.dtype == torch.bfloat16 else wide(x)  # float16 has no room for the inverse of every scale
     inverse = (1 / scale).to(x.dtype)
-    if x.is_cuda:  # one kernel
-        return Rounded(torch.mul(x, inverse, out=torch.empty_like(x, dtype=dtype)), scale)
-    return Rounded((x * inverse).to(dtype), scale)
+    if tracing.get():
+        return Rounded((x * inverse).to(dtype), scale)
+    return Rounded(torch.mul(x, inverse, out=torch.empty_like(x, dtype=dtype)), scale)  # one kernel on a GPU
 
 
 class Weight:
     """A weight ``[N, K]`` in 8 bits, for x W' and for g W."""
 
     def __init__(self, weight: Tensor) -> None:
-        values, self.scale = rounded(weight.detach(), FORWARD)
+        values, self.scale = rounded(weight, FORWARD)
         # A product reads both operands along what it sums over.
         self.by_rows, self.by_columns = values.contiguous(), values.t().contiguous()
 
 
-def product(a: Tensor, dtype: torch.dtype, b: Tensor, b_scale: Tensor, out: torch.dtype) -> Tensor:
-    """a b' ``[R, N]`` in the dtype ``out``: a ``[R, K]`` is rounded to ``dtype`` here, b ``[N, K]`` is already."""
+def product(
+    a: Tensor, dtype: torch.dtype, b: Tensor, b_scale: Tensor, out: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """a b' + bias, ``[R, N]`` in the dtype ``out``: a ``[R, K]`` is rounded to ``dtype`` here, b ``[N, K]`` already."""
     values, a_scale = rounded(a, dtype)
-    a = values.contiguous()
-    if a.is_cuda and has_products(a.device):
-        # The fast sum keeps some 14 bits, more than either operand has.
-        return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=out, use_fast_accum=True)
-    return (a.to(out) * a_scale.to(out)) @ (b.to(out) * b_scale.to(out)).t()
+    if not has_products(a.device):
+        a, b = ((t.float() * scale).to(out) for t, scale in ((values, a_scale), (b, b_scale)))
+        return F.linear(a, b, None if bias is None else bias.to(out))
+    adds = bias is not None and out != torch.float32
+    # The fast sum keeps some 14 bits, more than either operand has.
+    y = torch._scaled_mm(
+        values.contiguous(), b.t(), a_scale, b_scale, bias.to(out) if adds and bias is not None else None,
+        out_dtype=out, use_fast_accum=True,
+    )  # fmt: skip
+    return y if adds or bias is None else y + bias
 
 
 @lru_cache
 def has_products(device: torch.device) -> bool:
-    """Whether a GPU multiplies float8: NVIDIA's do from compute capability 8.9, as AMD's with other formats do not."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether a device multiplies float8: NVIDIA's GPUs from compute capability 8.9. AMD's have other formats."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Linear(torch.autograd.Function):
@@ -77,9 +88,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, out: torch.dtype) -> Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
-        y = product(x.flatten(0, -2), FORWARD, weight.by_rows, weight.scale, out)
-        if bias is not None:
-            y += bias
+        y = product(x.flatten(0, -2), FORWARD, weight.by_rows, weight.scale, out, bias)
         return y.view(*x.shape[:-1], len(weight.by_rows))
 
     @staticmethod

@@ -70,7 +70,7 @@ class HeadEnergy(torch.autograd.Function):
         labels: Tensor,
         ignore_index: int,
         learns: bool,
-        few_digits: FewDigits | None,
+        few_digits: FewDigits | None = None,
     ) -> Tensor:
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         energy = wide(x).new_empty(len(x))

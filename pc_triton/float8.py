@@ -9,7 +9,7 @@ arXiv 2209.05433).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,12 @@ SMALLEST = 2.0**-110
 """What a tensor's largest number counts as if it is smaller, so that scale and inverse are ordinary numbers."""
 MULTIPLE = 16
 """The products of GPUs take sizes that are multiples of this; others stay as they are, on every device."""
+PAYS = 1024
+"""On a GPU, products with fewer columns than this stay as they are.
+
+To round an operand ``[R, K]`` of 16 bits reads it twice and writes it, 5 R K bytes, and a product ``[R, N]`` of it
+saves R K N operations of the slower rate: by an H100's data sheet that is more where N is above some 1,000.
+"""
 
 
 class Rounded(NamedTuple):
@@ -51,29 +57,37 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Rounded:
 
 
 class Weight:
-    """A weight ``[N, K]`` in 8 bits, for x W' and for g W."""
+    """A weight W ``[N, K]`` with its 8 bits, for x W' and for g W: made where a product first needs them, and once."""
 
     def __init__(self, weight: Tensor) -> None:
-        values, self.scale = rounded(weight, FORWARD)
-        # A product reads both operands along what it sums over.
-        self.by_rows, self.by_columns = values.contiguous(), values.t().contiguous()
+        self.full = weight.detach()
+
+    @cached_property
+    def rounded(self) -> Rounded:
+        return rounded(self.full, FORWARD)
+
+    @cached_property
+    def by_rows(self) -> Rounded:
+        """W, with what x W' sums over side by side."""
+        return Rounded(self.rounded.values.contiguous(), self.rounded.scale)
+
+    @cached_property
+    def by_columns(self) -> Rounded:
+        """W' ``[K, N]``, with what g W sums over side by side."""
+        return Rounded(self.rounded.values.t().contiguous(), self.rounded.scale)
 
 
-def product(
-    a: Tensor, dtype: torch.dtype, b: Tensor, b_scale: Tensor, out: torch.dtype, bias: Tensor | None = None
-) -> Tensor:
-    """a b' + bias, ``[R, N]`` in the dtype ``out``: a ``[R, K]`` is rounded to ``dtype`` here, b ``[N, K]`` already."""
-    values, a_scale = rounded(a, dtype)
+def product(a: Tensor, dtype: torch.dtype, b: Rounded, out: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """a b' + bias ``[..., N]`` in the dtype ``out``, of a ``[..., K]``, rounded to ``dtype`` here, and b ``[N, K]``."""
+    values, scale = rounded(a, dtype)
+    bias = None if bias is None else bias.to(out)
     if not has_products(a.device):
-        a, b = ((t.float() * scale).to(out) for t, scale in ((values, a_scale), (b, b_scale)))
-        return F.linear(a, b, None if bias is None else bias.to(out))
-    adds = bias is not None and out != torch.float32
+        return F.linear((values.float() * scale).to(out), (b.values.float() * b.scale).to(out), bias)
+    rows, adds = values.reshape(-1, a.shape[-1]), None if out == torch.float32 else bias
     # The fast sum keeps some 14 bits, more than either operand has.
-    y = torch._scaled_mm(
-        values.contiguous(), b.t(), a_scale, b_scale, bias.to(out) if adds and bias is not None else None,
-        out_dtype=out, use_fast_accum=True,
-    )  # fmt: skip
-    return y if adds or bias is None else y + bias
+    y = torch._scaled_mm(rows, b.values.t(), scale, b.scale, adds, out_dtype=out, use_fast_accum=True)
+    y = y if adds is bias or bias is None else y + bias
+    return y.view(*a.shape[:-1], len(b.values))
 
 
 @lru_cache
@@ -82,20 +96,28 @@ def has_products(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def pays(device: torch.device, columns: int) -> bool:
+    """Whether a product ``[R, columns]`` is made in 8 bits: always where they are emulated, which is for tests."""
+    return columns >= PAYS or not has_products(device)
+
+
 class Linear(torch.autograd.Function):
     """x W' + b of numbers in 8 bits, and its gradient in x; weights get none, as no pass of inference takes one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, out: torch.dtype) -> Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
-        y = product(x.flatten(0, -2), FORWARD, weight.by_rows, weight.scale, out, bias)
-        return y.view(*x.shape[:-1], len(weight.by_rows))
+        if not pays(x.device, len(weight.full)):
+            return F.linear(x, weight.full, bias)
+        return product(x, FORWARD, weight.by_rows, out, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x = product(grad.flatten(0, -2), GRADIENT, ctx.weight.by_columns, ctx.weight.scale, ctx.dtype)
-        return x.view(*grad.shape[:-1], x.shape[-1]), None, None, None
+        weight = ctx.weight
+        if not pays(grad.device, weight.full.shape[1]):
+            return grad @ weight.full.to(grad.dtype), None, None, None
+        return product(grad, GRADIENT, weight.by_columns, ctx.dtype), None, None, None
 
 
 class FewDigits(TorchFunctionMode):
@@ -118,15 +140,9 @@ class FewDigits(TorchFunctionMode):
         if not takes(input, weight):
             return F.linear(input, weight, bias)
         device = input.device.type
-        out = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        out = torch.get_autocast_dtype(device) if casts else input.dtype
         return Linear.apply(input, self.in_8_bits(weight), bias, out)
-
-    def gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """grad W, for a gradient ``[R, N]`` of what `linear` makes of a weight ``[N, K]``."""
-        if not takes(grad, weight.t()):
-            return grad @ weight
-        eight = self.in_8_bits(weight)
-        return product(grad, GRADIENT, eight.by_columns, eight.scale, grad.dtype)
 
     def in_8_bits(self, weight: Tensor) -> Weight:
         """The weight, rounded once until it changes."""
@@ -141,8 +157,10 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether x W' is made in 8 bits: W a parameter that states do not reach, in sizes that GPUs multiply."""
     owner = _owner(weight)
     plain = type(weight) in (Tensor, torch.nn.Parameter) and type(x) in (Tensor, torch.nn.Parameter)
-    sizes = weight.dim() == 2 and x.dim() > 1 and not any(size % MULTIPLE for size in weight.shape)
-    return plain and owner.is_leaf and sizes and x.numel() > 0 and x.is_floating_point()
+    if not plain or weight.dim() != 2 or any(size % MULTIPLE for size in weight.shape):
+        return False
+    some = x.dim() > 1 and x.numel() > 0 and x.is_floating_point()
+    return some and owner.is_leaf and any(pays(x.device, size) for size in weight.shape)
 
 
 def _owner(weight: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .arithmetic import wide
 from .context import infers, outside_graphs, pass_here
 from .dispatch import backend
-from .float8 import FewDigits
 
 CHUNKS, LEAST, MOST = 8, 256, 2048
 """The logits are made for 1 / CHUNKS of the rows at a time, for LEAST of them at least and MOST at most.
@@ -47,9 +46,7 @@ class Head(nn.Linear):
             return super().forward(input)
         labels, ignore_index, learns = clamped
         rows = input.reshape(-1, self.in_features)
-        energy = HeadEnergy.apply(
-            rows, self.weight, self.bias, labels.reshape(-1), ignore_index, learns, here.few_digits
-        )
+        energy = HeadEnergy.apply(rows, self.weight, self.bias, labels.reshape(-1), ignore_index, learns)
         here.clamp(logits, energy)
         return logits
 
@@ -63,14 +60,7 @@ class HeadEnergy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        ignore_index: int,
-        learns: bool,
-        few_digits: FewDigits | None = None,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, learns: bool
     ) -> Tensor:
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         energy = wide(x).new_empty(len(x))
@@ -82,7 +72,7 @@ class HeadEnergy(torch.autograd.Function):
             grad = F.linear(x[rows], weight, bias)
             energy[rows] = backend(grad).clamped_categorical_gradient_(grad, labels[rows], ignore_index)
             if grad_x is not None:
-                grad_x[rows] = grad @ weight if few_digits is None else few_digits.gradient(grad, weight)
+                grad_x[rows] = grad @ weight
             if grad_weight is not None:
                 _add_product(grad_weight, grad.T, x[rows])
             if grad_bias is not None:
@@ -99,7 +89,7 @@ class HeadEnergy(torch.autograd.Function):
         scale = grad_energy[0]
         x = None if x is None else (x * grad_energy.unsqueeze(-1)).to(x.dtype)
         weight, bias = (None if t is None else (t * scale).to(ctx.dtype) for t in (weight, bias))
-        return x, weight, bias, None, None, None, None
+        return x, weight, bias, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -23,8 +23,8 @@ from pc_triton import FreeEnergy, train
 
 CASES: dict[str, Settings] = {
     "T = 2": {"inference_steps": 2},
-    "T = 3": {"inference_steps": 3},
     "T = 2, 4 blocks of width 64": {"inference_steps": 2, "blocks": 4, "width": 64},
+    "T = 3": {"inference_steps": 3},
 }
 KINDS = ("float32", "float8_e4m3fn")
 """What products in the passes of inference are made of; the learning pass is in float32."""

@@ -1,12 +1,13 @@
 """What a training step of a transformer costs, counted without a GPU, and the time predicted from that for some GPUs.
 
     python bench/cost.py [--blocks 12] [--width 768] [--steps 1 2 3] [--methods bp pc] ... [--json [FILE]]
+    python bench/cost.py --inference-dtype none float8_e4m3fn
 
 The step runs on meta tensors, which have shapes and no values. Every operation of torch's and every launch of a Triton
 kernel is counted, with the bytes that it reads and writes and the floating-point operations of its products. No GPU is
 asked, so times are predictions; `LEFT_OUT` says what they do not see. ``--json`` writes a list of rows: method, steps,
-attention_state, dtype, launches, bytes, products (of the layers' weights, in units of backpropagation's),
-predicted_seconds (by card), and flops (those of attention too), triton_launches, phases and size.
+attention_state, dtype, inference_dtype, launches, bytes, products (of the layers' weights, in units of
+backpropagation's), predicted_seconds (by card), and flops (those of attention too), triton_launches, phases and size.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import pc_triton as pc
-from pc_triton import batch, dispatch, families, head, nn
+from pc_triton import batch, dispatch, families, float8, head, nn
 from pc_triton.models import Transformer
 
 METHODS = {"bp": "", "pc": "error", "pc-sweep": "sweep", "pc-simultaneous": "simultaneous"}
 DTYPES = ("bfloat16", "float16", "float32")
+INFERENCE_DTYPES = ("none", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,14 @@ class Card:
     """Bytes a second, from its vendor's data sheet."""
     product_rate: float
     """Dense FLOPs a second in bfloat16, from there too; sheets that give the sparse rate give twice this."""
+    float8_rate: float | None = None
+    """The same of products in 8 bits; None where `pc_triton` makes none."""
     copy_share: float = 0.9
     """Of the bandwidth, what a copy reaches: QuACK's softmax has 3.01 of the 3.35 TB/s of an H100, by its authors."""
     product_share: float = 0.65
     """Of the product rate, what a large product reaches: cuBLAS in 16 bits, 8192 x 8192 x 512 to 16384, has 588 to 665
     TFLOP/s on Hopper and 1,108 to 1,564 on Blackwell (triton-lang/triton, python/tutorials/gluon/07-persistence.py).
-    That the other cards reach the same shares is assumed."""
+    That the other cards reach the same shares is assumed, and that products in 8 bits reach the same of their rate."""
     launch: float = 5e-6
     """Seconds of the host's thread an operation: the low end of the 5 to 25 us that are published for a product's
     dispatch in eager torch on an H100's host (jiahuanglin.xyz, lesson "From PyTorch op to kernel launch")."""
@@ -75,9 +79,11 @@ class Card:
 # Their sheets' figures as llmbook.apartsin.com lists them (section G.1), rounded, and B200's glennklockwood.com too.
 CARDS = (
     Card("A100 80GB SXM", 2.039e12, 312e12),  # NVIDIA A100 Tensor Core GPU data sheet, 2021: 2,039 GB/s, 312 TFLOPS
-    Card("H100 SXM", 3.35e12, 989e12),  # NVIDIA H100 Tensor Core GPU data sheet: 3.35 TB/s, 1,979 TFLOPS sparse
-    Card("H200", 4.8e12, 989e12),  # NVIDIA H200 Tensor Core GPU data sheet: 4.8 TB/s, 1,979 TFLOPS sparse
-    Card("B200", 8.0e12, 2250e12),  # NVIDIA DGX B200 data sheet, by its 8 GPUs: 64 TB/s, 36 PFLOPS sparse in 16 bits
+    Card(
+        "H100 SXM", 3.35e12, 989e12, 1979e12
+    ),  # NVIDIA H100 data sheet: 3.35 TB/s, 1,979 TFLOPS sparse, 3,958 in 8 bits
+    Card("H200", 4.8e12, 989e12, 1979e12),  # NVIDIA H200 data sheet: 4.8 TB/s, 1,979 TFLOPS sparse, 3,958 in 8 bits
+    Card("B200", 8.0e12, 2250e12, 4500e12),  # DGX B200 data sheet, its 8 GPUs: 64 TB/s, 36 PFLOPS sparse, 72 in 8 bits
     Card("MI300X", 5.3e12, 1307e12),  # AMD Instinct MI300X data sheet: 5.3 TB/s, 1,307.4 TFLOPS
 )
 
@@ -121,7 +127,8 @@ LAUNCHES = {  # on a GPU, where an operation is more than one
 }
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 TRITON = "triton "  # how the names of its launches begin
-LAYERS = ("mm", "addmm")  # the products of linear layers; those of attention are bmm's, or inside a kernel
+FLOAT8 = "_scaled_mm"
+LAYERS = ("mm", "addmm", FLOAT8)  # the products of linear layers; those of attention are bmm's, or inside a kernel
 
 
 def size_of(x: Tensor) -> int:
@@ -152,12 +159,12 @@ class Count(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.is_view or name in FREE:
             return out
-        read = list(args)
+        read, named = list(args), {key: x for key, x in kwargs.items() if key != "out"}
         if name in UNREAD:
             read.pop(UNREAD[name])
         elif name in WRITES_ONLY:
             read = read[1:]
-        inputs = {id(x): size_of(x) for x in tree_leaves((read, kwargs)) if isinstance(x, Tensor) and x.is_meta}
+        inputs = {id(x): size_of(x) for x in tree_leaves((read, named)) if isinstance(x, Tensor) and x.is_meta}
         moved = sum(inputs.values()) + sum(size_of(x) for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_meta)
         if name == "embedding":
             moved += size_of(out)  # the rows of the table that are read
@@ -259,6 +266,7 @@ def counted() -> Iterator[Count]:
             (F, "scaled_dot_product_attention", flash),
             (nn, "fuses", lambda x, weight: False),  # the table of fused layers has no rows yet
             (head, "_add_product", add_on_gpu),
+            (float8, "has_products", lambda device: True),
             (families.Categorical, "_check_labels", check_on_gpu),
             (batch.Batch, "free_energy", with_phase),
         ):
@@ -269,7 +277,9 @@ def counted() -> Iterator[Count]:
 
 
 @lru_cache(maxsize=64)
-def operations(size: Size, method: str, steps: int, state: bool, dtype: str) -> tuple[Operation, ...]:
+def operations(
+    size: Size, method: str, steps: int, state: bool, dtype: str, inference_dtype: str = "none"
+) -> tuple[Operation, ...]:
     """What one training step does, but for the optimiser."""
     with torch.device("meta"):
         model = Transformer(size.vocabulary, size.width, size.heads, size.blocks, size.context, attention=state)
@@ -280,7 +290,10 @@ def operations(size: Size, method: str, steps: int, state: bool, dtype: str) -> 
             loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten())
             count.phase = "backward"
         else:
-            free_energy = pc.FreeEnergy(model, steps=steps, order=METHODS[method])  # type: ignore[arg-type]
+            options: dict[str, Any] = {"order": METHODS[method]}
+            if inference_dtype != "none":
+                options["inference_dtype"] = getattr(torch, inference_dtype)
+            free_energy = pc.FreeEnergy(model, steps=steps, **options)
             free_energy.tracker.load_state_dict({"mean": torch.tensor(0.5)})  # a batch that is not the first
             loss = free_energy(x, y)
         loss.backward()
@@ -298,14 +311,19 @@ def weight_products(done: Iterable[Operation]) -> float:
 def predicted_seconds(done: Sequence[Operation], card: Card) -> float:
     """The time that the card is predicted to take; see `LEFT_OUT`."""
     copy, rate = card.bandwidth * card.copy_share, card.product_rate * card.product_share
-    device = sum(max(o.bytes / copy, o.flops / rate) for o in done)
+    float8 = (card.float8_rate or card.product_rate) * card.product_share
+    device = sum(max(o.bytes / copy, o.flops / (float8 if o.name == FLOAT8 else rate)) for o in done)
     host = sum(card.triton_launch if o.name.startswith(TRITON) else card.launch * o.launches for o in done)
     return max(device, host)
 
 
-def row(size: Size, method: str, steps: int, state: bool, dtype: str) -> dict[str, Any]:
-    """What a training step costs; a float32 one has no predictions, as its products' rate is another."""
-    done = operations(size, method, steps, state, dtype)
+def row(size: Size, method: str, steps: int, state: bool, dtype: str, inference_dtype: str = "none") -> dict[str, Any]:
+    """What a training step costs; a float32 one has no predictions, as its products' rate is another.
+
+    Inference in 8 bits has none for cards without such products, where it would be emulated.
+    """
+    done = operations(size, method, steps, state, dtype, inference_dtype)
+    cards = [c for c in CARDS if dtype != "float32" and (inference_dtype == "none" or c.float8_rate)]
     base = weight_products(operations(size, "bp", 0, False, dtype))
     phases: dict[str, Counter] = {}
     for o in done:
@@ -315,10 +333,11 @@ def row(size: Size, method: str, steps: int, state: bool, dtype: str) -> dict[st
         "steps": None if method == "bp" else steps,
         "attention_state": state,
         "dtype": dtype,
+        "inference_dtype": inference_dtype,
         "launches": sum(o.launches for o in done),
         "bytes": round(sum(o.bytes for o in done)),
         "products": weight_products(done) / base,
-        "predicted_seconds": {} if dtype == "float32" else {c.name: predicted_seconds(done, c) for c in CARDS},
+        "predicted_seconds": {c.name: predicted_seconds(done, c) for c in cards},
         "flops": round(sum(o.flops for o in done)),
         "triton_launches": sum(o.launches for o in done if o.name.startswith(TRITON)),
         "phases": {phase: {name: round(total) for name, total in sums.items()} for phase, sums in phases.items()},
@@ -327,25 +346,32 @@ def row(size: Size, method: str, steps: int, state: bool, dtype: str) -> dict[st
 
 
 def rows(
-    size: Size, methods: Sequence[str], steps: Sequence[int], states: Sequence[bool], dtype: str
+    size: Size,
+    methods: Sequence[str],
+    steps: Sequence[int],
+    states: Sequence[bool],
+    dtype: str,
+    inference_dtypes: Sequence[str] = ("none",),
 ) -> Iterator[dict[str, Any]]:
-    """A row for backpropagation, and for each other method one by steps and by state of attention."""
+    """A row for backpropagation, and for each other method one by steps, by state of attention and by dtype."""
     for method in methods:
         if method == "bp":
             yield row(size, method, 0, False, dtype)
         else:
             for state in states:
                 for t in steps:
-                    yield row(size, method, t, state, dtype)
+                    for inference_dtype in inference_dtypes if METHODS[method] == "error" else ("none",):
+                        yield row(size, method, t, state, dtype, inference_dtype)
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     """The rows as markdown."""
+    cards = dict.fromkeys(card for r in found for card in r["predicted_seconds"])
     return markdown(
         case(r)
         | {"launches": r["launches"], "of them Triton": r["triton_launches"], "GB": f"{r['bytes'] / 1e9:.1f}"}
         | {"products / BP": f"{r['products']:.3f}", "FLOPs / 1e12": f"{r['flops'] / 1e12:.1f}"}
-        | {f"prediction, ms, {card}": f"{1e3 * seconds:.1f}" for card, seconds in r["predicted_seconds"].items()}
+        | {f"prediction, ms, {card}": milliseconds(r["predicted_seconds"].get(card)) for card in cards}
         for r in found
     )
 
@@ -363,7 +389,13 @@ def phase_table(found: Sequence[dict[str, Any]]) -> str:
 
 def case(r: dict[str, Any]) -> dict[str, Any]:
     t = "-" if r["steps"] is None else r["steps"]
-    return {"method": r["method"], "T": t, "state of attention": "yes" if r["attention_state"] else "no"}
+    state = "yes" if r["attention_state"] else "no"
+    return {"method": r["method"], "T": t, "state of attention": state, "inference": r["inference_dtype"]}
+
+
+def milliseconds(seconds: float | None) -> str:
+    """A cell of the table; "-" for what is not predicted."""
+    return "-" if seconds is None else f"{1e3 * seconds:.1f}"
 
 
 def markdown(body: Iterable[dict[str, Any]]) -> str:
@@ -382,11 +414,15 @@ def main(arguments: list[str] | None = None, say: Callable[[str], object] = prin
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of weights (default bfloat16)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["bp", "pc"], help="default bp pc")
     parser.add_argument("--attention-state", choices=("both", "yes", "no"), default="both", help="default both")
+    parser.add_argument(
+        "--inference-dtype", choices=INFERENCE_DTYPES, nargs="+", default=["none"], metavar="DTYPE",
+        help=f"of products in passes that do not learn: {', '.join(INFERENCE_DTYPES)} (default none: as those that do)",
+    )  # fmt: skip
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write rows there; alone: print them only")
     given = parser.parse_args(arguments)
     size = Size(**{name: getattr(given, name) for name in Size.__dataclass_fields__})
     states = {"both": (False, True), "yes": (True,), "no": (False,)}[given.attention_state]
-    found = list(rows(size, given.methods, given.steps, states, given.dtype))
+    found = list(rows(size, given.methods, given.steps, states, given.dtype, given.inference_dtype))
     if given.json == "-":
         say(json.dumps(found, indent=1))
         return

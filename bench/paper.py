@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pc_triton.text import InputError
 
-EXPERIMENTS = ("toy", "vae", "lm", "early", "depth", "displacement", "states", "beyond", "backwards")
+EXPERIMENTS = ("toy", "vae", "lm", "early", "depth", "displacement", "states", "float8", "beyond", "backwards")
 
 
 def main() -> None:

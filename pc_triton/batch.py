@@ -20,6 +20,7 @@ from .context import running
 from .dispatch import tracing
 from .distributions import Distribution
 from .families import Gaussian
+from .float8 import FewDigits
 from .node import Gradient, Node, Response
 from .output import Output
 from .passes import ModelPass, Nodes
@@ -60,6 +61,7 @@ class Batch(Nodes):
             self.weights = [p for p in parameters.values() if p.requires_grad and p.is_leaf]
         self.out = torch.empty(0)  # what the model returned in the last pass
         self.energies: list[Tensor] = []  # F [S] of every pass
+        self.few_digits: FewDigits | None = None  # for passes in which states move, and nothing learns or is shown
         self.watch: Callable[[Batch], None] | None = None  # called before every move, and after the last
         self.awaits: tuple[ModelPass, list[Tensor]] | None = None  # the last pass, until its response is known
         graph = tracing.get() or (first.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -85,7 +87,7 @@ class Batch(Nodes):
         learns: weight gradients will be taken of it. moves: gradients of the states will be. shows: nodes keep their
         emissions and energies. local: each node's weights see its own energy alone, whatever the order.
         """
-        here = ModelPass(self, learns, moves, shows, local)
+        here = ModelPass(self, learns, moves, shows, local, None if learns or shows else self.few_digits)
         first = here.first
         resume = None
         if self.resumes_random and not first:
@@ -93,16 +95,15 @@ class Batch(Nodes):
         noted = self.calls.buffers.note(self.looks) if first else None
         self.random.restore()  # dropout and noise are the same in every pass
         try:
-            with torch.enable_grad(), running(here), contextlib.ExitStack() as held:
+            with torch.enable_grad(), running(here), here.digits(), contextlib.ExitStack() as held:
                 if not first and (self.calls.norms or self.moved):
                     held.enter_context(self.held())
                 if not learns and self.weights:
                     held.enter_context(hold_weights(self.weights))
                 if self.calls.compiled:
                     self._put_errors_in_the_graph(here, held)
-                    held.enter_context(
-                        self.calls.eager() if first or local or self.places is not None else self.calls.traced()
-                    )
+                    eager = first or local or self.places is not None or here.few_digits is not None
+                    held.enter_context(self.calls.eager() if eager else self.calls.traced())
                 if self.looks and first and self.calls.time_first:
                     held.enter_context(samples_first(self.calls.time_first, self.samples))
                 args = self.args if self.clamp_input is True else (self._free_input(), *self.args[1:])

@@ -105,7 +105,13 @@ def check_free_input(x: Any, clamp_input: Any) -> None:
 
 
 def check_options(
-    steps: Any, order: Any, form: str, optimizes: bool, state_dtype: torch.dtype | None, output_weight: Any
+    steps: Any,
+    order: Any,
+    form: str,
+    optimizes: bool,
+    state_dtype: torch.dtype | None,
+    inference_dtype: torch.dtype | None,
+    output_weight: Any,
 ) -> None:
     """Raise ValueError for an option out of range, or for two that do not go together."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -123,6 +129,13 @@ def check_options(
         raise ValueError(
             "state_dtype=torch.bfloat16 with a state_optimizer, which would do its arithmetic in it: leave "
             "state_optimizer=None, or use float32 states"
+        )
+    if inference_dtype not in (None, torch.float8_e4m3fn):
+        raise ValueError(f"inference_dtype={inference_dtype!r}: give torch.float8_e4m3fn or None")
+    if inference_dtype is not None and form != "error":
+        raise ValueError(
+            f"inference_dtype with order={order!r}, whose states are u: by predictions of more digits u - mu would "
+            "be the rounding; use order='error', or inference_dtype=None"
         )
     number = isinstance(output_weight, (int, float)) and not isinstance(output_weight, bool)
     if not (number and math.isfinite(output_weight)):

@@ -26,6 +26,9 @@ First = Callable[[], tuple[Tensor, dict[str, Any], Any]]
 class Pass(Protocol):
     """One pass of the model in inference, as the layers see it."""
 
+    few_digits: Any
+    """A `FewDigits` where its products are made in 8 bits."""
+
     def emit(self, family: Any, mu: Tensor, frozen: dict[str, Any]) -> Tensor:
         """What the value node of ``family`` emits for its prediction mu.
 

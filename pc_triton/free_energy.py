@@ -17,6 +17,7 @@ from .checks import check_free_input, check_model, check_options
 from .context import outside_graphs, prepare_compiler
 from .distributions import Distribution
 from .families import Gaussian
+from .float8 import FewDigits
 from .infer import Settled, infer
 from .orders import Order, Start, as_order
 from .plumbing import Calls, hold_gathered, sharded_modules
@@ -78,6 +79,11 @@ class FreeEnergy(nn.Module):
             a float64 model. ``torch.bfloat16``: half the memory, and fewer bytes in every inference step; arithmetic
             stays as it is, each move is rounded. For order "error" alone, whose errors are small beside u; a chain of
             small layers that runs in one launch keeps its states on the chip, in float32 whatever this says.
+        inference_dtype: ``torch.float8_e4m3fn`` for products of 8 bits in the passes that move states and do not learn:
+            those of ``F.linear`` with parameters, and `Head`'s. Gradients are in ``float8_e5m2``. GPUs of compute
+            capability 8.9 and above multiply them at twice the rate; elsewhere they are rounded alike, at a cost. The
+            learning pass, `infer` and all that is reported keep their digits, and so do products of sizes that are no
+            multiples of 16 and a chain in one launch. The one step of T = 2 is then 1, not learnt. None: as they learn.
         output_weight: a factor on the energy of the clamped output, and so on the loss. A small one nudges the states
             towards y, a negative one away from it.
         stop: ends inference before its T steps. A number: once the last move changed F by at most that fraction of it,
@@ -107,6 +113,7 @@ class FreeEnergy(nn.Module):
         step: float | Constant | None = None,
         state_optimizer: StateOptimizer | None = None,
         state_dtype: torch.dtype | None = None,
+        inference_dtype: torch.dtype | None = None,
         output_weight: float = 1.0,
         stop: float | Callable[[Sequence[Tensor]], bool] | None = None,
         local: bool = False,
@@ -123,7 +130,7 @@ class FreeEnergy(nn.Module):
         self._steps, self._step = steps, step  # None: those of the order
         self.state_optimizer = state_optimizer
         self.state_dtype = None if state_dtype == torch.float32 else state_dtype  # None: that of the arithmetic
-        self.output_weight, self.stop, self.local = output_weight, stop, local
+        self.inference_dtype, self.output_weight, self.stop, self.local = inference_dtype, output_weight, stop, local
         _ = self.rules  # refuses what is out of range
         prepare_compiler()
         self._calls = Calls(model)
@@ -151,16 +158,18 @@ class FreeEnergy(nn.Module):
     def rules(self) -> Rules:
         """The rules of inference as objects: what the arguments say, or what was set since. Raises ValueError."""
         order, optimizes = as_order(self.order), self.state_optimizer is not None
-        check_options(self.steps, self.order, order.form, optimizes, self.state_dtype, self.output_weight)
+        dtypes = self.state_dtype, self.inference_dtype
+        check_options(self.steps, self.order, order.form, optimizes, *dtypes, self.output_weight)
         step = as_step(self.step)
         if self._step is None and not optimizes:
             only = order.form == "error" and self.steps == 2  # its one move is corrected by none
-            step = self.tracker.rule(order.step) if only else Guarded(order.step)
+            coarse = self.inference_dtype is not None
+            step = self.tracker.rule(order.step, coarse) if only else Guarded(order.step)
         return Rules(
             as_precision(self.precision, self.displacement),
             step,
             self.state_optimizer,
-            self.state_dtype,
+            *dtypes,
             as_stop(self.stop),
             remembers=order.form == "state" or self.steps > 3,
         )
@@ -170,7 +179,7 @@ class FreeEnergy(nn.Module):
         """All that a training step follows from, but for the model and the batch."""
         return (
             self.steps, self.order, self.precision, self.displacement, self._step, self.state_optimizer,
-            self.state_dtype, self.output_weight, self.stop, self.local, self.tracker.begun,
+            self.state_dtype, self.inference_dtype, self.output_weight, self.stop, self.local, self.tracker.begun,
         )  # fmt: skip
 
     @property
@@ -258,7 +267,11 @@ class FreeEnergy(nn.Module):
 
     def settle(self, batch: Batch, moves: int, start: Start | None = None, rules: Rules | None = None) -> Constant:
         """Move every state of a batch ``moves`` times from the prediction, or from ``start``. Returns the step rule."""
-        return as_order(self.order).settle(batch, self.rules if rules is None else rules, moves, start)
+        rules = self.rules if rules is None else rules
+        batch.few_digits = None if rules.inference_dtype is None else FewDigits()
+        steps = as_order(self.order).settle(batch, rules, moves, start)
+        batch.few_digits = None
+        return steps
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """Make the whole training step, all of inference and the weight gradients, one graph; for small models.
@@ -313,28 +326,25 @@ class FreeEnergy(nn.Module):
         clamp_input: bool | Tensor = True,
         mask: Tensor | None = None,
         start: Start | None = None,
+        watch: Callable[[Batch], None] | None = None,
     ) -> Settled:
         """Inference alone: T moves of every state (in error order one more than before learning), no learning.
 
         x, y, mask, start: as in a call. ``clamp_input=False`` frees the input: x is then the prediction of a Gaussian
         input node, and is inferred from y together with the hidden states. A bool tensor of x's shape frees it where it
         is False. With y None too, the model generates from x: the states stay at their predictions (GaussianLogVar
-        nodes at a sample).
+        nodes at a sample). watch: called with the `Batch` before every move and after the last, as `record` does.
         Raises ValueError as a call does, and where a free input is no floating-point tensor.
         """
-        return self._infer(x, y, clamp_input, mask, start)
+        if clamp_input is not True:
+            check_free_input(x, clamp_input)
+        batch = self.batch(x, y, mask=mask, input_node=self.input_node, clamp_input=clamp_input, shows=True)
+        batch.watch = watch
+        rules = dataclasses.replace(self.rules, remembers=True, inference_dtype=None)
+        with self._calls.held():
+            return infer(batch, lambda: self.settle(batch, self.steps, start, rules))
 
-    @torch.inference_mode(False)
-    @torch.enable_grad()
-    def record(
-        self,
-        x: Any,
-        y: Tensor | None = None,
-        *,
-        clamp_input: bool | Tensor = True,
-        mask: Tensor | None = None,
-        start: Start | None = None,
-    ) -> list[dict[str, NodeStep]]:
+    def record(self, x: Any, y: Tensor | None = None, **options: Any) -> list[dict[str, NodeStep]]:
         """Energy and residual of every node as inference goes: before each of the T moves, and after the last.
 
         Arguments and errors as in `infer`. Element t of the list has a `NodeStep` for each node that reaches the
@@ -342,26 +352,8 @@ class FreeEnergy(nn.Module):
         guard's last look, by which `infer` takes back a move that raised F, comes after the record.
         """
         steps: list[dict[str, NodeStep]] = []
-
-        self._infer(x, y, clamp_input, mask, start, lambda batch: steps.append(look(batch)))
+        self.infer(x, y, watch=lambda batch: steps.append(look(batch)), **options)
         return steps
-
-    def _infer(
-        self,
-        x: Any,
-        y: Tensor | None,
-        clamp_input: bool | Tensor,
-        mask: Tensor | None,
-        start: Start | None,
-        watch: Callable[[Batch], None] | None = None,
-    ) -> Settled:
-        if clamp_input is not True:
-            check_free_input(x, clamp_input)
-        batch = self.batch(x, y, mask=mask, input_node=self.input_node, clamp_input=clamp_input, shows=True)
-        batch.watch = watch
-        rules = dataclasses.replace(self.rules, remembers=True)
-        with self._calls.held():
-            return infer(batch, lambda: self.settle(batch, self.steps, start, rules))
 
     @torch.inference_mode(False)
     @torch.enable_grad()

@@ -47,7 +47,8 @@ class Linear(nn.Linear):
 
     def _emit(self, input: Tensor) -> Tensor:
         here = pass_here()
-        if here is not None and type(self.node) is Gaussian and fuses(input, self.weight):
+        fits = here is not None and here.few_digits is None and type(self.node) is Gaussian
+        if here is not None and fits and fuses(input, self.weight):
 
             def product_and_node(node: Any, here: Any, anchor: Tensor) -> Any:
                 return EmitLinear.apply(input, self.weight, self.bias, anchor, node, here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .context import First, Fused, running
 from .dispatch import as_state, backend, tracing
 from .distributions import Distribution
 from .families import Categorical, Gaussian
+from .float8 import FewDigits
 from .node import Node, Response
 from .operations import Emit, respond_to
 from .output import Output
@@ -66,10 +68,12 @@ class Nodes:
 class ModelPass:
     """One pass of the model under the states of a batch: what its layers meet (`context.Pass`)."""
 
-    def __init__(self, batch: Nodes, learns: bool, moves: bool, shows: bool, local: bool) -> None:
+    def __init__(
+        self, batch: Nodes, learns: bool, moves: bool, shows: bool, local: bool, few_digits: FewDigits | None
+    ) -> None:
         self.batch, self.form = batch, batch.form
         self.first = not batch.nodes  # it makes them
-        self.learns, self.shows, self.local = learns, shows, local
+        self.learns, self.shows, self.local, self.few_digits = learns, shows, local, few_digits
         self.response: Response | None = None  # `Batch.move` gives it, before the backward pass
         self.differentiates = moves
         self.visits = 0
@@ -332,6 +336,10 @@ class ModelPass:
             )
         return output.energy_of_rows(energy)
 
+    def digits(self) -> AbstractContextManager[Any]:
+        """Within it products have the digits of this pass."""
+        return contextlib.nullcontext() if self.few_digits is None else self.few_digits
+
     def close(self) -> None:
         """Let go of all that holds the graph: a graph holds its pass, and Python cannot collect such a cycle."""
         self.energies, self.added, self.leaves, self.seen, self.head = [], [], [], [], None
@@ -350,7 +358,7 @@ class ModelPass:
         """Within it a part of the pass is computed again, for its backward, from that visit on."""
         before, (self.visits, self.again) = (self.visits, self.again), (visits, True)
         try:
-            with running(self), self.batch.held(), self._in_checkpoint():
+            with running(self), self.digits(), self.batch.held(), self._in_checkpoint():
                 yield
         finally:
             self.visits, self.again = before

@@ -227,6 +227,8 @@ class Rules:
     state_optimizer: StateOptimizer | None = None
     state_dtype: torch.dtype | None = None
     """None: that of the arithmetic."""
+    inference_dtype: torch.dtype | None = None
+    """Of the products in passes that do not learn; None: as in those that do."""
     stop: Callable[[Sequence[Tensor]], bool] | None = None
     """Called with F ``[S]`` at the prediction and after each move so far; True ends inference."""
     remembers: bool = False

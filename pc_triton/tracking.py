@@ -32,10 +32,10 @@ class Tracked(Guarded):
     forward pass more.
     """
 
-    def __init__(self, step: float, mean: Tensor | None = None) -> None:
+    def __init__(self, step: float, mean: Tensor | None = None, coarse: bool = False) -> None:
         super().__init__(step)
         self.mean = mean
-        self.coarse = False  # whether F is too coarse to learn from
+        self.coarse = coarse  # whether F is too coarse to learn from
 
     def begin(self, free_energy: Tensor, slope: Tensor | None, remembers: bool) -> None:
         super().begin(free_energy, slope, remembers)
@@ -43,8 +43,12 @@ class Tracked(Guarded):
             self.step = torch.zeros_like(free_energy) + torch.where(self.mean.isfinite(), self.mean, self.first)
 
     def unguarded(self, nodes: Sequence[Node], free_energy: Tensor) -> tuple[Tensor, Tensor]:
-        """In bfloat16 Newton's step: there u = mu + e loses what is small in e, and F tells of its rounding."""
-        if any(node.dtype == torch.bfloat16 for node in nodes):
+        """Where F is coarse, Newton's step.
+
+        In bfloat16 u = mu + e loses what is small in e, and F tells of its rounding. And where the move was made in
+        fewer digits than the weights learn in, F before it and after it differ by their rounding.
+        """
+        if self.coarse or any(node.dtype == torch.bfloat16 for node in nodes):
             self.coarse, self.step = True, torch.ones_like(self.step)
         return super().unguarded(nodes, free_energy)
 
@@ -96,9 +100,9 @@ class StepTracker(nn.Module):
         self.seen: Tensor | None = None  # parabolas, since the last update
         self.holds = 0  # how many `hold` are entered
 
-    def rule(self, step: float) -> Tracked:
-        """The rule for a batch; ``step`` is that of a first one."""
-        return Tracked(step, self.mean if self.begun else None)
+    def rule(self, step: float, coarse: bool = False) -> Tracked:
+        """The rule for a batch; ``step`` is that of a first one, coarse as in `Tracked`."""
+        return Tracked(step, self.mean if self.begun else None, coarse)
 
     def awaits(self, rule: Constant) -> bool:
         """Whether this rule is of a first batch, from which a step is to be learnt."""

@@ -116,6 +116,15 @@ def work(rank, store, folder):
             learner = wrap(whole, order=order, **options)
             measure((name, dtype, order), whole, lambda: learner(x[mine], y[mine]).backward(), expected)  # noqa: B023
 
+    alone = model()
+    free_energy = pc.FreeEnergy(alone, steps=STEPS, inference_dtype=torch.float8_e4m3fn)
+    ((free_energy(x[:4], y[:4]) + free_energy(x[4:], y[4:])) / 2).backward()  # a tensor's scale is that of its batch
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp", None)):
+        whole = model()
+        few = pc.FreeEnergy(sharded(whole) if wrap is None else whole, steps=STEPS, inference_dtype=torch.float8_e4m3fn)
+        learner = few if wrap is None else wrap(few)
+        measure((name, "few digits"), whole, lambda: learner(x[mine], y[mine]).backward(), gradients(alone))  # noqa: B023
+
     def train(whole, free_energy, rows):
         optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
         for loss in free_energy.incremental(x[rows], y[rows]):
@@ -257,6 +266,14 @@ def test_gradient_accumulation(results, name, how, operation, times):
     largest, calls, _ = results[name, how]
     assert largest < ROUNDING * torch.finfo(torch.float64).eps
     assert calls[operation] == times
+
+
+def test_inference_in_few_digits(results):
+    """It sends what inference of all digits sends, and learns what each process alone would."""
+    for name in ("ddp", "fsdp"):
+        largest, calls, sent = results[name, "few digits"]
+        assert largest < ROUNDING * torch.finfo(torch.float64).eps
+        assert (calls, sent) == results[name, torch.float64, "error"][1:]
 
 
 def test_uneven_labels_are_a_mean_of_means(results):

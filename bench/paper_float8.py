@@ -1,0 +1,108 @@
+"""What products of 8 bits in the passes of inference change: the same trainings with and without them.
+
+The model of ``pc-triton train`` by PC in error order with T = 2 and T = 3, and one of twice its depth and half its
+width with T = 2; every pair of runs has its seed, and with it weights and batches, in common. A CPU emulates the
+products: their operands are rounded, and multiplied in float32. ``--data`` as in ``paper_lm.py``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+from unittest.mock import patch
+
+import paper_lm
+import torch
+from matplotlib.figure import Figure
+from paper_lm import DEFAULT, PAPER, TINY
+from runs import Record, Settings, complete, markdown, mean_and_std, regime, score, spread
+
+from pc_triton import FreeEnergy, train
+
+CASES: dict[str, Settings] = {
+    "T = 2": {"inference_steps": 2},
+    "T = 2, 4 blocks of width 64": {"inference_steps": 2, "blocks": 4, "width": 64},
+    "T = 3": {"inference_steps": 3},
+}
+KINDS = ("float32", "float8_e4m3fn")
+"""What products in the passes of inference are made of; the learning pass is in float32."""
+SEEDS = (0, 1, 2)
+LR = 4e-3
+
+
+def run(settings: Settings, data: Path | None) -> Record:
+    """As `paper_lm.run`, with the dtype of inference."""
+    options = {name: value for name, value in settings.items() if name != "inference_dtype"}
+    kind = settings["inference_dtype"]
+    dtype = None if kind == KINDS[0] else getattr(torch, kind)
+    with patch.object(train, "FreeEnergy", partial(FreeEnergy, inference_dtype=dtype)):
+        return paper_lm.run(options, data)
+
+
+def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
+    """Make the runs that ``out`` lacks; Markdown of them, and a PNG of how far the trainings part."""
+    model = TINY if quick else DEFAULT if data is None else PAPER
+    common = model | {"method": "pc", "order": "error", "lr": LR, "tuning": False, "steps": 20 if quick else 500}
+    wanted = [
+        common
+        | ({"inference_steps": case["inference_steps"]} if quick else case)
+        | {"seed": seed, "inference_dtype": kind}
+        for case in CASES.values()
+        for seed in (SEEDS[:1] if quick else SEEDS)
+        for kind in KINDS
+    ]
+    records = complete(out, list(unique(wanted)), partial(run, data=data), jobs)
+    groups = {name: of(records, case, quick) for name, case in CASES.items()}
+    plot(groups, out.with_suffix(".png"))
+    return table(groups)
+
+
+def unique(wanted: list[Settings]) -> list[Settings]:
+    """Each once: the quick models are all of one size."""
+    return [settings for n, settings in enumerate(wanted) if settings not in wanted[:n]]
+
+
+def of(records: list[Record], case: Settings, quick: bool) -> dict[str, list[Record]]:
+    """The runs of a case by what inference multiplies, each by seed."""
+    names = ("inference_steps",) if quick else ("inference_steps", "blocks", "width")
+    sought = DEFAULT | case
+    found = [r for r in records if all(r["settings"][name] == sought[name] for name in names)]
+    found.sort(key=lambda record: record["settings"]["seed"])
+    return {kind: [r for r in found if r["settings"]["inference_dtype"] == kind] for kind in KINDS}
+
+
+def table(groups: dict[str, dict[str, list[Record]]]) -> str:
+    """Markdown: held-out perplexity by case and dtype, what 8 bits change in it seed by seed, and the regime."""
+    rows = []
+    for name, by_kind in groups.items():
+        for kind, some in by_kind.items():
+            changes = [100 * (score(a) / score(b) - 1) for a, b in zip(some, by_kind[KINDS[0]])]
+            change = "" if kind == KINDS[0] else mean_and_std(changes, 2, "+") + " %"
+            rows.append([name, kind, *(spread([r]) for r in some), spread(some), change, regime(some)])
+    seeds = sorted({r["settings"]["seed"] for by_kind in groups.values() for some in by_kind.values() for r in some})
+    heads = ["training", "inference", *(f"seed {seed}" for seed in seeds), "mean ± std", "change by 8 bits", "regime"]
+    return markdown(heads, rows)
+
+
+def plot(groups: dict[str, dict[str, list[Record]]], png: Path) -> None:
+    """Left held-out perplexity, means over the seeds; right how far the losses of a pair of runs part."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, by_kind) in enumerate(groups.items()):
+        for (kind, some), style in zip(by_kind.items(), ("-", "--")):
+            each: list[Any] = [record["evaluations"] for record in some if "evaluations" in record]
+            values = [mean(row["perplexity"] for row in rows) for rows in zip(*each)]
+            label = f"{name}, {kind}"
+            left.plot([row["step"] for row in each[0]], values, style, color=f"C{number}", marker=".", label=label)
+        for seed, pair in enumerate(zip(*by_kind.values())):
+            a, b = (record["losses_every_10th"] for record in pair)
+            parts = [abs(x - y) / x for x, y in zip(a, b)]
+            label = None if seed else f"{name}, each seed"
+            right.plot([10 * k for k in range(len(parts))], parts, color=f"C{number}", label=label)
+    left.set(xlabel="training step", ylabel="held-out perplexity per token", yscale="log")
+    right.set(xlabel="training step", ylabel="relative difference of the loss to float32's", yscale="log")
+    left.legend()
+    right.legend()
+    figure.savefig(png, dpi=120)

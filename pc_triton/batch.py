@@ -66,8 +66,7 @@ class Batch(Nodes):
         self.looks = calls.looks_again(model.training) and not graph
         if self.looks:
             refuse_own_tokens(model, inputs, target)
-        self.random = RandomState(first.device, calls.draws_elsewhere or self.looks)
-        self.resumes_random = False  # whether something else draws between the passes
+        self.random = RandomState(first.device, calls.draws_elsewhere or self.looks)  # as before the first pass
 
     @property
     def items(self) -> Tensor | int:
@@ -87,11 +86,14 @@ class Batch(Nodes):
         """
         here = ModelPass(self, learns, moves, shows, local)
         first = here.first
-        resume = None
-        if self.resumes_random and not first:
-            resume = RandomState(self.random.device, self.calls.draws_elsewhere)
+        # Dropout and noise are the same in every pass. What draws between the passes, such as a rule, a start or a
+        # state_optimizer of the user's, must not see the same numbers again: it goes on where it was.
+        now = RandomState(self.random.device, self.calls.draws_elsewhere or (first and self.looks))
+        if first:
+            self.random = now
+        else:
+            self.random.restore()
         noted = self.calls.buffers.note(self.looks) if first else None
-        self.random.restore()  # dropout and noise are the same in every pass
         try:
             with torch.enable_grad(), running(here), contextlib.ExitStack() as held:
                 if not first and (self.calls.norms or self.moved):
@@ -120,8 +122,8 @@ class Batch(Nodes):
         if noted is not None:
             self.moved = noted.moved()
             self.calls.learn(self.moved, self.random.moved_elsewhere())
-        if resume is not None:
-            resume.restore()
+        if not first:
+            now.restore()
         if learns and (moves or not first) and energy.requires_grad:  # at the prediction it is plain backpropagation
             energy.register_hook(refuse_second_derivative)
         self.energies.append(energy.detach())

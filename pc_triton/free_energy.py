@@ -192,12 +192,10 @@ class FreeEnergy(nn.Module):
 
         form: what its states hold, if not what the order says. options: those of `Batch`.
         """
-        batch = Batch(
+        return Batch(
             self.model, self._calls, self._names, x, y,
             form=form or as_order(self.order).form, output=self.output, output_weight=self.output_weight, **options,
         )  # fmt: skip
-        batch.resumes_random = self.state_optimizer is not None
-        return batch
 
     def extra_repr(self) -> str:
         displacement = f", displacement={self.displacement}" if self.precision == "auto" else ""

@@ -686,6 +686,42 @@ def test_a_record_leaves_random_numbers_as_they_were(order):
 # Noise.
 
 
+@pytest.mark.parametrize("order", ["error", "simultaneous"])
+@pytest.mark.parametrize("draws", ["start", "step", "precision", "order", "stop"])
+def test_rules_that_draw_get_new_numbers(draws, order):
+    """The passes go back to the batch's numbers, for dropout; what is drawn between them must not come again."""
+    drawn = []
+
+    def draw():
+        drawn.append(float(torch.rand(())))
+
+    class Step(pc.Constant):
+        def next(self, nodes, free_energy):
+            draw()
+            return super().next(nodes, free_energy)
+
+    def settle(batch, rules, moves, start=None):
+        draw()
+        return orders.simultaneous(batch, rules, moves, start)
+
+    rules = {
+        "start": {},
+        "step": {"step": Step(0.1)},
+        "precision": {"precision": lambda node, squared, free_energy, nodes: (draw(), torch.ones_like(free_energy))[1]},
+        "order": {"order": settle},
+        "stop": {"stop": lambda energies: draw() is not None},
+    }[draws]
+    torch.manual_seed(0)
+    model = nn.Sequential(pc.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))  # draws nothing itself
+    free_energy = pc.FreeEnergy(model, steps=3, **{"order": order, **rules})
+    x, y = torch.randn(5, 3), torch.randint(2, (5,))
+    for _ in range(2):
+        free_energy(x, y, start=(lambda predictions: (draw(), predictions)[1]) if draws == "start" else None)
+    draw()
+    assert len(drawn) >= 3
+    assert len(set(drawn)) == len(drawn)
+
+
 class Langevin(torch.optim.Optimizer):
     """u <- u - lr grad + sqrt(2 lr) xi, xi standard normal of torch's own generator: samples exp(-F) at precision 1."""
 

@@ -93,14 +93,21 @@ def check_model(model: Any, order: Any) -> dict[Distribution, str]:
     return names
 
 
+def described(x: Any) -> str:
+    """What x is, for an error: a tensor's dtype and shape, else its type."""
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
 def check_free_input(x: Any, clamp_input: Any) -> None:
     """Raise ValueError where x cannot be freed, as a whole or in part."""
     if not (isinstance(x, Tensor) and x.is_floating_point()):
         raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
-    if isinstance(clamp_input, Tensor) and (clamp_input.dtype != torch.bool or clamp_input.shape != x.shape):
+    if clamp_input is False:
+        return
+    if not isinstance(clamp_input, Tensor) or clamp_input.dtype != torch.bool or clamp_input.shape != x.shape:
         raise ValueError(
-            f"clamp_input is {clamp_input.dtype} {tuple(clamp_input.shape)}: give a bool, or a bool tensor "
-            f"{tuple(x.shape)}, True where x is clamped"
+            f"clamp_input is {described(clamp_input)}: give a bool, or a bool tensor {tuple(x.shape)}, True where x "
+            "is clamped"
         )
 
 

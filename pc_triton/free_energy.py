@@ -122,7 +122,7 @@ class FreeEnergy(nn.Module):
         self.order, self.precision, self.displacement = order, precision, displacement
         self._steps, self._step = steps, step  # None: those of the order
         self.state_optimizer = state_optimizer
-        self.state_dtype = None if state_dtype == torch.float32 else state_dtype  # None: that of the arithmetic
+        self.state_dtype = state_dtype
         self.output_weight, self.stop, self.local = output_weight, stop, local
         _ = self.rules  # refuses what is out of range
         prepare_compiler()
@@ -151,7 +151,8 @@ class FreeEnergy(nn.Module):
     def rules(self) -> Rules:
         """The rules of inference as objects: what the arguments say, or what was set since. Raises ValueError."""
         order, optimizes = as_order(self.order), self.state_optimizer is not None
-        check_options(self.steps, self.order, order.form, optimizes, self.state_dtype, self.output_weight)
+        state_dtype = None if self.state_dtype == torch.float32 else self.state_dtype  # None: that of the arithmetic
+        check_options(self.steps, self.order, order.form, optimizes, state_dtype, self.output_weight)
         step = as_step(self.step)
         if self._step is None and not optimizes:
             only = order.form == "error" and self.steps == 2  # its one move is corrected by none
@@ -160,7 +161,7 @@ class FreeEnergy(nn.Module):
             as_precision(self.precision, self.displacement),
             step,
             self.state_optimizer,
-            self.state_dtype,
+            state_dtype,
             as_stop(self.stop),
             remembers=order.form == "state" or self.steps > 3,
         )
@@ -233,6 +234,7 @@ class FreeEnergy(nn.Module):
                 return self.loss_and_batch(x, y, mask, start, tracks=tracks)[0]
             loss = chain_loss(self, x, y)
             if loss is None and self._compiled is not None:
+                self._check_compiles()  # a rule may have been set since
                 loss = self._compiled(x, y, tracks)
             return self.loss_and_batch(x, y, tracks=tracks)[0] if loss is None else loss
 
@@ -256,7 +258,10 @@ class FreeEnergy(nn.Module):
 
     def settle(self, batch: Batch, moves: int, start: Start | None = None, rules: Rules | None = None) -> Constant:
         """Move every state of a batch ``moves`` times from the prediction, or from ``start``. Returns the step rule."""
-        return as_order(self.order).settle(batch, self.rules if rules is None else rules, moves, start)
+        steps = as_order(self.order).settle(batch, self.rules if rules is None else rules, moves, start)
+        if not isinstance(steps, Constant):  # such as a generator's, which has moved nothing
+            raise TypeError(f"order={self.order!r} returned {type(steps).__name__}: it must return the step rule")
+        return steps
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """Make the whole training step, all of inference and the weight gradients, one graph; for small models.
@@ -273,8 +278,7 @@ class FreeEnergy(nn.Module):
         ``order="incremental"``, a state_optimizer or a model that FSDP2 shards, at the first batch for dropout or, on a
         GPU, any random numbers.
         """
-        if self.order == "incremental" or self.state_optimizer is not None or self.stop is not None:
-            raise ValueError("compile() needs order error, sweep or simultaneous, state_optimizer=None and stop=None")
+        self._check_compiles()
         if self.sharded:
             raise ValueError(
                 "compile() needs whole parameters: give a model that FSDP2 shards to torch.compile instead"
@@ -282,6 +286,10 @@ class FreeEnergy(nn.Module):
         from .compiled import CompiledSteps  # brings in much of torch that nothing else needs
 
         self._compiled = CompiledSteps(self, options)
+
+    def _check_compiles(self) -> None:
+        if self.order == "incremental" or self.state_optimizer is not None or self.stop is not None:
+            raise ValueError("compile() needs order error, sweep or simultaneous, state_optimizer=None and stop=None")
 
     def incremental(
         self, x: Any, y: Tensor | None = None, *, mask: Tensor | None = None, start: Start | None = None

@@ -38,6 +38,17 @@ def check_finite(name: str, t: Tensor | None, *, infinite: bool = False) -> None
         raise ValueError(f"{name} holds {held}: clean the data before inference")
 
 
+def check_positive(name: str, t: Tensor) -> None:
+    """Raise ValueError if a rule gave a number that is not positive and finite (on a GPU assert on the device)."""
+    if tracing.get():
+        return
+    fine = ((t > 0) & t.isfinite()).all()
+    if t.is_cuda:
+        torch._assert_async(fine, f"{name} gave numbers that are not positive and finite")
+    elif not fine:
+        raise ValueError(f"{name} gave numbers that are not positive and finite")
+
+
 def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     """The model's arguments, keyword arguments and first tensor. Checks that it is a batch of finite numbers."""
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)

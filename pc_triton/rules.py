@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import per_sample
+from .checks import check_positive
 from .node import Node
 
 TRUST = 0.3
@@ -75,6 +76,7 @@ def precisions(precision: Precision, nodes: Sequence[Node], squared: Tensor, fre
     for pi in rows:
         if not isinstance(pi, Tensor) or pi.shape != free_energy.shape:
             raise ValueError(f"precision={precision!r} gave no tensor {tuple(free_energy.shape)}, pi by sample")
+        check_positive(f"precision={precision!r}", pi)
     return torch.stack(rows).to(free_energy.dtype)
 
 

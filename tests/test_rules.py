@@ -1004,3 +1004,15 @@ def test_an_order_that_returns_no_step_rule_is_refused(order):
     model, x, y = deep()
     with pytest.raises(TypeError, match="must return the step rule"):
         pc.FreeEnergy(model, order=order)(x, y)
+
+
+@pytest.mark.parametrize("pi", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("order", ["error", "simultaneous"])
+def test_a_precision_that_is_none_is_refused(order, pi):
+    model, x, y = deep()
+
+    def rule(node, squared, free_energy, nodes):
+        return torch.full_like(free_energy, pi)
+
+    with pytest.raises(ValueError, match="not positive and finite"):
+        pc.FreeEnergy(model, order=order, precision=rule, steps=3)(x, y)

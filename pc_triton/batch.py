@@ -52,7 +52,7 @@ class Batch(Nodes):
         clamped = Output(target, len(first), output, output_weight, mask)
         super().__init__(len(first), calls, names, form, clamped)
         self.input_node, self.clamp_input = input_node, clamp_input
-        self.shows = shows  # whether its nodes will be asked what they emit
+        self.shows = shows  # whether its nodes' emissions will be read after inference
         parameters = dict(model.named_parameters())
         check_devices(parameters, first.device)
         self.weights: list[nn.Parameter] = []  # what a compiled pass must be told not to differentiate
@@ -184,7 +184,8 @@ class Batch(Nodes):
     def at_prediction(self, *, learns: bool = False, fuses: bool = False) -> Tensor:
         """F ``[S]`` with every node at its prediction, where it is made.
 
-        learns: it is the learning pass already. fuses: nobody but `Node` will ask what it predicts.
+        learns: it is the learning pass already. fuses: a kernel may compute a prediction
+        and the node on it in one, since nothing else will read the prediction.
         """
         self.fuses_first = fuses and not self.shows
         energy = self.free_energy(learns=learns, moves=False)

@@ -46,8 +46,8 @@ class FreeEnergy(nn.Module):
             breaks the graph. A compiled model infers in one thread at a time.
         output: family of the output, clamped to y. By default Categorical for integer y; else the family of the node
             whose emission the model returns; else Gaussian of variance 1. Such a last node is the output and not free.
-        steps: T >= 1, the inference steps, each a forward and a backward pass of the model. None: 2 in the error order,
-            which that settles, and 3 in the others, which need more.
+        steps: T >= 1, the inference steps, each a forward and a backward pass of the model. None: 2 in error order,
+            which two steps settle, and 3 in the others, which often need more.
         order: ``"error"``: the free variables are the errors e = u - mu, all moved at once; a step reaches every depth
             (Goemaere et al. 2025, arXiv 2505.20137). The last step is the learning pass: the states move T - 1 times,
             the cost is (2 T + 1) / 3 of backpropagation's products, and T = 1 *is* backpropagation.
@@ -211,7 +211,7 @@ class FreeEnergy(nn.Module):
 
         x: the model's input ``[S, ...]`` with S samples, or a tuple or dict of its arguments. y: what the output is
         clamped to: labels int64 (the shape of the output without its last axis) or values of the output's shape.
-        None leaves the output free, and then nothing moves (but by an energy that the model adds).
+        None leaves the output free; then nothing moves, unless the model adds an energy of its own.
         mask: bool, y's shape, True where the output is clamped; what y holds elsewhere is not read.
         start: where the states start, if not at the forward pass: states u by the names of their nodes, as in
         ``{"blocks.0.up": u}``, or a function that is given the predictions by name and returns such states.

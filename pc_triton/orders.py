@@ -117,7 +117,7 @@ def descend(
     for _ in range(moves):
         if batch.watch is not None:
             batch.watch(batch)
-            if first is not None:  # its backward pass would now answer the watch's pass
+            if first is not None:  # the watch has made passes since, and a backward pass answers the last one
                 batch.energies.pop()
                 first = None
         free_energy = batch.free_energy() if first is None else first
@@ -160,7 +160,10 @@ def _errors_at_zero(pushes: list[tuple[Node, Tensor]], rules: Rules) -> None:
 
 
 def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False) -> tuple[Tensor | None, Constant]:
-    """The states u at their predictions; F there with its graph, unless that went into the precisions."""
+    """Put the states u at their predictions; return F there and the step rule.
+
+    F is None where its graph was used up to set the precisions.
+    """
     _check_form(batch, "state")
     if type(rules.precision) is Fixed and start is None:  # a subclass may weigh its nodes by F's gradient
         pi = float(rules.precision.pi)

@@ -232,7 +232,7 @@ class Rules:
     stop: Callable[[Sequence[Tensor]], bool] | None = None
     """Called with F ``[S]`` at the prediction and after each move so far; True ends inference."""
     remembers: bool = False
-    """Whether the guard keeps the states that it accepted: else it goes back by shortening e."""
+    """Whether the guard keeps copies of the states that it accepted. If not, it goes back by shortening e."""
 
 
 def is_number(x: Any) -> bool:

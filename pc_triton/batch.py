@@ -53,7 +53,7 @@ class Batch(Nodes):
         clamped = Output(target, len(first), output, output_weight, mask)
         super().__init__(len(first), calls, names, form, clamped)
         self.input_node, self.clamp_input = input_node, clamp_input
-        self.shows = shows  # whether its nodes will be asked what they emit
+        self.shows = shows  # whether its nodes' emissions will be read after inference
         parameters = dict(model.named_parameters())
         check_devices(parameters, first.device)
         self.weights: list[nn.Parameter] = []  # what a compiled pass must be told not to differentiate
@@ -68,8 +68,7 @@ class Batch(Nodes):
         self.looks = calls.looks_again(model.training) and not graph
         if self.looks:
             refuse_own_tokens(model, inputs, target)
-        self.random = RandomState(first.device, calls.draws_elsewhere or self.looks)
-        self.resumes_random = False  # whether something else draws between the passes
+        self.random = RandomState(first.device, calls.draws_elsewhere or self.looks)  # as before the first pass
 
     @property
     def items(self) -> Tensor | int:
@@ -89,11 +88,14 @@ class Batch(Nodes):
         """
         here = ModelPass(self, learns, moves, shows, local, None if learns or shows else self.few_digits)
         first = here.first
-        resume = None
-        if self.resumes_random and not first:
-            resume = RandomState(self.random.device, self.calls.draws_elsewhere)
+        # Dropout and noise are the same in every pass. What draws between the passes, such as a rule, a start or a
+        # state_optimizer of the user's, must not see the same numbers again: it goes on where it was.
+        now = RandomState(self.random.device, self.calls.draws_elsewhere or (first and self.looks))
+        if first:
+            self.random = now
+        else:
+            self.random.restore()
         noted = self.calls.buffers.note(self.looks) if first else None
-        self.random.restore()  # dropout and noise are the same in every pass
         try:
             with torch.enable_grad(), running(here), here.digits(), contextlib.ExitStack() as held:
                 if not first and (self.calls.norms or self.moved):
@@ -121,8 +123,8 @@ class Batch(Nodes):
         if noted is not None:
             self.moved = noted.moved()
             self.calls.learn(self.moved, self.random.moved_elsewhere())
-        if resume is not None:
-            resume.restore()
+        if not first:
+            now.restore()
         if learns and (moves or not first) and energy.requires_grad:  # at the prediction it is plain backpropagation
             energy.register_hook(refuse_second_derivative)
         self.energies.append(energy.detach())
@@ -183,7 +185,8 @@ class Batch(Nodes):
     def at_prediction(self, *, learns: bool = False, fuses: bool = False) -> Tensor:
         """F ``[S]`` with every node at its prediction, where it is made.
 
-        learns: it is the learning pass already. fuses: nobody but `Node` will ask what it predicts.
+        learns: it is the learning pass already. fuses: a kernel may compute a prediction
+        and the node on it in one, since nothing else will read the prediction.
         """
         self.fuses_first = fuses and not self.shows
         energy = self.free_energy(learns=learns, moves=False)

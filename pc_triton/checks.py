@@ -38,6 +38,17 @@ def check_finite(name: str, t: Tensor | None, *, infinite: bool = False) -> None
         raise ValueError(f"{name} holds {held}: clean the data before inference")
 
 
+def check_positive(name: str, t: Tensor) -> None:
+    """Raise ValueError if a rule gave a number that is not positive and finite (on a GPU assert on the device)."""
+    if tracing.get():
+        return
+    fine = ((t > 0) & t.isfinite()).all()
+    if t.is_cuda:
+        torch._assert_async(fine, f"{name} gave numbers that are not positive and finite")
+    elif not fine:
+        raise ValueError(f"{name} gave numbers that are not positive and finite")
+
+
 def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     """The model's arguments, keyword arguments and first tensor. Checks that it is a batch of finite numbers."""
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
@@ -93,14 +104,21 @@ def check_model(model: Any, order: Any) -> dict[Distribution, str]:
     return names
 
 
+def described(x: Any) -> str:
+    """What x is, for an error: a tensor's dtype and shape, else its type."""
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
 def check_free_input(x: Any, clamp_input: Any) -> None:
     """Raise ValueError where x cannot be freed, as a whole or in part."""
     if not (isinstance(x, Tensor) and x.is_floating_point()):
         raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
-    if isinstance(clamp_input, Tensor) and (clamp_input.dtype != torch.bool or clamp_input.shape != x.shape):
+    if clamp_input is False:
+        return
+    if not isinstance(clamp_input, Tensor) or clamp_input.dtype != torch.bool or clamp_input.shape != x.shape:
         raise ValueError(
-            f"clamp_input is {clamp_input.dtype} {tuple(clamp_input.shape)}: give a bool, or a bool tensor "
-            f"{tuple(x.shape)}, True where x is clamped"
+            f"clamp_input is {described(clamp_input)}: give a bool, or a bool tensor {tuple(x.shape)}, True where x "
+            "is clamped"
         )
 
 

@@ -2,8 +2,9 @@
 
 Forward, it takes the prediction mu and the node's state to the emission and the energy. Backward, it answers what the
 children send: with dF/dmu for the layer below, and with the pass's response to the gradient of the state, which is to
-move it (`node.Move`) or to hand it over (`node.Gradient`). Two more take in the product that makes mu. ``anchor``
-stands for the states in autograd's graph: a state itself would be held by the graph after it has moved.
+move it (`node.Move`) or to hand it over (`node.Gradient`). Two more operations take in the product that makes mu.
+``anchor`` stands for the states in autograd's graph. Were the state itself a part of it, the graph would keep
+the old one in memory after it has moved.
 """
 
 from __future__ import annotations

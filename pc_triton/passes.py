@@ -36,7 +36,7 @@ class Nodes:
         self.nodes: list[Node] = []
         self.called = self.nodes  # those of them whose layers call a pass after the first
         self.in_graph: list[Node] = []  # the others: in a compiled model they are mu + e in its graph
-        # Stands for the states in autograd's graph, where they move; and where they do not.
+        # Stands for the states in autograd's graph: `anchor` in passes in which they move, `anchor_held` in the others.
         self.anchor = torch.zeros((), dtype=torch.float32, requires_grad=True)
         self.anchor_held = self.anchor.detach()
         self.moved: list[tuple[Slot, Tensor]] = []  # buffers that the first pass changed, as they were before it

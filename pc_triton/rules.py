@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import per_sample
+from .checks import check_positive
 from .node import Node
 
 TRUST = 0.3
@@ -75,6 +76,7 @@ def precisions(precision: Precision, nodes: Sequence[Node], squared: Tensor, fre
     for pi in rows:
         if not isinstance(pi, Tensor) or pi.shape != free_energy.shape:
             raise ValueError(f"precision={precision!r} gave no tensor {tuple(free_energy.shape)}, pi by sample")
+        check_positive(f"precision={precision!r}", pi)
     return torch.stack(rows).to(free_energy.dtype)
 
 
@@ -232,7 +234,7 @@ class Rules:
     stop: Callable[[Sequence[Tensor]], bool] | None = None
     """Called with F ``[S]`` at the prediction and after each move so far; True ends inference."""
     remembers: bool = False
-    """Whether the guard keeps the states that it accepted: else it goes back by shortening e."""
+    """Whether the guard keeps copies of the states that it accepted. If not, it goes back by shortening e."""
 
 
 def is_number(x: Any) -> bool:

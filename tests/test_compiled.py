@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -232,3 +233,38 @@ def test_a_cuda_graph_draws_nothing(layer):
     free_energy.compile()
     with pytest.raises(ValueError, match="random numbers"):
         free_energy(*(t.cuda() for t in batch()))
+
+
+@needs_compiler
+def test_a_first_batch_in_which_nothing_moves_makes_no_graph():
+    """The step is learnt of the first batch that moves something; here all labels of the first are ignored."""
+    (x, y), eager, compiled = batch(), pc.FreeEnergy(network()), pc.FreeEnergy(network())
+    compiled.compile()
+    for labels in (torch.full_like(y, -100), y, y):
+        loss, wanted = compiled(x, labels), eager(x, labels)
+        torch.testing.assert_close(loss, wanted)
+        assert_same(gradients(loss, compiled.model), gradients(wanted, eager.model))
+
+
+@pytest.mark.parametrize("later", [{"stop": 0.1}, {"state_optimizer": lambda states: torch.optim.SGD(states, lr=0.5)}])
+def test_what_a_graph_cannot_hold_is_refused_when_it_is_set_later(later):
+    free_energy = pc.FreeEnergy(network())
+    free_energy.compile()
+    for name, value in later.items():
+        setattr(free_energy, name, value)
+    with pytest.raises(ValueError, match="compile"):
+        free_energy(*batch())
+
+
+def test_rules_that_cannot_be_hashed_are_refused_in_words():
+    @dataclasses.dataclass
+    class Ones:
+        pi: float = 1.0
+
+        def __call__(self, node, squared, free_energy, nodes):
+            return torch.full_like(free_energy, self.pi)
+
+    free_energy = pc.FreeEnergy(network(), precision=Ones(), steps=3)
+    free_energy.compile()
+    with pytest.raises(TypeError, match="frozen=True"):
+        free_energy(*batch())

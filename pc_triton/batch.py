@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arithmetic import sum_samples, wide
+from .arithmetic import sum_of_nodes, sum_samples, wide
 from .checks import check_batch, check_devices, samples_first
 from .context import running
 from .dispatch import tracing
@@ -253,4 +253,4 @@ class Batch(Nodes):
             node.precision = pi[row]
             if node.unit is not None and node.family.quadratic:
                 node.precision, node.in_units, node.unit = absolute[row], pi[row], None
-        return reached, (squared / pi).T.contiguous().sum(-1)  # so that no sample's sum depends on how many there are
+        return reached, sum_of_nodes(squared / pi)

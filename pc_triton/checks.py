@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from .dispatch import tracing
@@ -51,6 +52,7 @@ def check_positive(name: str, t: Tensor) -> None:
 
 def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     """The model's arguments, keyword arguments and first tensor. Checks that it is a batch of finite numbers."""
+    _refuse_transforms()
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     args, kwargs = tuple(ordinary(t) for t in args), {name: ordinary(t) for name, t in kwargs.items()}
@@ -63,6 +65,23 @@ def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     for t in tensors[1:]:
         check_finite("x", t, infinite=True)  # such as a mask to add to attention's logits
     return args, kwargs, tensors[0]
+
+
+def _refuse_transforms() -> None:
+    """Raise RuntimeError within what would transform, or record, all of inference."""
+    functorch = getattr(torch._C, "_functorch", None)
+    if functorch is not None and functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "FreeEnergy within torch.func (grad, vmap, jvp, jacrev, ...): inference is made of gradients of its own. "
+            "Take loss.backward() or torch.autograd.grad of what it returns, and loop in place of vmap"
+        )
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("FreeEnergy in forward-mode differentiation: its derivatives are those of backward() alone")
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    if torch.jit.is_tracing() or (exporting is not None and exporting()):
+        raise RuntimeError(
+            "FreeEnergy trains, and is not exported: give torch.export or torch.jit.trace the model itself"
+        )
 
 
 def check_devices(parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:

@@ -283,7 +283,7 @@ def _plain(
     if padding is not None or segments is not None or (causal and q.shape[2] != k.shape[2]):
         bias = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding, segments)
         causal = False
-    shared = q.shape[1] != k.shape[1]
+    shared = bool(q.shape[1] != k.shape[1])  # torch.jit.trace makes sizes tensors
     return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=shared)
 
 

@@ -190,6 +190,7 @@ class Calls:
         self.batches: Counter[bool] = Counter()
         self.draws_elsewhere = False  # whether its forward was seen to draw from Python's or NumPy's generator
         self.run: Callable[..., Any] = _call
+        self.backend: Any = None  # torch.compile's, where inference alone compiles the model
         self.said: set[str] = set()
 
     def say(self, warning: str) -> None:
@@ -221,11 +222,18 @@ class Calls:
     def compile(self, backend: Any = "inductor") -> None:
         """Give the model to torch.compile, unless its user has done so already."""
         if not self.compiled:
-            self.compiled, self.run = True, torch.compile(_call, backend=backend)
+            self.compiled, self.backend, self.run = True, backend, torch.compile(_call, backend=backend)
 
     def eager(self) -> AbstractContextManager[Any]:
         """Within it the model is eager: in the first pass, since to make nodes would break every graph."""
         return torch.compiler.set_stance("force_eager")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "run": None}  # what torch.compile made is compiled again where it is called
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.run = _call if self.backend is None else torch.compile(_call, backend=self.backend)
 
     @contextlib.contextmanager
     def traced(self) -> Iterator[None]:

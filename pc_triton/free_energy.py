@@ -92,6 +92,8 @@ class FreeEnergy(nn.Module):
         local: True: each node's weights learn from its own energy alone, with the states u held (E_local of Goemaere et
             al. 2025). The state orders always do. False: the error order learns by the total derivative of F with the
             errors e held, which is equal to that only where inference is settled.
+        logits: the tensor that y clamps, as a function of what the model returns: ``lambda out: out[0]`` for a tuple.
+            None: the tensor that it returns, or the ``logits`` of a mapping or a dataclass.
 
     Several processes: ``DistributedDataParallel(FreeEnergy(model))`` averages the gradients once a training step;
     order "incremental" has no single call to wrap, and takes ``FreeEnergy(DistributedDataParallel(model))``. FSDP2's
@@ -117,6 +119,7 @@ class FreeEnergy(nn.Module):
         output_weight: float = 1.0,
         stop: float | Callable[[Sequence[Tensor]], bool] | None = None,
         local: bool = False,
+        logits: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._names = check_model(model, order)
@@ -131,6 +134,7 @@ class FreeEnergy(nn.Module):
         self.state_optimizer = state_optimizer
         self.state_dtype = None if state_dtype == torch.float32 else state_dtype  # None: that of the arithmetic
         self.inference_dtype, self.output_weight, self.stop, self.local = inference_dtype, output_weight, stop, local
+        self.logits = logits
         _ = self.rules  # refuses what is out of range
         prepare_compiler()
         self._calls = Calls(model)
@@ -179,7 +183,8 @@ class FreeEnergy(nn.Module):
         """All that a training step follows from, but for the model and the batch."""
         return (
             self.steps, self.order, self.precision, self.displacement, self._step, self.state_optimizer,
-            self.state_dtype, self.inference_dtype, self.output_weight, self.stop, self.local, self.tracker.begun,
+            self.state_dtype, self.inference_dtype, self.output_weight, self.stop, self.local, self.logits,
+            self.tracker.begun,
         )  # fmt: skip
 
     @property
@@ -203,7 +208,8 @@ class FreeEnergy(nn.Module):
         """
         batch = Batch(
             self.model, self._calls, self._names, x, y,
-            form=form or as_order(self.order).form, output=self.output, output_weight=self.output_weight, **options,
+            form=form or as_order(self.order).form, output=self.output, output_weight=self.output_weight,
+            logits=self.logits, **options,
         )  # fmt: skip
         batch.resumes_random = self.state_optimizer is not None
         return batch
@@ -271,6 +277,8 @@ class FreeEnergy(nn.Module):
         batch.few_digits = None if rules.inference_dtype is None else FewDigits()
         steps = as_order(self.order).settle(batch, rules, moves, start)
         batch.few_digits = None
+        if moves > 0:
+            batch.warn_if_none_is_free()
         return steps
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
@@ -284,16 +292,13 @@ class FreeEnergy(nn.Module):
         ``{"max_autotune": True}``.
 
         The model's forward must not depend on the values of its inputs. A call with ``mask`` or ``start`` is computed
-        as before, without the graph. Raises ValueError here for
-        ``order="incremental"``, a state_optimizer or a model that FSDP2 shards, at the first batch for dropout or, on a
-        GPU, any random numbers.
+        as before, without the graph. Raises ValueError here for ``order="incremental"``, a state_optimizer or a model
+        that FSDP2 shards, at the first batch for dropout or, on a GPU, any random numbers.
         """
         if self.order == "incremental" or self.state_optimizer is not None or self.stop is not None:
             raise ValueError("compile() needs order error, sweep or simultaneous, state_optimizer=None and stop=None")
         if self.sharded:
-            raise ValueError(
-                "compile() needs whole parameters: give a model that FSDP2 shards to torch.compile instead"
-            )
+            raise ValueError("compile() needs whole parameters: give a model that FSDP2 shards to torch.compile")
         from .compiled import CompiledSteps  # brings in much of torch that nothing else needs
 
         self._compiled = CompiledSteps(self, options)
@@ -314,6 +319,7 @@ class FreeEnergy(nn.Module):
             raise ValueError(f"order={self.order!r}: make FreeEnergy(model, order='incremental')")
         batch = self.batch(x, y, mask=mask)
         for energy in orders.incremental(batch, self.rules, self.steps, start):
+            batch.warn_if_none_is_free()
             yield self._per_item(batch, energy)
 
     @torch.inference_mode(False)

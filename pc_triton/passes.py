@@ -25,6 +25,8 @@ from .plumbing import Calls, Slot, hold_buffers, hold_statistics
 from .recompute import Again, in_checkpoint
 from .returned import LAYOUT, made_of
 
+WHERE_FROM = "their number is the length of x's first tensor that is as long as y, or without one of x's first tensor"
+
 
 class Nodes:
     """The value nodes of a batch of S samples, as its passes share them."""
@@ -241,7 +243,7 @@ class ModelPass:
         if mu.dim() == 0 or mu.shape[0] % batch.samples:
             raise ValueError(
                 f"node {name!r} sees shape {tuple(mu.shape)} in a batch of {batch.samples}: a value node needs its "
-                "samples along the first axis, a whole number of rows each"
+                f"samples along the first axis, a whole number of rows each; {WHERE_FROM}"
             )
         if in_checkpoint() and not self.checkpointed:
             raise RuntimeError(
@@ -267,7 +269,7 @@ class ModelPass:
         if not isinstance(out, Tensor):
             raise TypeError(
                 f"the model returned {type(out).__name__}: it must return one tensor, or a mapping with its "
-                "'logits'; wrap it"
+                "'logits'; or say which tensor y clamps, as in FreeEnergy(model, logits=lambda out: out[0])"
             )
         if not batch.nodes or self.visits != len(batch.called):
             raise RuntimeError(
@@ -275,7 +277,9 @@ class ModelPass:
                 "inference needs at least one, and the same at every step"
             )
         if out.dim() == 0 or out.shape[0] != batch.samples:
-            raise ValueError(f"the model's output has shape {tuple(out.shape)} for a batch of {batch.samples} samples")
+            raise ValueError(
+                f"the model's output has shape {tuple(out.shape)} for a batch of {batch.samples} samples; {WHERE_FROM}"
+            )
         if self.first:
             self._find_output(out)
         for node, emission, version in self.seen:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -358,3 +360,188 @@ def test_attention_and_its_projection_count_as_one_entry_of_the_table():
     assert changes.share == 1.0
     changes.visit(pc.FreeEnergy(model), torch.randn(2, 4, 8), torch.randint(3, (2, 4)))
     assert changes.visits == {"attn": "visited", "head": "the output"}
+
+
+class Constant(nn.Module):
+    """A node that the output does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = pc.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x):
+        self.a(x)
+        return self.b(x)
+
+
+WITHOUT = {
+    "recurrent": lambda: pc.convert(nn.Sequential(Recurrent(), nn.Identity()))[0],
+    "the output alone": lambda: pc.Linear(8, 3),
+    "unused": Constant,
+}
+
+
+@pytest.mark.parametrize("order", ["error", "sweep", "simultaneous", "incremental"])
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_a_model_in_which_nothing_moves_is_told_so_once(kind, order, recwarn):
+    torch.manual_seed(0)
+    model, x, y = WITHOUT[kind](), torch.randn(2, 5, 8), torch.randint(3, (2, 5))
+    free_energy = pc.FreeEnergy(model, order=order)
+    for _ in range(2):
+        for loss in free_energy.incremental(x, y) if order == "incremental" else [free_energy(x, y)]:
+            loss.backward()
+    report = free_energy.report(x, y)
+    (warning,) = [str(w.message) for w in recwarn if "no free value node" in str(w.message)]
+    assert "pc.Gaussian() after a hidden layer" in warning
+    assert report.settled == 0
+    assert "visits no free value node" in str(report)
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "sweep"}, {"order": "incremental"}, {"precision": 1.0}])
+def test_no_such_warning_where_something_moves_or_nothing_should(options, recwarn):
+    model, x, y = Attend(), torch.randn(2, 5, 8), torch.randint(3, (2, 5))
+    pc.convert(model)
+    free_energy = pc.FreeEnergy(model, **options)
+    for _ in free_energy.incremental(x, y) if "incremental" in options.values() else [free_energy(x, y)]:
+        pass
+    free_energy.infer(x)
+    pc.FreeEnergy(pc.Linear(8, 3)).infer(x)
+    pc.FreeEnergy(pc.Linear(8, 3), steps=1)(x, y).backward()
+    assert not [w for w in recwarn if "value node" in str(w.message)]
+
+
+@dataclasses.dataclass
+class Answer:
+    """As transformers' outputs, but no mapping."""
+
+    logits: torch.Tensor
+    other: torch.Tensor | None = None
+
+
+class Loss(NamedTuple):
+    """As a tuple, with names."""
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+class Returns(nn.Module):
+    """A network that returns more than a tensor."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.a, self.b, self.form = pc.Linear(8, 6), pc.Linear(6, 3), form
+
+    def forward(self, x):
+        return self.form(self.b(self.a(x).tanh()))
+
+
+FORMS = {
+    "tuple": (lambda out: (out, None), lambda out: out[0]),
+    "loss first": (lambda out: [out.mean(), {"scores": out}], lambda out: out[1]["scores"]),
+    "dict": (lambda out: {"scores": out}, lambda out: out["scores"]),
+    "squeezed": (lambda out: (out[..., None],), lambda out: out[0].squeeze(-1)),
+    "logits of a dataclass": (Answer, None),
+    "logits of a named tuple": (Loss, None),
+    "logits of a mapping": (lambda out: {"logits": out, "loss": None}, None),
+}
+
+
+@pytest.mark.parametrize("order", ["error", "sweep"])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_model_returns(form, order):
+    """The tensor that is clamped, found by the user's function; the node that emits it is the output and not free."""
+    make, logits = FORMS[form]
+    torch.manual_seed(0)
+    model, plain, x, y = Returns(make), Returns(lambda out: out), torch.randn(4, 8), torch.arange(4) % 3
+    plain.load_state_dict(model.state_dict())
+    free_energy, wanted = pc.FreeEnergy(model, logits=logits, order=order), pc.FreeEnergy(plain, order=order)
+    loss, truth = free_energy(x, y), wanted(x, y)
+    close(loss, truth)
+    loss.backward()
+    truth.backward()
+    for p, q in zip(model.parameters(), plain.parameters()):
+        close(p.grad, q.grad)
+    settled = free_energy.infer(x, y)
+    close(settled.output, wanted.infer(x, y).output)
+    assert set(settled.states) == {"a"}
+    if logits is not None and form != "squeezed":
+        with pytest.raises(TypeError, match=r"FreeEnergy\(model, logits=lambda out: out\[0\]\)"):
+            pc.FreeEnergy(model)(x, y)
+
+
+class Spans(nn.Module):
+    """As a head that answers questions: where the answer starts and ends in ``[B, N]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = pc.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        start, end = self.b(self.a(x).tanh()).split(1, -1)
+        return start.squeeze(-1), end.squeeze(-1)
+
+
+def test_two_outputs_are_clamped_as_one_tensor():
+    torch.manual_seed(0)
+    model, x, y = Spans(), torch.randn(3, 5, 8), torch.randint(5, (3, 2))
+    free_energy = pc.FreeEnergy(model, logits=lambda out: torch.stack(out, 1), steps=1)
+    close(free_energy(x, y), sum(F.cross_entropy(logits, y[:, i]) for i, logits in enumerate(model(x))) / 2)
+    model = pc.FreeEnergy(model, logits=lambda out: torch.stack(out, 1))
+    assert set(model.infer(x, y).states) == {"a"}
+
+
+def test_a_function_of_the_output_is_not_left_out_by_a_faster_path():
+    """A chain of layers in one launch, and a step that is one graph."""
+    from pc_triton.chain import _plain
+
+    model = nn.Sequential(pc.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    assert _plain(pc.FreeEnergy(model, step=0.25))
+    free_energy = pc.FreeEnergy(model, step=0.25, logits=lambda out: 2 * out)
+    assert not _plain(free_energy)
+    before = free_energy.settings
+    free_energy.logits = None
+    assert free_energy.settings != before
+
+
+class Masked(nn.Module):
+    """Its mask comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, mask, x):
+        return self.head(x + self.attn(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+HIDDEN = torch.ones(5, 5, dtype=torch.bool).triu(1)
+MASKS = {
+    "bool": HIDDEN,
+    "float": torch.zeros(5, 5).masked_fill(HIDDEN, -torch.inf),
+    "per head": HIDDEN.expand(6, 5, 5),
+    "scalar": torch.tensor(0.5),
+}
+
+
+@pytest.mark.parametrize("given", ["tuple", "dict"])
+@pytest.mark.parametrize("kind", MASKS)
+def test_another_argument_before_the_samples(kind, given):
+    torch.manual_seed(0)
+    model, mask, x, y = Masked(), MASKS[kind], torch.randn(3, 5, 8), torch.randint(3, (3, 5))
+    if kind == "scalar":
+        model.forward = lambda mask, x: model.head(model.attn(x, x, x * mask, need_weights=False)[0])
+    pc.convert(model)
+    arguments = (mask, x) if given == "tuple" else {"mask": mask, "x": x}
+    close(pc.FreeEnergy(model, steps=1)(arguments, y), F.cross_entropy(model(mask, x).flatten(0, 1), y.flatten()))
+    assert pc.FreeEnergy(model).infer(arguments, y).free_energy.shape == (3,)
+    if kind in ("bool", "float"):
+        with pytest.raises(ValueError, match=r"x's first tensor|masks go after the data"):
+            pc.FreeEnergy(model).infer(arguments)
+    assert pc.FreeEnergy(model).infer({"x": x, "mask": mask}).free_energy.shape == (3,)
+
+
+def test_y_of_another_length_than_x():
+    model = nn.Sequential(pc.Linear(8, 6), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=r"labels have shape \(2,\): logits \(4, 3\)"):
+        pc.FreeEnergy(model)(torch.randn(4, 8), torch.tensor([0, 1]))

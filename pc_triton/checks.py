@@ -164,7 +164,7 @@ def samples_first(layers: Mapping[str, nn.Module], samples: int) -> Iterator[Non
             )
 
     hooks = [
-        layer.register_forward_pre_hook(partial(check, name), with_kwargs=True)  # type: ignore[arg-type]
+        layer.register_forward_pre_hook(partial(check, name), with_kwargs=True, prepend=True)  # type: ignore[arg-type]
         for name, layer in layers.items()
     ]
     try:

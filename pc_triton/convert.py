@@ -23,6 +23,11 @@ RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, _ConvNd, *RECURRENT)
 """Kinds of layers that `convert` reports if it leaves one as it is."""
 
+TRANSFORMERS = (
+    nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+)  # fmt: skip
+TRANSPOSED = "transposes within, so that its nodes have their samples first (batch_first=False)"
+
 OWN_NODE = "left as it is: it has an attribute `node` of its own, where its value node would be; rename that"
 
 
@@ -40,6 +45,8 @@ def convert(model: nn.Module) -> tuple[nn.Module, Changes]:
     - an adapter of PEFT's structure (``base_layer``, ``lora_A``, ``lora_B``): one node, on what the whole adapter
       returns. Convert after the adapters are there.
 
+    Where these have ``batch_first=False``, torch's default, they stay so to the rest of the model, and transpose what
+    they are given and return: within them samples lie along the first axis, as value nodes need it.
     ``inplace=True`` of activations and dropout is switched off: they would overwrite what a node emits. A function
     called in a forward, such as ``F.softmax``, is no module and gets no node. Converting twice changes nothing more.
 
@@ -61,9 +68,10 @@ def convert(model: nn.Module) -> tuple[nn.Module, Changes]:
     for name, module in list(model.named_modules()):
         if module in parts:
             continue
+        turns = isinstance(module, TRANSFORMERS) and put_samples_first(module)
         change = None if name in changes else _convert(module)
-        if change is not None:
-            changes[name] = change
+        if change is not None or turns:
+            changes[name] = "; ".join([*([change] if change else []), *([TRANSPOSED] if turns else [])])
         parts |= parts_of(module)
     changes.nodes = [module for module in model.modules() if isinstance(module, Distribution)]
     if not changes.nodes:
@@ -151,7 +159,45 @@ def _convert_attention(module: Any, own_class: bool) -> str:
     else:
         out_proj.__class__ = Linear
         out_proj.node = Gaussian()
-    return "MultiheadAttention -> pc.MultiheadAttention"
+    turns = put_samples_first(module)
+    return f"MultiheadAttention -> pc.MultiheadAttention{f'; {TRANSPOSED}' if turns else ''}"
+
+
+def put_samples_first(module: Any) -> bool:
+    """Have a module that takes ``[time, samples, ...]`` compute with samples first. Returns whether it is one.
+
+    Attention is told so, and the module transposes its sequences and its output.
+    """
+    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention) and not part.batch_first]
+    for attention in attentions:
+        attention.batch_first = True
+    if attentions:
+        if isinstance(module, nn.Transformer):
+            module.batch_first = True
+        module.time_first = True
+        module.register_forward_pre_hook(_transpose_sequences, with_kwargs=True)
+        module.register_forward_hook(_transpose_output)
+    return len(attentions) > 0
+
+
+SEQUENCES = ("src", "tgt", "memory", "query", "key", "value")
+
+
+def _transpose_sequences(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    alone = (nn.TransformerEncoder, nn.TransformerEncoderLayer)  # the others take two sequences, attention three
+    count = 3 if isinstance(module, nn.MultiheadAttention) else 1 if isinstance(module, alone) else 2
+    given = [*args[:count], *(kwargs[name] for name in SEQUENCES if name in kwargs)]
+    turned = {id(t): _transposed(t) for t in given}  # attention knows self-attention by one tensor being the other
+    args = (*(turned[id(t)] for t in args[:count]), *args[count:])
+    return args, {name: turned[id(t)] if name in SEQUENCES else t for name, t in kwargs.items()}
+
+
+def _transpose_output(module: Any, args: Any, output: Any) -> Any:
+    return (_transposed(output[0]), *output[1:]) if isinstance(output, tuple) else _transposed(output)
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, 1) if t.dim() == 3 else t  # without samples there is nothing to transpose
 
 
 def _convert_adapter(module: Any, base: nn.Module) -> str:

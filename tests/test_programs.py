@@ -545,3 +545,90 @@ def test_y_of_another_length_than_x():
     model = nn.Sequential(pc.Linear(8, 6), nn.Linear(6, 3))
     with pytest.raises(ValueError, match=r"labels have shape \(2,\): logits \(4, 3\)"):
         pc.FreeEnergy(model)(torch.randn(4, 8), torch.tensor([0, 1]))
+
+
+class TimeFirst(nn.Module):
+    """Takes samples first, and turns them for a module of torch's, whose default has time first; ``self.inner``."""
+
+    def __init__(self, kind: str, batch_first: bool) -> None:
+        super().__init__()
+        sizes = {"dim_feedforward": 16, "dropout": 0.0, "batch_first": batch_first}
+        self.kind, self.turns, self.head = kind, not batch_first, nn.Linear(8, 3)
+        if kind == "transformer":
+            self.inner = nn.Transformer(8, 2, 1, 1, **sizes)
+        elif kind == "encoder":
+            self.inner = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, **sizes), 2)
+        elif kind == "decoder layer":
+            self.inner = nn.TransformerDecoderLayer(8, 2, **sizes)
+        else:
+            self.inner = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.turns else x
+        padding = PADDING if self.kind == "encoder" else None
+        if self.kind == "transformer":
+            out = self.inner(x, tgt=x.flip(2), tgt_mask=HIDDEN)
+        elif self.kind == "encoder":
+            out = self.inner(x, src_key_padding_mask=padding)
+        elif self.kind == "decoder layer":
+            out = self.inner(x, memory=x.flip(2), tgt_mask=HIDDEN)
+        else:
+            out = self.inner(x, x, value=x, attn_mask=HIDDEN)[0]
+        return self.head(out.transpose(0, 1) if self.turns else out)
+
+
+PADDING = torch.zeros(3, 5, dtype=torch.bool)
+PADDING[1, 3:] = True
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["transformer", "encoder", "decoder layer", "attention"])
+def test_torch_s_default_of_time_first(kind):
+    """Converted, it does what the same weights with ``batch_first=True`` do, and is the same module outside."""
+    torch.manual_seed(0)
+    model, wanted = TimeFirst(kind, False), TimeFirst(kind, True)
+    wanted.load_state_dict(model.state_dict())
+    x, y = torch.randn(3, 5, 8), torch.randint(3, (3, 5))
+    truth = model(x)
+    _, changes = pc.convert(model)
+    pc.convert(wanted)
+    assert "transposes within" in changes["inner"]
+    assert sum("transposes within" in change for change in changes.values()) == 1
+    for training in (True, False):
+        close(model.train(training)(x), truth)
+    close(copy.deepcopy(model)(x), truth)
+    a, b = (pc.FreeEnergy(m).infer(x, y) for m in (model, wanted))
+    assert list(a.states) == list(b.states)
+    for name in a.states:
+        close(a.states[name], b.states[name])
+    close(a.free_energy, b.free_energy)
+    trains(model, x, y)
+    pc.convert(model)
+    close(model(x), truth)
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.Transformer, nn.TransformerEncoder, nn.MultiheadAttention], ids=lambda k: k.__name__
+)
+def test_time_first_from_outside_is_refused_by_name(kind):
+    """The model's own input has time first: no sample has a row of it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16)
+            self.turned = kind(layer, 1) if kind is nn.TransformerEncoder else kind(8, 2)
+
+        def forward(self, x):
+            out = self.turned(*[x] * {nn.Transformer: 2, nn.TransformerEncoder: 1}.get(kind, 3))
+            return out[0] if isinstance(out, tuple) else out
+
+    model, _ = pc.convert(Net())
+    with pytest.raises(ValueError, match=r"'turned' has batch_first=False and is given \(5, 3, 8\)"):
+        pc.FreeEnergy(model)(torch.randn(5, 3, 8), torch.randn(5, 3, 8))
+
+
+def test_one_sequence_without_samples_is_refused():
+    model, _ = pc.convert(Attend())
+    with pytest.raises(ValueError, match=r"query has shape \(5, 8\)"):
+        pc.FreeEnergy(model)(torch.randn(5, 8), torch.randint(3, (5,)))

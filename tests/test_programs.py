@@ -61,7 +61,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:no free value node")
 @pytest.mark.parametrize("how", CHANGED)
 def test_attention_that_another_library_changed(how):
     """It gets its nodes, or is left by name; either way it is the model that it was."""
@@ -610,6 +610,7 @@ def test_torch_s_default_of_time_first(kind):
 @pytest.mark.parametrize(
     "kind", [nn.Transformer, nn.TransformerEncoder, nn.MultiheadAttention], ids=lambda k: k.__name__
 )
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_time_first_from_outside_is_refused_by_name(kind):
     """The model's own input has time first: no sample has a row of it."""
 

@@ -12,7 +12,6 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from .distributions import Distribution
-from .plumbing import hold_statistics
 
 if TYPE_CHECKING:
     from .free_energy import FreeEnergy
@@ -43,7 +42,7 @@ class Changes(dict[str, str]):
         as ``F.softmax``, are added with the module that calls them. Returns itself. Raises what a call does.
         """
         batch, functions = free_energy.batch(x, y), FunctionCalls()
-        with torch.inference_mode(False), hold_statistics(batch.calls.norms), functions:
+        with torch.inference_mode(False), batch.calls.held(), functions:
             batch.at_prediction()
         batch.random.restore()
         output = batch.output.node

@@ -97,7 +97,7 @@ class Batch(Nodes):
         noted = self.calls.buffers.note(self.looks) if first else None
         self.random.restore()  # dropout and noise are the same in every pass
         try:
-            with torch.enable_grad(), running(here), here.digits(), contextlib.ExitStack() as held:
+            with torch.enable_grad(), running(here), here.digits(), here.functions(), contextlib.ExitStack() as held:
                 if not first and (self.calls.norms or self.moved):
                     held.enter_context(self.held())
                 if not learns and self.weights:
@@ -105,6 +105,7 @@ class Batch(Nodes):
                 if self.calls.compiled:
                     self._put_errors_in_the_graph(here, held)
                     eager = first or local or self.places is not None or here.few_digits is not None
+                    eager |= self.calls.functions
                     held.enter_context(self.calls.eager() if eager else self.calls.traced())
                 if self.looks and first and self.calls.time_first:
                     held.enter_context(samples_first(self.calls.time_first, self.samples))

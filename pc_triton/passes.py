@@ -18,6 +18,7 @@ from .dispatch import as_state, backend, tracing
 from .distributions import Distribution
 from .families import Categorical, Gaussian
 from .float8 import FewDigits
+from .functions import FunctionNodes
 from .node import Node, Response
 from .operations import Emit, respond_to
 from .output import Output
@@ -344,6 +345,10 @@ class ModelPass:
         """Within it products have the digits of this pass."""
         return contextlib.nullcontext() if self.few_digits is None else self.few_digits
 
+    def functions(self) -> AbstractContextManager[Any]:
+        """Within it functions in the place of a node, such as ``F.softmax``, have the node that `convert` gave them."""
+        return FunctionNodes(self.batch.samples) if self.batch.calls.functions else contextlib.nullcontext()
+
     def close(self) -> None:
         """Let go of all that holds the graph: a graph holds its pass, and Python cannot collect such a cycle."""
         self.energies, self.added, self.leaves, self.seen, self.head = [], [], [], [], None
@@ -362,7 +367,7 @@ class ModelPass:
         """Within it a part of the pass is computed again, for its backward, from that visit on."""
         before, (self.visits, self.again) = (self.visits, self.again), (visits, True)
         try:
-            with running(self), self.digits(), self.batch.held(), self._in_checkpoint():
+            with running(self), self.digits(), self.functions(), self.batch.held(), self._in_checkpoint():
                 yield
         finally:
             self.visits, self.again = before

@@ -185,6 +185,7 @@ class Calls:
         self.compiled = any("_orig_mod" in n or m._compiled_call_impl for n, m in model.named_modules())
         self.norms = [m for m in model.modules() if isinstance(m, _NormBase)]
         self.time_first = {n: m for n, m in model.named_modules() if _takes_time_first(m)}
+        self.functions = any(getattr(m, "has_function_node", None) is True for m in model.modules())
         self.buffers = Buffers(model)
         self.batches: Counter[bool] = Counter()
         self.draws_elsewhere = False  # whether its forward was seen to draw from Python's or NumPy's generator

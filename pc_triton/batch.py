@@ -47,9 +47,10 @@ class Batch(Nodes):
         input_node: Distribution | None = None,
         clamp_input: bool | Tensor = True,
         shows: bool = False,
+        logits: Callable[[Any], Any] | None = None,
     ) -> None:
         self.model, self.inputs = model, inputs
-        self.args, self.kwargs, first = check_batch(inputs)
+        self.args, self.kwargs, first = check_batch(inputs, target)
         clamped = Output(target, len(first), output, output_weight, mask)
         super().__init__(len(first), calls, names, form, clamped)
         self.input_node, self.clamp_input = input_node, clamp_input
@@ -59,7 +60,8 @@ class Batch(Nodes):
         self.weights: list[nn.Parameter] = []  # what a compiled pass must be told not to differentiate
         if calls.compiled and not sharded_modules(model):
             self.weights = [p for p in parameters.values() if p.requires_grad and p.is_leaf]
-        self.out = torch.empty(0)  # what the model returned in the last pass
+        self.logits = logits or _logits  # the tensor that is clamped, of what the model returns
+        self.out = torch.empty(0)  # that tensor in the last pass
         self.energies: list[Tensor] = []  # F [S] of every pass
         self.few_digits: FewDigits | None = None  # for passes in which states move, and nothing learns or is shown
         self.watch: Callable[[Batch], None] | None = None  # called before every move, and after the last
@@ -97,7 +99,7 @@ class Batch(Nodes):
             self.random.restore()
         noted = self.calls.buffers.note(self.looks) if first else None
         try:
-            with torch.enable_grad(), running(here), here.digits(), contextlib.ExitStack() as held:
+            with torch.enable_grad(), running(here), here.digits(), here.functions(), contextlib.ExitStack() as held:
                 if not first and (self.calls.norms or self.moved):
                     held.enter_context(self.held())
                 if not learns and self.weights:
@@ -105,12 +107,13 @@ class Batch(Nodes):
                 if self.calls.compiled:
                     self._put_errors_in_the_graph(here, held)
                     eager = first or local or self.places is not None or here.few_digits is not None
+                    eager |= self.calls.functions
                     held.enter_context(self.calls.eager() if eager else self.calls.traced())
                 if self.looks and first and self.calls.time_first:
                     held.enter_context(samples_first(self.calls.time_first, self.samples))
                 args = self.args if self.clamp_input is True else (self._free_input(), *self.args[1:])
                 out = self.calls.run(self.model, *args, **self.kwargs)
-                self.out = out["logits"] if isinstance(out, Mapping) and "logits" in out else out
+                self.out = self.logits(out)
                 if self.looks and first:
                     refuse_own_loss(out, self.output.target)
                 here.check(self.out)
@@ -211,6 +214,17 @@ class Batch(Nodes):
             self.places = None
         self.energies.pop()
 
+    def warn_if_none_is_free(self) -> None:
+        """Warn, once for a model, where y is clamped and there is no state to move."""
+        if self.output.target is None or any(node.state is not None for node in self.nodes):
+            return
+        visited = ", ".join(repr(node.name) for node in self.nodes)
+        self.calls.say(
+            f"no free value node: the forward visits {visited}, and the output depends on none that is not itself the "
+            "output. Inference moves nothing, and training is backpropagation. Put pc.Gaussian() after a hidden layer; "
+            "print(changes) shows what pc.convert left and why, changes.visit(free_energy, x) what the forward visits"
+        )
+
     def learn(self, *, local: bool = False) -> Tensor:
         """The learning pass: F ``[S]``, whose backward leaves the weight gradients.
 
@@ -254,3 +268,10 @@ class Batch(Nodes):
             if node.unit is not None and node.family.quadratic:
                 node.precision, node.in_units, node.unit = absolute[row], pi[row], None
         return reached, sum_of_nodes(squared / pi)
+
+
+def _logits(out: Any) -> Any:
+    """The logits of a mapping or a dataclass that has them; else what was returned."""
+    if isinstance(out, Mapping):
+        return out.get("logits", out)
+    return getattr(out, "logits", out)

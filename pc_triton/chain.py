@@ -6,6 +6,7 @@ activations between them and a last linear layer, where a table of measured time
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -68,6 +69,7 @@ class Owner(Protocol):
     steps: int
     output_weight: float
     local: bool
+    logits: Callable[[Any], Any] | None
 
     @property
     def rules(self) -> Rules: ...
@@ -124,7 +126,7 @@ def _plain(owner: Owner) -> bool:
     if owner.order != "error" or rules.state_optimizer is not None or rules.stop is not None:
         return False
     known = type(rules.step) in (Constant, Guarded) and type(rules.precision) in (Displacement, Fixed)
-    return known and owner.output_weight == 1 and not owner.local
+    return known and owner.output_weight == 1 and not owner.local and owner.logits is None
 
 
 def _fits(chain: Chain, x: Tensor, y: Tensor) -> bool:

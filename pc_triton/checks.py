@@ -18,7 +18,7 @@ from .distributions import Distribution
 
 def check_values(inputs: Any, target: Tensor | None, family: Distribution | None, classes: int) -> None:
     """Raise ValueError for what a batch may not hold: no samples, NaN, infinity, labels that are no class."""
-    check_batch(inputs)
+    check_batch(inputs, target)
     check_finite("y", target)
     if target is not None and family is not None:
         family.check_values(target, classes)
@@ -50,8 +50,11 @@ def check_positive(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} gave numbers that are not positive and finite")
 
 
-def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """The model's arguments, keyword arguments and first tensor. Checks that it is a batch of finite numbers."""
+def check_batch(inputs: Any, target: Any = None) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """The model's arguments, keyword arguments, and the tensor that is a batch of samples, which may not be infinite.
+
+    That is the first tensor as long as the target, since a mask may come before it; without one, the first.
+    """
     _refuse_transforms()
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
@@ -59,12 +62,15 @@ def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     if not tensors:
         raise TypeError("x: give a tensor, or a tuple or dict of the model's arguments with a tensor among them")
-    if tensors[0].dim() == 0 or tensors[0].numel() == 0:
-        raise ValueError(f"x has shape {tuple(tensors[0].shape)}: give a batch of at least one sample")
-    check_finite("x", tensors[0])
-    for t in tensors[1:]:
+    length = len(target) if isinstance(target, Tensor) and target.dim() else None
+    first = next((t for t in tensors if t.dim() and len(t) == length), tensors[0])
+    if first.dim() == 0 or first.numel() == 0:
+        raise ValueError(f"x has shape {tuple(first.shape)}: give a batch of at least one sample")
+    others = [t for t in tensors if t is not first]
+    check_finite(f"x (its tensor {tuple(first.shape)}; masks go after the data, in a dict)" if others else "x", first)
+    for t in others:
         check_finite("x", t, infinite=True)  # such as a mask to add to attention's logits
-    return args, kwargs, tensors[0]
+    return args, kwargs, first
 
 
 def _refuse_transforms() -> None:
@@ -195,7 +201,7 @@ def samples_first(layers: Mapping[str, nn.Module], samples: int) -> Iterator[Non
             )
 
     hooks = [
-        layer.register_forward_pre_hook(partial(check, name), with_kwargs=True)  # type: ignore[arg-type]
+        layer.register_forward_pre_hook(partial(check, name), with_kwargs=True, prepend=True)  # type: ignore[arg-type]
         for name, layer in layers.items()
     ]
     try:

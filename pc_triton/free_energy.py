@@ -92,6 +92,8 @@ class FreeEnergy(nn.Module):
         local: True: each node's weights learn from its own energy alone, with the states u held (E_local of Goemaere et
             al. 2025). The state orders always do. False: the error order learns by the total derivative of F with the
             errors e held, which is equal to that only where inference is settled.
+        logits: the tensor that y clamps, as a function of what the model returns: ``lambda out: out[0]`` for a tuple.
+            None: the tensor that it returns, or the ``logits`` of a mapping or a dataclass.
 
     Several processes: ``DistributedDataParallel(FreeEnergy(model))`` averages the gradients once a training step;
     order "incremental" has no single call to wrap, and takes ``FreeEnergy(DistributedDataParallel(model))``. FSDP2's
@@ -117,6 +119,7 @@ class FreeEnergy(nn.Module):
         output_weight: float = 1.0,
         stop: float | Callable[[Sequence[Tensor]], bool] | None = None,
         local: bool = False,
+        logits: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._names = check_model(model, order)
@@ -130,7 +133,7 @@ class FreeEnergy(nn.Module):
         self._steps, self._step = steps, step  # None: those of the order
         self.state_optimizer = state_optimizer
         self.state_dtype, self.inference_dtype = state_dtype, inference_dtype
-        self.output_weight, self.stop, self.local = output_weight, stop, local
+        self.output_weight, self.stop, self.local, self.logits = output_weight, stop, local, logits
         _ = self.rules  # refuses what is out of range
         prepare_compiler()
         self._calls = Calls(model)
@@ -180,7 +183,8 @@ class FreeEnergy(nn.Module):
         """All that a training step follows from, but for the model and the batch."""
         return (
             self.steps, self.order, self.precision, self.displacement, self._step, self.state_optimizer,
-            self.state_dtype, self.inference_dtype, self.output_weight, self.stop, self.local, self.tracker.begun,
+            self.state_dtype, self.inference_dtype, self.output_weight, self.stop, self.local, self.logits,
+            self.tracker.begun,
         )  # fmt: skip
 
     @property
@@ -204,7 +208,8 @@ class FreeEnergy(nn.Module):
         """
         return Batch(
             self.model, self._calls, self._names, x, y,
-            form=form or as_order(self.order).form, output=self.output, output_weight=self.output_weight, **options,
+            form=form or as_order(self.order).form, output=self.output, output_weight=self.output_weight,
+            logits=self.logits, **options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -273,6 +278,8 @@ class FreeEnergy(nn.Module):
         batch.few_digits = None
         if not isinstance(steps, Constant):  # such as a generator's, which has moved nothing
             raise TypeError(f"order={self.order!r} returned {type(steps).__name__}: it must return the step rule")
+        if moves > 0:
+            batch.warn_if_none_is_free()
         return steps
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
@@ -286,15 +293,12 @@ class FreeEnergy(nn.Module):
         ``{"max_autotune": True}``.
 
         The model's forward must not depend on the values of its inputs. A call with ``mask`` or ``start`` is computed
-        as before, without the graph. Raises ValueError here for
-        ``order="incremental"``, a state_optimizer or a model that FSDP2 shards, at the first batch for dropout or, on a
-        GPU, any random numbers.
+        as before, without the graph. Raises ValueError here for ``order="incremental"``, a state_optimizer or a model
+        that FSDP2 shards, at the first batch for dropout or, on a GPU, any random numbers.
         """
         self._check_compiles()
         if self.sharded:
-            raise ValueError(
-                "compile() needs whole parameters: give a model that FSDP2 shards to torch.compile instead"
-            )
+            raise ValueError("compile() needs whole parameters: give a model that FSDP2 shards to torch.compile")
         from .compiled import CompiledSteps  # brings in much of torch that nothing else needs
 
         self._compiled = CompiledSteps(self, options)
@@ -319,6 +323,7 @@ class FreeEnergy(nn.Module):
             raise ValueError(f"order={self.order!r}: make FreeEnergy(model, order='incremental')")
         batch = self.batch(x, y, mask=mask)
         for energy in orders.incremental(batch, self.rules, self.steps, start):
+            batch.warn_if_none_is_free()
             yield self._per_item(batch, energy)
 
     @torch.inference_mode(False)

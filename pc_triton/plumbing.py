@@ -184,8 +184,8 @@ class Calls:
     def __init__(self, model: nn.Module) -> None:
         self.compiled = any("_orig_mod" in n or m._compiled_call_impl for n, m in model.named_modules())
         self.norms = [m for m in model.modules() if isinstance(m, _NormBase)]
-        steps_first = (nn.RNNBase, nn.MultiheadAttention)
-        self.time_first = {n: m for n, m in model.named_modules() if isinstance(m, steps_first) and not m.batch_first}
+        self.time_first = {n: m for n, m in model.named_modules() if _takes_time_first(m)}
+        self.functions = any(getattr(m, "has_function_node", None) is True for m in model.modules())
         self.buffers = Buffers(model)
         self.batches: Counter[bool] = Counter()
         self.draws_elsewhere = False  # whether its forward was seen to draw from Python's or NumPy's generator
@@ -267,6 +267,13 @@ def once_differentiable(what: str) -> Callable[[Callable[..., Any]], Callable[..
         return once
 
     return decorate
+
+
+def _takes_time_first(module: nn.Module) -> bool:
+    """Whether a module's input is [time, samples, ...]: torch's default, also where `convert` transposes it within."""
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first:
+        return True
+    return getattr(module, "time_first", None) is True
 
 
 MODELS = 64

@@ -12,12 +12,13 @@ from .convert import convert
 from .dispatch import use_backend
 from .distributions import Distribution
 from .families import Bernoulli, Categorical, Gaussian, GaussianLogVar, Laplace, StudentT
-from .free_energy import FreeEnergy, NodeStep, Settled
+from .free_energy import FreeEnergy
 from .head import Head
+from .infer import Settled
 from .nn import Attention, Linear, MultiheadAttention
 from .orders import Order
 from .recompute import checkpoint_contexts
-from .report import NodeReport, Report
+from .report import NodeReport, NodeStep, Report
 from .rules import Constant, Displacement, Fixed, Guarded, Tolerance
 
 __version__ = "0.1.0"

@@ -8,22 +8,24 @@ its graph; `Batch.move` is the backward pass in which the states answer their gr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .arithmetic import sum_samples, wide
-from .checks import check_batch, check_devices
+from .checks import check_batch, check_devices, samples_first
 from .context import running
+from .dispatch import tracing
 from .distributions import Distribution
 from .families import Gaussian
 from .float8 import FewDigits
 from .node import Gradient, Node, Response
 from .output import Output
 from .passes import ModelPass, Nodes
-from .plumbing import Calls, RandomState, hold_statistics, hold_weights, ones, sharded_modules
+from .plumbing import Calls, RandomState, hold_weights, ones, refuse_second_derivative, sharded_modules
+from .returned import refuse_own_loss, refuse_own_tokens
 from .rules import Precision, precisions
 
 
@@ -46,7 +48,7 @@ class Batch(Nodes):
         clamp_input: bool | Tensor = True,
         shows: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self.inputs = model, inputs
         self.args, self.kwargs, first = check_batch(inputs)
         clamped = Output(target, len(first), output, output_weight, mask)
         super().__init__(len(first), calls, names, form, clamped)
@@ -59,10 +61,14 @@ class Batch(Nodes):
             self.weights = [p for p in parameters.values() if p.requires_grad and p.is_leaf]
         self.out = torch.empty(0)  # what the model returned in the last pass
         self.energies: list[Tensor] = []  # F [S] of every pass
-        self.few_digits: FewDigits | None = None  # for passes in which states move, and nothing learns or is shown
+        self.few_digits: FewDigits | None = None
         self.watch: Callable[[Batch], None] | None = None  # called before every move, and after the last
         self.awaits: tuple[ModelPass, list[Tensor]] | None = None  # the last pass, until its response is known
-        self.random = RandomState(first.device)
+        graph = tracing.get() or (first.is_cuda and torch.cuda.is_current_stream_capturing())
+        self.looks = calls.looks_again(model.training) and not graph
+        if self.looks:
+            refuse_own_tokens(model, inputs, target)
+        self.random = RandomState(first.device, calls.draws_elsewhere or self.looks)
         self.resumes_random = False  # whether something else draws between the passes
 
     @property
@@ -74,50 +80,71 @@ class Batch(Nodes):
     # Passes.
 
     def free_energy(
-        self, *, first: bool = False, learns: bool = False, moves: bool = True, shows: bool = False, local: bool = False
+        self, *, learns: bool = False, moves: bool = True, shows: bool = False, local: bool = False
     ) -> Tensor:
-        """F ``[S]`` at the states, with its graph: one forward pass of the model.
+        """F ``[S]`` at the states, with its graph: one forward pass of the model. The first makes the nodes.
 
-        first: the pass that makes the nodes, at their predictions. learns: weight gradients will be taken of it. moves:
-        gradients of the states will be. shows: nodes keep their emissions and energies. local: each node's weights see
-        its own energy alone, whatever the order.
+        learns: weight gradients will be taken of it. moves: gradients of the states will be. shows: nodes keep their
+        emissions and energies. local: each node's weights see its own energy alone, whatever the order.
         """
-        here = ModelPass(self, first, learns, moves, shows, local, None if learns or shows else self.few_digits)
-        resume = RandomState(self.random.device) if self.resumes_random and not first else None
+        here = ModelPass(self, learns, moves, shows, local, None if learns or shows else self.few_digits)
+        first = here.first
+        resume = None
+        if self.resumes_random and not first:
+            resume = RandomState(self.random.device, self.calls.draws_elsewhere)
+        noted = self.calls.buffers.note(self.looks) if first else None
         self.random.restore()  # dropout and noise are the same in every pass
         try:
             with torch.enable_grad(), running(here), here.digits(), contextlib.ExitStack() as held:
-                if not first and self.calls.norms:
-                    held.enter_context(hold_statistics(self.calls.norms))
+                if not first and (self.calls.norms or self.moved):
+                    held.enter_context(self.held())
                 if not learns and self.weights:
                     held.enter_context(hold_weights(self.weights))
                 if self.calls.compiled:
                     self._put_errors_in_the_graph(here, held)
                     eager = first or local or self.places is not None or here.few_digits is not None
                     held.enter_context(self.calls.eager() if eager else self.calls.traced())
+                if self.looks and first and self.calls.time_first:
+                    held.enter_context(samples_first(self.calls.time_first, self.samples))
                 args = self.args if self.clamp_input is True else (self._free_input(), *self.args[1:])
                 out = self.calls.run(self.model, *args, **self.kwargs)
                 self.out = out["logits"] if isinstance(out, Mapping) and "logits" in out else out
+                if self.looks and first:
+                    refuse_own_loss(out, self.output.target)
                 here.check(self.out)
                 energy = torch.stack([here.output_energy(self.out), *here.added, *here.energies], -1).sum(-1)
         except BaseException:
             self.random.restore()  # a batch that is refused draws nothing
+            if noted is not None:
+                noted.restore()
             raise
+        if noted is not None:
+            self.moved = noted.moved()
+            self.calls.learn(self.moved, self.random.moved_elsewhere())
         if resume is not None:
             resume.restore()
+        if learns and (moves or not first) and energy.requires_grad:  # at the prediction it is plain backpropagation
+            energy.register_hook(refuse_second_derivative)
         self.energies.append(energy.detach())
         self.awaits = (here, here.leaves) if moves else None
         here.close()
         self.out = self.out.detach()
         return energy
 
+    @contextlib.contextmanager
+    def in_digits_of(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Within it passes that neither learn nor show have their products made in this dtype; None: as all others."""
+        self.few_digits = None if dtype is None else FewDigits()
+        yield
+        self.few_digits = None
+
     def move(self, energy: Tensor, response: Response) -> None:
         """One backward pass: every state answers its gradient. Weight gradients are not computed."""
         leaves = self.respond(response)
         if energy.requires_grad:
             torch.autograd.grad(energy, leaves, ones(energy), allow_unused=True)
-        for node in self.shifted:
-            if not node.moved and not isinstance(response, Gradient):
+        for node in self.in_graph:
+            if not node.displaced and not isinstance(response, Gradient):
                 raise RuntimeError(
                     f"node {node.name!r}: the model's forward passes it by; inference needs the same path at every step"
                 )
@@ -153,8 +180,8 @@ class Batch(Nodes):
 
     def _put_errors_in_the_graph(self, here: ModelPass, held: contextlib.ExitStack) -> None:
         """Have the Gaussian nodes of a compiled model add their errors to their predictions, within ``held``."""
-        for node in self.shifted:
-            node.moved = False
+        for node in self.in_graph:
+            node.displaced = False
             assert isinstance(node.family, Gaussian)
             held.enter_context(node.family.shifted(here.error_of(node, node.dtype)))
 
@@ -166,7 +193,7 @@ class Batch(Nodes):
         learns: it is the learning pass already. fuses: nobody but `Node` will ask what it predicts.
         """
         self.fuses_first = fuses and not self.shows
-        energy = self.free_energy(first=True, learns=learns, moves=False)
+        energy = self.free_energy(learns=learns, moves=False)
         if learns:
             self.let_go()
         return energy
@@ -195,7 +222,7 @@ class Batch(Nodes):
         (E_local of Goemaere et al. 2025); the two agree where inference is settled.
         """
         if local:
-            self.shifted, self.visited = [], self.nodes
+            self.in_graph, self.called = [], self.nodes
         return self.free_energy(learns=True, moves=False, local=local)
 
     def calibrate(self, energy: Tensor, precision: Precision) -> tuple[list[tuple[Node, Tensor]], Tensor]:

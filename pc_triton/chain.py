@@ -17,6 +17,7 @@ from .dispatch import chains, may_chain
 from .distributions import Distribution
 from .families import Categorical, Gaussian, output_family
 from .nn import Linear
+from .plumbing import once_differentiable
 from .rules import TRUST, Constant, Displacement, Fixed, Guarded, Rules
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu"}
@@ -160,7 +161,7 @@ class _Learned(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("this step was one launch, gradients included; put it within dispatch.use_chain(False)")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layers = len(ctx.saved_tensors) // 2
         inputs, grads = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]

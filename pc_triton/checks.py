@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,3 +140,29 @@ def check_options(
     number = isinstance(output_weight, (int, float)) and not isinstance(output_weight, bool)
     if not (number and math.isfinite(output_weight)):
         raise ValueError(f"output_weight={output_weight!r}: give a finite number; a negative one nudges away")
+
+
+@contextlib.contextmanager
+def samples_first(layers: Mapping[str, nn.Module], samples: int) -> Iterator[None]:
+    """Within it a recurrent layer, or attention, that takes the batch's samples for its steps in time is refused.
+
+    layers: those with ``batch_first=False``. Where there are as many samples as steps, that cannot be told.
+    """
+
+    def check(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        t = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if t is not None and t.dim() == 3 and t.shape[0] == samples != t.shape[1]:
+            raise ValueError(
+                f"{name!r} has batch_first=False and is given {tuple(t.shape)} in a batch of {samples}: it takes the "
+                "samples, along the first axis, for steps in time. Use batch_first=True and x [samples, time, ...]"
+            )
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(check, name), with_kwargs=True)  # type: ignore[arg-type]
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -24,6 +24,7 @@ from .batch import Batch
 from .checks import check_values
 from .dispatch import tracing
 from .distributions import Distribution
+from .plumbing import once_differentiable
 from .rules import Rules
 from .tracking import StepTracker
 
@@ -80,11 +81,13 @@ class CompiledSteps:
             first, _ = owner.loss_and_batch(x, y, tracks=True)  # it sets the step; the graph is of those after it
         leaves, spec = tree_flatten((x, y))
         inputs = [t for t in leaves if isinstance(t, Tensor)]
-        parameters, buffers = list(whole.parameters()), list(whole.buffers())
+        modules = list(whole.modules())  # walked once: on a small model that is a good part of a step
+        parameters = list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
+        buffers = list(dict.fromkeys(b for m in modules for b in m._buffers.values() if b is not None))
         learned = [p for p in parameters if p.requires_grad]
         device = inputs[0].device.type
         key = (
-            spec, tracks, owner.settings, owner.output, *(m.training for m in whole.modules()),
+            spec, tracks, owner.settings, owner.output, *(m.training for m in modules),
             torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
             *(t if not isinstance(t, Tensor) else None for t in leaves),
             *((t.shape, t.dtype, t.device, t.requires_grad) for t in (*parameters, *buffers, *inputs)),
@@ -116,6 +119,10 @@ class CompiledSteps:
                 return capture(loss, self.whole, inputs, self.pool), lambda x, y: None  # it checks on the device
         with torch.random.fork_rng(), _unmoved(owner.model):
             _, batch = owner.loss_and_batch(x, y)  # raises what there is to raise, with values to look at
+        if batch.calls.draws_elsewhere:
+            raise ValueError(
+                "compile() cannot hold random numbers of Python or NumPy that the model draws: leave it out"
+            )
         with _casts_anew():
             graph, example = trace(loss, self.whole, inputs)
         step = torch._inductor.compile(graph, example, options=self.options)  # type: ignore[arg-type]
@@ -287,7 +294,7 @@ class _Replayed(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("a compiled step makes gradients with its loss, once; leave FreeEnergy.compile() out")
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads, ctx.grads = ctx.grads, None
         if grads is None:

@@ -2,100 +2,192 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from .changes import FUNCTIONS, Changes, base_layer, calls_a_function, node_of
+from .distributions import Distribution
 from .families import Categorical, Gaussian
 from .head import Head
-from .nn import Linear, MultiheadAttention
+from .nn import Attention, Linear, MultiheadAttention
 
 CONVOLUTIONS = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
-LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, _ConvNd, nn.RNNBase, nn.RNNCellBase)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, _ConvNd, *RECURRENT)
 """Kinds of layers that `convert` reports if it leaves one as it is."""
 
+OWN_NODE = "left as it is: it has an attribute `node` of its own, where its value node would be; rename that"
 
-def convert(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+
+def convert(model: nn.Module) -> tuple[nn.Module, Changes]:
     """Give a model's layers value nodes, in place, so that PC can train it.
 
     Its parameters, outputs and state dict stay as they are. What is converted:
 
-    - every ``nn.Linear``, convolution, ``nn.MultiheadAttention``, and ``nn.Softmax`` over the last axis;
+    - every ``nn.Linear``, convolution, ``nn.MultiheadAttention``, and ``nn.Softmax`` over the last axis, also where
+      ``torch.nn.utils.parametrize`` (weight_norm, spectral_norm) or another library has its hand on it;
     - with them ``nn.Transformer`` and its layers. Their fused inference path is switched off, since it would skip
       the nodes;
     - of Hugging Face's transformers, the linear layers of GPT-2 (``Conv1D``), and the attention of every model that
-      takes it from their registry. The layer of the logits stays as it is: the logits are clamped to the labels.
+      takes it from their registry. The layer of the logits stays as it is: the logits are clamped to the labels;
+    - an adapter of PEFT's structure (``base_layer``, ``lora_A``, ``lora_B``): one node, on what the whole adapter
+      returns. Convert after the adapters are there.
 
-    A function called in a forward, such as ``F.softmax``, is no module and is not seen.
+    ``inplace=True`` of activations and dropout is switched off: they would overwrite what a node emits. A function
+    called in a forward, such as ``F.softmax``, is no module and gets no node. Converting twice changes nothing more.
 
     Returns the model, and what was done by module name: ``{"0.self_attn": "MultiheadAttention ->
     pc.MultiheadAttention", ...}``. For a layer that had to be left, such as a subclass or a recurrent one, it says why.
+    It is a dict that prints as a table; `Changes.visit` adds what the forward of a first batch visits.
 
     Raises TypeError if model is no module, ValueError if there is nothing to convert.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes an nn.Module, not {type(model).__name__}")
-    changes: dict[str, str] = {}
+    changes = Changes(model)
     transformers: Any = sys.modules.get("transformers.modeling_utils")
     if transformers and any(isinstance(module, transformers.PreTrainedModel) for module in model.modules()):
         from .huggingface import convert_transformers
 
         convert_transformers(model, changes)
+    parts: set[nn.Module] = set()  # of modules that have one node as a whole
     for name, module in list(model.named_modules()):
+        if module in parts:
+            continue
         change = None if name in changes else _convert(module)
         if change is not None:
             changes[name] = change
-    if not any("->" in change for change in changes.values()):
+        parts |= parts_of(module)
+    changes.nodes = [module for module in model.modules() if isinstance(module, Distribution)]
+    if not changes.nodes:
+        left = "".join(f"\n{name or '(the model)'}: {change}" for name, change in changes.items())
         raise ValueError(
-            "nothing to convert: the model has no nn.Linear, convolution, nn.MultiheadAttention or nn.Softmax(-1); put "
-            "pc.Gaussian() after a layer that is to have a value node"
+            "nothing to convert: the model has no nn.Linear, convolution, nn.MultiheadAttention or nn.Softmax(-1) that "
+            f"could be; put pc.Gaussian() after a layer that is to have a value node{left}"
         )
+    for name, module in model.named_modules():
+        if getattr(module, "inplace", None) is True:
+            module.inplace = False  # type: ignore[assignment]
+            changes[name] = "inplace switched off: it would overwrite what a node before it emits"
     return model, changes
+
+
+def parts_of(module: nn.Module) -> set[nn.Module]:
+    """The modules within this one that the node of the whole stands for, and that node."""
+    if base_layer(module) is not None:
+        return set(module.modules()) - {module}
+    parts = set(module.out_proj.modules()) if isinstance(module, (Attention, MultiheadAttention)) else set()
+    node = node_of(module)
+    return parts if node is None or node is module else parts | set(node.modules())
 
 
 def _convert(module: Any) -> str | None:
     """Give one module its node. Returns what was done, or why nothing was; None for a module that needs no node."""
-    kind = type(module)
-    if hasattr(module, "node") or isinstance(module, (Head, NonDynamicallyQuantizableLinear)):
-        return None  # it has a node already, or is an output, or belongs to an nn.MultiheadAttention that was left
-    if kind is nn.Linear:
+    kind = type_before_parametrizations(module)
+    if isinstance(module, (Head, NonDynamicallyQuantizableLinear)):
+        return None  # an output, or it belongs to an nn.MultiheadAttention that was left
+    if node_of(module) is not None:
+        return "has its node already"
+    if isinstance(module, nn.TransformerEncoder):
+        module.use_nested_tensor = False
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0
+        return f"{kind.__name__}: fused inference path switched off"
+    base = base_layer(module)
+    if not isinstance(module if base is None else base, LAYERS):
+        called = _function_called(module)
+        return None if called is None else calls_a_function(called)
+    if hasattr(module, "node"):
+        return OWN_NODE
+    if isinstance(module, LazyModuleMixin):
+        return "left as it is: it has no parameters yet; run one batch through the model, then convert"
+    if base is not None:
+        return _convert_adapter(module, base)
+    own_class = kind is type(module) and "forward" not in vars(module)  # nobody else replaced it or its forward
+    if kind is nn.Linear and own_class:
         module.__class__ = Linear
         module.node = Gaussian()
         return "Linear -> pc.Linear"
+    if kind is nn.Linear or kind in CONVOLUTIONS:
+        return add_node(module)
     if kind is nn.MultiheadAttention:
-        if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
-            return "left as it is: kdim, vdim, add_bias_kv and add_zero_attn have no value-node form"
-        module.__class__ = MultiheadAttention
-        module.node = Categorical()
-        module.out_proj.__class__ = Linear
-        module.out_proj.node = Gaussian()
-        return "MultiheadAttention -> pc.MultiheadAttention"
-    if kind is nn.Softmax and module.dim == -1:
+        return _convert_attention(module, own_class)
+    if kind is nn.Softmax and module.dim == -1 and own_class:
         module.__class__ = Categorical
         module.ignore_index = -100
         return "Softmax -> pc.Categorical"
-    if kind in CONVOLUTIONS:
-        return add_node(module)
-    if kind is nn.TransformerEncoderLayer:
-        module.activation_relu_or_gelu = 0
-        return "TransformerEncoderLayer: fused inference path switched off"
-    if kind is nn.TransformerEncoder:
-        module.use_nested_tensor = False
     if isinstance(module, nn.Softmax):
         return f"left as it is: the classes of a Categorical node lie along the last axis, dim=-1, not dim={module.dim}"
-    if isinstance(module, LAYERS):
-        return f"left as it is: {kind.__name__} has no value-node form; put pc.Gaussian() after it"
-    return None
+    if isinstance(module, RECURRENT):
+        return (
+            f"left as it is: {kind.__name__} has no value-node form; make self.node = pc.Gaussian(), and call it on "
+            "the tensor that the forward takes from its output, samples along the first axis (batch_first=True)"
+        )
+    return f"left as it is: {kind.__name__} has no value-node form; put pc.Gaussian() after it"
+
+
+def _convert_attention(module: Any, own_class: bool) -> str:
+    if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+        return "left as it is: kdim, vdim, add_bias_kv and add_zero_attn have no value-node form"
+    out_proj: Any = module.out_proj
+    if not own_class:
+        return (
+            "left as it is: its class or its forward was replaced (as by torch.nn.utils.parametrize); undo that, "
+            "convert, and do it again"
+        )
+    if type_before_parametrizations(out_proj) is not NonDynamicallyQuantizableLinear or "forward" in vars(out_proj):
+        return f"left as it is: its out_proj was replaced, by a {type(out_proj).__name__}"
+    module.__class__ = MultiheadAttention
+    module.node = Categorical()
+    if is_parametrized(out_proj):
+        add_node(out_proj)
+    else:
+        out_proj.__class__ = Linear
+        out_proj.node = Gaussian()
+    return "MultiheadAttention -> pc.MultiheadAttention"
+
+
+def _convert_adapter(module: Any, base: nn.Module) -> str:
+    """The layer and what the adapter adds to it are one prediction."""
+    if node_of(base) is not None:
+        return "left as it is: its base_layer has a node already; convert after the adapters are there"
+    if not isinstance(base, (nn.Linear, _ConvNd)):
+        return f"left as it is: an adapter of {type(base).__name__} has no value-node form"
+    return add_node(module)
+
+
+def _function_called(module: Any) -> str | None:
+    """The function in the place of a Categorical node that the user's forward calls, or a method that it calls."""
+    kind = type(module)
+    if kind.__module__.split(".")[0] in ("torch", "pc_triton"):
+        return None
+    forward = names_in(kind.forward)
+    names = forward.union(
+        *(names_in(getattr(kind, name)) for name in forward if inspect.isfunction(vars(kind).get(name)))
+    )
+    called = (name for name in dict.fromkeys(FUNCTIONS.values()) if name in names)
+    return next((name for name in called if not hasattr(module, name)), None)  # else it is a module of its own
+
+
+def names_in(function: Any) -> frozenset[str]:
+    """What the code of a function names beyond its own variables."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return frozenset() if code is None else frozenset(code.co_names)
 
 
 def add_node(module: Any) -> str:
     """Make the output of any module a Gaussian value node. Returns what was done, for `convert`."""
     module.node = Gaussian()
     module.register_forward_hook(_emit)
-    return f"{type(module).__name__} -> {type(module).__name__}, pc.Gaussian"
+    kind = type_before_parametrizations(module).__name__
+    return f"{kind} -> {kind}, pc.Gaussian"
 
 
 def _emit(module: Any, args: Any, output: Tensor) -> Tensor:

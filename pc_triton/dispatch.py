@@ -72,6 +72,11 @@ def backend(tensor: Tensor) -> Any:
     return triton_kernels() if choice == "triton" else reference
 
 
+def as_state(u: Tensor) -> Tensor:
+    """u in the layout of a state: that of its prediction, which may be permuted; the kernels move it in rows."""
+    return u if u.is_contiguous() or backend(u) is reference else u.contiguous()
+
+
 @contextlib.contextmanager
 def use_backend(choice: str) -> Iterator[None]:
     """Within this context the whole process runs its nodes on ``"triton"`` or on ``"torch"``, wherever tensors are.

@@ -173,8 +173,8 @@ class Distribution(nn.Module):
         u = u.detach()
         return torch.stack([mean_square(u, samples), sum_samples(self.variance(u) * push * push, samples)])
 
-    def units(self, mu: Tensor) -> float:
-        """The number of units whose states mu holds: its elements; for a Categorical its rows."""
+    def variables(self, mu: Tensor) -> float:
+        """How many variables have their states in mu: its elements; for a Categorical its rows."""
         return mu.numel()
 
     def _in_units(self, u: Tensor, mu: Tensor, unit: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from .context import add_energy
 from .dispatch import backend, tracing
 from .distributions import Distribution
 from .reference import bernoulli_energy, gaussian_logvar_energy, laplace_energy
-from .reference_softmax import categorical_energy, log_softmax, mask_logits
+from .reference_softmax import categorical_energy, log_softmax, mask_logits, softmax
 
 
 class Gaussian(Distribution):
@@ -205,7 +205,10 @@ class Bernoulli(Distribution):
 
 
 class _ClampedCategorical(torch.autograd.Function):
-    """-log q_y per row; the gradient q - y is made in the backward pass from the saved log-sum-exp."""
+    """-log q_y per row; the gradient q - y is made in the backward pass from the saved log-sum-exp.
+
+    Where that is to be differentiated again (``create_graph=True``) torch's own cross-entropy makes it.
+    """
 
     @staticmethod
     def forward(ctx, mu, labels, ignore_index):
@@ -215,9 +218,11 @@ class _ClampedCategorical(torch.autograd.Function):
         return energy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_energy):
         mu, labels, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            energy = F.cross_entropy(wide(mu), labels, ignore_index=ctx.ignore_index, reduction="none")
+            return *torch.autograd.grad(energy, mu, grad_energy, create_graph=True), None, None
         grad = backend(mu).clamped_categorical_backward(mu, labels, lse, grad_energy, ctx.ignore_index)
         return grad, None, None
 
@@ -241,7 +246,7 @@ class Categorical(Distribution):
         self, u: Tensor, causal: bool = False, padding: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor:
         """softmax(u) along the last axis; masks as in `pc_triton.reference.mask_logits`."""
-        return log_softmax(mask_logits(wide(u), causal, padding, segments)).exp().to(u.dtype)
+        return softmax(mask_logits(wide(u), causal, padding, segments)).to(u.dtype)
 
     def check_target(self, target: Tensor, mu: Tensor) -> Tensor:
         """Check labels, int64 ``[S, ...]`` for mu ``[S, ..., C]``; the number of those that are not ignored (0-dim).
@@ -290,7 +295,7 @@ class Categorical(Distribution):
         energy = _ClampedCategorical.apply(mu.reshape(-1, mu.shape[-1]), target.reshape(-1), self.ignore_index)
         return sum_samples(energy, len(mu))
 
-    def units(self, mu: Tensor) -> float:
+    def variables(self, mu: Tensor) -> float:
         """Rows."""
         return mu.numel() / mu.shape[-1]
 
@@ -329,8 +334,12 @@ def output_family(given: Distribution | None, own: Distribution | None, target: 
     """The family of the clamped output: the one given; Categorical for labels; the output node's own; Gaussian(1)."""
     if given is not None:
         return given
-    own = Gaussian(1.0) if own is None else own
-    return own if target.is_floating_point() or isinstance(own, Categorical) else Categorical()
+    if target.is_floating_point():
+        return _VALUES if own is None else own
+    return own if isinstance(own, Categorical) else _LABELS
+
+
+_VALUES, _LABELS = Gaussian(1.0), Categorical()  # made once: every pass asks for the output's family
 
 
 class Laplace(Distribution):

@@ -10,17 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import orders, parallel
+from . import orders
 from .batch import Batch
 from .chain import chain_loss
 from .checks import check_free_input, check_model, check_options
 from .context import outside_graphs, prepare_compiler
 from .distributions import Distribution
 from .families import Gaussian
-from .float8 import FewDigits
+from .infer import Settled, infer
 from .orders import Order, Start, as_order
-from .plumbing import Calls, hold_gathered, hold_statistics, sharded_modules
-from .report import NodeStep, Report, Settled, look, report
+from .plumbing import Calls, hold_gathered, sharded_modules
+from .report import NodeStep, Report, look, report
 from .rules import Constant, Guarded, Precision, Rules, StateOptimizer, as_precision, as_step, as_stop
 from .tracking import StepTracker, Tracked
 
@@ -78,11 +78,8 @@ class FreeEnergy(nn.Module):
             a float64 model. ``torch.bfloat16``: half the memory, and fewer bytes in every inference step; arithmetic
             stays as it is, each move is rounded. For order "error" alone, whose errors are small beside u; a chain of
             small layers that runs in one launch keeps its states on the chip, in float32 whatever this says.
-        inference_dtype: ``torch.float8_e4m3fn`` for products of 8 bits in the passes that move states and do not learn:
-            those of ``F.linear`` with parameters, and `Head`'s. Gradients are in ``float8_e5m2``. GPUs of compute
-            capability 8.9 and above multiply them at twice the rate; elsewhere they are rounded alike, at a cost. The
-            learning pass, `infer` and all that is reported keep their digits, and so do products of sizes that are no
-            multiples of 16 and a chain in one launch. The one step of T = 2 is then 1, not learnt. None: as they learn.
+        inference_dtype: ``torch.float8_e4m3fn``: products of 8 bits in the passes of order "error" that do not learn,
+            emulated but on GPUs from compute capability 8.9 on; T = 2 then has the step 1. None: as the learning pass.
         output_weight: a factor on the energy of the clamped output, and so on the loss. A small one nudges the states
             towards y, a negative one away from it.
         stop: ends inference before its T steps. A number: once the last move changed F by at most that fraction of it,
@@ -125,17 +122,33 @@ class FreeEnergy(nn.Module):
         self._names[self.input_node] = "input"
         self.tracker = StepTracker()
         self._ddp_params_and_buffers_to_ignore = ["tracker.mean"]  # DistributedDataParallel would send it every step
-        self.steps: int = as_order(order).steps if steps is None else steps
         self.order, self.precision, self.displacement = order, precision, displacement
+        self._steps, self._step = steps, step  # None: those of the order
         self.state_optimizer = state_optimizer
         self.state_dtype = None if state_dtype == torch.float32 else state_dtype  # None: that of the arithmetic
         self.inference_dtype, self.output_weight, self.stop, self.local = inference_dtype, output_weight, stop, local
-        self.guarded = step is None and state_optimizer is None
-        self.step = as_order(order).step if step is None else step
         _ = self.rules  # refuses what is out of range
         prepare_compiler()
         self._calls = Calls(model)
         self._compiled: Callable[..., Tensor] | None = None
+
+    @property
+    def steps(self) -> int:
+        """T: what was given, or the order's own."""
+        return as_order(self.order).steps if self._steps is None else self._steps
+
+    @steps.setter
+    def steps(self, steps: int | None) -> None:
+        self._steps = steps
+
+    @property
+    def step(self) -> float | Constant:
+        """The step, of the first move where it adapts: what was given, or the order's own."""
+        return as_order(self.order).step if self._step is None else self._step
+
+    @step.setter
+    def step(self, step: float | Constant | None) -> None:
+        self._step = step
 
     @property
     def rules(self) -> Rules:
@@ -144,10 +157,9 @@ class FreeEnergy(nn.Module):
         dtypes = self.state_dtype, self.inference_dtype
         check_options(self.steps, self.order, order.form, optimizes, *dtypes, self.output_weight)
         step = as_step(self.step)
-        if self.guarded and type(step) is Constant:
-            one_move = order.form == "error" and self.steps == 2
-            coarse = self.inference_dtype is not None
-            step = self.tracker.rule(step.first, coarse) if one_move else Guarded(step.first)
+        if self._step is None and not optimizes:
+            only = order.form == "error" and self.steps == 2  # its one move is corrected by none
+            step = self.tracker.rule(order.step, dtypes[1] is not None) if only else Guarded(order.step)
         return Rules(
             as_precision(self.precision, self.displacement),
             step,
@@ -161,7 +173,7 @@ class FreeEnergy(nn.Module):
     def settings(self) -> tuple[Any, ...]:
         """All that a training step follows from, but for the model and the batch."""
         return (
-            self.steps, self.order, self.precision, self.displacement, self.step, self.guarded, self.state_optimizer,
+            self.steps, self.order, self.precision, self.displacement, self._step, self.state_optimizer,
             self.state_dtype, self.inference_dtype, self.output_weight, self.stop, self.local, self.tracker.begun,
         )  # fmt: skip
 
@@ -251,10 +263,8 @@ class FreeEnergy(nn.Module):
     def settle(self, batch: Batch, moves: int, start: Start | None = None, rules: Rules | None = None) -> Constant:
         """Move every state of a batch ``moves`` times from the prediction, or from ``start``. Returns the step rule."""
         rules = self.rules if rules is None else rules
-        batch.few_digits = None if rules.inference_dtype is None else FewDigits()
-        steps = as_order(self.order).settle(batch, rules, moves, start)
-        batch.few_digits = None
-        return steps
+        with batch.in_digits_of(rules.inference_dtype):
+            return as_order(self.order).settle(batch, rules, moves, start)
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """Make the whole training step, all of inference and the weight gradients, one graph; for small models.
@@ -355,19 +365,9 @@ class FreeEnergy(nn.Module):
             check_free_input(x, clamp_input)
         batch = self.batch(x, y, mask=mask, input_node=self.input_node, clamp_input=clamp_input, shows=True)
         batch.watch = watch
-        with hold_statistics(self._calls.norms):
-            rules = dataclasses.replace(self.rules, remembers=True, inference_dtype=None)
-            steps = self.settle(batch, self.steps, start, rules)
-            energy = batch.probe()
-            if isinstance(steps, Guarded):  # the last move too must not have raised F
-                rose = steps.take_back(batch.nodes, energy)
-                if rose or parallel.together():  # all processes make the same passes
-                    energy = batch.probe()
-        nodes = batch.named_nodes()
-        states = {name: node.emission.detach() for name, node in nodes.items() if node.emission is not None}
-        if isinstance(clamp_input, Tensor):
-            states["input"] = torch.where(clamp_input, x, states["input"])
-        return Settled(x if clamp_input is True else states["input"], batch.out.detach(), energy, states)
+        rules = dataclasses.replace(self.rules, remembers=True, inference_dtype=None)
+        with self._calls.held():
+            return infer(batch, lambda: self.settle(batch, self.steps, start, rules))
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -382,7 +382,7 @@ class FreeEnergy(nn.Module):
             raise ValueError(
                 "the report needs whole gradients, and FSDP2 shards this model: report on an unsharded copy"
             )
-        with hold_statistics(self._calls.norms):
+        with self._calls.held():
             return report(
                 make=partial(self.batch, x, y),
                 settle=lambda batch: self.settle(batch, self.moves),

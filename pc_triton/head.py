@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .arithmetic import wide
 from .context import infers, outside_graphs, pass_here
 from .dispatch import backend
+from .plumbing import once_differentiable
 
 CHUNKS, LEAST, MOST = 8, 256, 2048
 """The logits are made for 1 / CHUNKS of the rows at a time, for LEAST of them at least and MOST at most.
@@ -83,7 +84,7 @@ class HeadEnergy(torch.autograd.Function):
         return energy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("pc.Head makes gradients with its energy, once; use nn.Linear in its place")
     def backward(ctx: Any, grad_energy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         scale = grad_energy[0]

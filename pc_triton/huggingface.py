@@ -5,7 +5,6 @@ Importing this module adds that attention to transformers' registry, under the n
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
+from .changes import base_layer, node_of
 from .context import awaits_pass, outside_graphs, pass_here
-from .convert import add_node
+from .convert import OWN_NODE, add_node, names_in, parts_of
 from .families import Categorical
 from .nn import attend, logit_bias
 
@@ -69,26 +69,36 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def convert_transformers(model: nn.Module, changes: dict[str, str]) -> None:
     """Give their nodes to the layers that only transformers' models have. What was done is added to ``changes``."""
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    for part in parts:
+    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for part in models:
         if part._supports_sdpa:
             part.set_attn_implementation(ATTENTION)
-    heads = [part.get_output_embeddings() for part in parts]
+    heads = [part.get_output_embeddings() for part in models]
+    parts: set[nn.Module] = set()
     for name, module in list(model.named_modules()):
+        if module in parts:
+            continue
         if any(module is head for head in heads):
             changes[name] = "left as it is: its logits are the output, clamped to the labels"
-        elif type(module) is Conv1D:
-            changes[name] = add_node(module)
-        elif hasattr(module, "node") or not _uses_the_registry(module):
+        elif node_of(module) is not None:
             continue
-        elif module.config._attn_implementation == ATTENTION:
-            module.node = Categorical()
-            changes[name] = f"{type(module).__name__} -> {type(module).__name__}, pc.Categorical over the keys"
-        else:
-            changes[name] = f"left as it is: {type(module).__name__} has no form in scaled_dot_product_attention"
+        elif type(module if base_layer(module) is None else base_layer(module)) is Conv1D:
+            changes[name] = add_node(module)
+        elif _uses_the_registry(module):
+            changes[name] = _convert_attention(module)
+        parts |= parts_of(module)
+
+
+def _convert_attention(module: Any) -> str:
+    kind = type(module).__name__
+    if module.config._attn_implementation != ATTENTION:
+        return f"left as it is: {kind} has no form in scaled_dot_product_attention"
+    if hasattr(module, "node"):
+        return OWN_NODE
+    module.node = Categorical()
+    return f"{kind} -> {kind}, pc.Categorical over the keys"
 
 
 def _uses_the_registry(module: nn.Module) -> bool:
     """Whether the module looks up its attention function in transformers' registry."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return "ALL_ATTENTION_FUNCTIONS" in names_in(type(module).forward)

@@ -21,8 +21,8 @@ class AtPrediction(Protocol):
     """A node in the first pass whose prediction, and the emission, never reach memory whole."""
 
     @property
-    def units(self) -> float:
-        """`Distribution.units` of its prediction."""
+    def variables(self) -> float:
+        """`Distribution.variables` of its prediction."""
 
     def fall(self, grad: Tensor, samples: int) -> Tensor:
         """The second row ``[S]`` of `Distribution.fall`. grad: F's gradient in what the kernel computes."""
@@ -61,7 +61,7 @@ class Node:
     """``[S]``, of the last pass that shows its nodes."""
     residual: Tensor | None = None
     """The norm ``[S]`` of the natural gradient at the last probe."""
-    moved: bool = False
+    displaced: bool = False
     """Whether it has left its prediction."""
 
     def measure(self, grad: Tensor, samples: int) -> Tensor:
@@ -73,12 +73,12 @@ class Node:
         return self.family.fall(self.mu, grad, samples, **self.frozen)
 
     @property
-    def units(self) -> float:
-        """The number of units whose states it holds, at the prediction: see `Distribution.units`."""
+    def variables(self) -> float:
+        """How many variables it is the state of, at the prediction: see `Distribution.variables`."""
         if self.fused is not None:
-            return self.fused.units
+            return self.fused.variables
         assert self.mu is not None
-        return self.family.units(self.mu)
+        return self.family.variables(self.mu)
 
     def begin(self, grad: Tensor, keep: Tensor, move: Tensor, state_dtype: torch.dtype | None) -> None:
         """Make the first move, from e = 0 at the prediction; then that is let go of."""
@@ -114,21 +114,21 @@ class Move:
     move: Tensor
     sweep: bool = False
     """Whether the layer below sees the moved state's error, and not the old one's."""
-    still: float = -math.inf
+    lowest: float = -math.inf
     """Nodes numbered below this are at their predictions, and send nothing down: sPC moves t nodes at step t."""
     scaled: bool = False
     """Whether the user calls ``backward()``, on a loss that they may have scaled."""
 
     def __call__(self, node: Node, grad: Tensor | None, scale: Tensor, step: StepOf) -> Any:
         """Move the node's state; what goes to the layer below. scale ``[S]``: the gradient of the loss in F."""
-        if node.number < self.still and grad is None:
+        if node.number < self.lowest and grad is None:
             return None
-        node.moved = True
+        node.displaced = True
         if self.scaled and grad is not None:  # a loss that is scaled by 0 sends nothing down
             scale_ = per_sample(scale, grad)
             grad = torch.where(scale_ == 0, 0.0, grad / scale_).to(grad.dtype)
         node.state, below = step(node.state, grad, self.keep, self.move, self.sweep)
-        if node.number < self.still:
+        if node.number < self.lowest:
             return None
         return below * per_sample(scale, below).to(below.dtype) if self.scaled else below
 

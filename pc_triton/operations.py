@@ -17,6 +17,12 @@ from torch import Tensor
 from .dispatch import backend
 from .families import Gaussian
 from .node import Node, Response
+from .plumbing import once_differentiable
+
+REFUSAL = (
+    "a derivative taken within the model passes a value node, whose gradient inference makes once; take it around a "
+    "part of the model without nodes"
+)
 
 
 class Turn(Protocol):
@@ -48,10 +54,12 @@ class Emit(torch.autograd.Function):
         return emission, energy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable(REFUSAL)
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
         (mu,) = ctx.saved_tensors
         node, form, response = ctx.node, ctx.form, ctx.here.response
+        if node.state is None:  # it became the output: it emits what it is predicted
+            return grad, None, None, None, None, None
         if response is None:
             if grad is None and form == "error":
                 grad = _zeros(*ctx.like)
@@ -86,7 +94,7 @@ class EmitLinear(torch.autograd.Function):
         return emission.view(state.shape), energy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable(REFUSAL)
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
         weight, x = ctx.saved_tensors
         node, response = ctx.node, ctx.here.response
@@ -126,7 +134,7 @@ class EmitAttention(torch.autograd.Function):
         return out, energy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable(REFUSAL)
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
         q, k, v, out, facts = ctx.saved_tensors
         node, response = ctx.node, ctx.here.response
@@ -157,7 +165,7 @@ class AttentionAtPrediction:
     masks: dict[str, Any]
 
     @property
-    def units(self) -> float:
+    def variables(self) -> float:
         return self.q[..., 0].numel()
 
     def fall(self, grad: Tensor, samples: int) -> Tensor:

@@ -18,6 +18,7 @@ from . import parallel
 from .arithmetic import wide
 from .batch import Batch
 from .checks import check_finite
+from .dispatch import as_state
 from .families import Gaussian
 from .node import Gradient, Move, Node
 from .rules import Constant, Displacement, Fixed, Rules
@@ -127,8 +128,9 @@ def descend(
             batch.move(free_energy, Gradient(_give_gradient))
             optimizer.step()
         else:
-            still = min((node.number for node in batch.nodes if node.moved), default=math.inf) if skips else -math.inf
-            batch.move(free_energy, Move(*steps.next(batch.nodes, free_energy.detach()), sweep, still))
+            displaced = [node.number for node in batch.nodes if node.displaced]
+            lowest = min(displaced, default=math.inf) if skips else -math.inf
+            batch.move(free_energy, Move(*steps.next(batch.nodes, free_energy.detach()), sweep, lowest))
         del free_energy  # with its graph, before the next is made
     else:
         if batch.watch is not None:
@@ -145,7 +147,7 @@ def _give_gradient(node: Node, natural: Tensor) -> None:
 def _errors_at_zero(pushes: list[tuple[Node, Tensor]], rules: Rules) -> None:
     for node, _ in pushes:
         assert node.mu is not None
-        node.state = torch.zeros_like(wide(node.mu), dtype=rules.state_dtype)
+        node.state = as_state(torch.zeros_like(wide(node.mu), dtype=rules.state_dtype))
 
 
 def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False) -> tuple[Tensor | None, Constant]:
@@ -155,18 +157,18 @@ def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False
 
         def begins(node: Node) -> None:
             assert node.mu is not None
-            node.state = wide(node.mu.detach()).clone()
+            node.state = as_state(wide(node.mu.detach()).clone())
             node.precision = torch.full((batch.samples,), pi, dtype=node.state.dtype, device=node.state.device)
 
         batch.begins = begins
-        free_energy = batch.free_energy(first=True, learns=learns, moves=True)
+        free_energy = batch.free_energy(learns=learns)
         batch.begins = None
         batch.let_go()
         return free_energy, rules.step.start(free_energy.detach(), None, rules.remembers)
     free_energy = batch.at_prediction()
     for node, _ in batch.calibrate(free_energy, rules.precision)[0]:
         assert node.mu is not None
-        node.state = wide(node.mu).clone()
+        node.state = as_state(wide(node.mu).clone())
     _start_at(batch, start)
     batch.let_go()
     batch.energies.clear()  # F at the states that the first move starts from is still to be taken
@@ -196,12 +198,12 @@ def _shift(batch: Batch, rules: Rules) -> None:
     """In a compiled model, leave the Gaussian nodes that are visited once to its graph, as mu + e."""
     if batch.calls.compiled and rules.state_optimizer is None and not batch.shows:
         families = [node.family for node in batch.nodes]
-        batch.shifted = [
+        batch.in_graph = [
             node
             for node in batch.nodes
             if node.state is not None and type(node.family) is Gaussian and families.count(node.family) == 1
         ]
-        batch.visited = [node for node in batch.nodes if node not in batch.shifted]
+        batch.called = [node for node in batch.nodes if node not in batch.in_graph]
 
 
 @dataclass(frozen=True)

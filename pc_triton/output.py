@@ -13,6 +13,7 @@ from .checks import check_finite, ordinary
 from .distributions import Distribution
 from .families import Categorical, output_family
 from .node import Node
+from .returned import refuse_activation_twice, refuse_classes_first
 
 
 class Output:
@@ -32,6 +33,7 @@ class Output:
         self._apply_mask()
         check_finite("y", self.target)
         self.node: Node | None = None  # whose emission the model returns, if any
+        self.direct = False  # whether what the model returns is clamped even so: some of that node's values
         self.shape: torch.Size | None = None  # of what the model returns, where that is another than the node's
         self.items: Tensor | None = None  # what the loss is a mean over
 
@@ -67,6 +69,9 @@ class Output:
             raise ValueError(f"y is on {self.target.device}, the model's output on {mu.device}: move y there")
         if self.mask is not None and "mask" not in inspect.signature(family.clamped).parameters:
             raise TypeError(f"{type(family).__name__}.clamped(mu, target) takes no mask: add the argument mask=None")
+        refuse_activation_twice(family, mu)
+        if isinstance(family, Categorical) and not self.target.is_floating_point():
+            refuse_classes_first(self.target, mu)
         self.items = family.check_target(self.target, mu)
         if self.mask is not None and isinstance(family, Categorical) and not self.target.is_floating_point():
             self.items = (self.labels(family) != family.ignore_index).sum()

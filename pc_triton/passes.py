@@ -14,15 +14,16 @@ from torch import Tensor
 from . import reference
 from .arithmetic import sum_samples, wide
 from .context import First, Fused, running
-from .dispatch import backend, tracing
+from .dispatch import as_state, backend, tracing
 from .distributions import Distribution
 from .families import Categorical, Gaussian
 from .float8 import FewDigits
 from .node import Node, Response
 from .operations import Emit, respond_to
 from .output import Output
-from .plumbing import Calls, hold_statistics
+from .plumbing import Calls, Slot, hold_buffers, hold_statistics
 from .recompute import Again, in_checkpoint
+from .returned import LAYOUT, made_of
 
 
 class Nodes:
@@ -33,14 +34,21 @@ class Nodes:
     ) -> None:
         self.samples, self.calls, self.names, self.form, self.output = samples, calls, names, form, output
         self.nodes: list[Node] = []
-        self.visited = self.nodes  # those of them that passes after the first meet
-        self.shifted: list[Node] = []  # the others: in a compiled model they are mu + e in its graph
-        # Stands for the states that move, in autograd's graph; and for those that do not.
+        self.called = self.nodes  # those of them whose layers call a pass after the first
+        self.in_graph: list[Node] = []  # the others: in a compiled model they are mu + e in its graph
+        # Stands for the states in autograd's graph, where they move; and where they do not.
         self.anchor = torch.zeros((), dtype=torch.float32, requires_grad=True)
-        self.still = self.anchor.detach()
+        self.anchor_held = self.anchor.detach()
+        self.moved: list[tuple[Slot, Tensor]] = []  # buffers that the first pass changed, as they were before it
         self.places: dict[Node, Tensor] | None = None  # where the pass under way puts states u
         self.fuses_first = False  # whether the first pass too may do without a node's prediction
         self.begins: Callable[[Node], None] | None = None  # gives a node its state in the first pass already
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it a pass changes no buffers of the model, and finds them as the first pass did."""
+        with hold_statistics(self.calls.norms), hold_buffers(self.moved):
+            yield
 
     def name_of(self, family: Distribution) -> str:
         """The name of a value node in the model: its module's, without the ``.node`` of a layer."""
@@ -61,17 +69,11 @@ class ModelPass:
     """One pass of the model under the states of a batch: what its layers meet (`context.Pass`)."""
 
     def __init__(
-        self,
-        batch: Nodes,
-        first: bool,
-        learns: bool,
-        moves: bool,
-        shows: bool,
-        local: bool,
-        few_digits: FewDigits | None,
+        self, batch: Nodes, learns: bool, moves: bool, shows: bool, local: bool, few_digits: FewDigits | None
     ) -> None:
-        self.batch, self.first, self.learns, self.shows, self.local = batch, first, learns, shows, local
-        self.form, self.few_digits = batch.form, few_digits
+        self.batch, self.form = batch, batch.form
+        self.first = not batch.nodes  # it makes them
+        self.learns, self.shows, self.local, self.few_digits = learns, shows, local, few_digits
         self.response: Response | None = None  # `Batch.move` gives it, before the backward pass
         self.differentiates = moves
         self.visits = 0
@@ -79,7 +81,7 @@ class ModelPass:
         self.checkpointed = False  # whether the model is where `checkpoint_contexts` are
         self.energies: list[Tensor] = []  # [S], of the nodes
         self.added: list[Tensor] = []  # [S], that the model added
-        self.anchor = batch.anchor if moves else batch.still
+        self.anchor = batch.anchor if moves else batch.anchor_held
         self.leaves = [self.anchor] if moves else []  # what the states' backward pass begins from
         self.seen: list[tuple[Node, Tensor, int]] = []  # emissions, and how often each had been changed
         self.head: tuple[Tensor, Tensor] | None = None
@@ -101,6 +103,7 @@ class ModelPass:
             return mu
         if node.state is None:
             return self._record(node, self._at_prediction(node, mu))
+        node.state = as_state(node.state)  # an order or a rule of the user's may have permuted it
         if batch.places is not None:
             emission = self._placed(node, mu, batch.places.get(node))
             return self._record(node, emission, wide(mu.detach()).new_zeros(batch.samples))
@@ -123,6 +126,7 @@ class ModelPass:
         node = self._next_node(family)
         if node is self.batch.output.node or node.state is None:
             return None
+        node.state = as_state(node.state)
         return self._record(node, *fused(node, self, self.anchor))
 
     def _emit_first(self, family: Distribution, first: First) -> Tensor:
@@ -148,6 +152,11 @@ class ModelPass:
 
     def labels_for(self, logits: Tensor) -> tuple[Tensor, int, bool] | None:
         output = self.batch.output
+        if output.target is not None and output.target.is_floating_point() and output.given is None:
+            self.batch.calls.say(
+                "y holds values, and pc.Head gives logits: they are compared by squared error. Give FreeEnergy "
+                "output=pc.Categorical() for probabilities, or output=pc.Gaussian() for what is done now"
+            )
         if output.target is None or output.target.is_floating_point() or self.shows or tracing.get():
             return None
         family = output.family
@@ -193,8 +202,8 @@ class ModelPass:
         assert node.state is not None
         prediction = wide(mu.detach())
         u = prediction if u is None else u
-        node.state = (u - prediction if self.form == "error" else u.clone()).to(node.state.dtype)
-        node.moved = True
+        node.state = as_state((u - prediction if self.form == "error" else u.clone()).to(node.state.dtype))
+        node.displaced = True
         return node.family.emission(u, **node.frozen).to(mu.dtype)
 
     def error_of(self, node: Node, dtype: torch.dtype) -> Tensor:
@@ -218,13 +227,13 @@ class ModelPass:
         return self.form == "error" and type(node.family) is Gaussian and backend(mu) is reference
 
     def _next_node(self, family: Distribution) -> Node:
-        visited = self.batch.visited
-        if self.visits == len(visited) or visited[self.visits].family is not family:
+        called = self.batch.called
+        if self.visits == len(called) or called[self.visits].family is not family:
             raise RuntimeError(
                 f"node {self.batch.name_of(family)!r}: the model visits its nodes in another order than in its "
                 "first pass; inference needs the same path at every step"
             )
-        return visited[self.visits]
+        return called[self.visits]
 
     def _new_node(self, family: Distribution, mu: Tensor, frozen: dict[str, Any]) -> Node:
         batch = self.batch
@@ -260,9 +269,9 @@ class ModelPass:
                 f"the model returned {type(out).__name__}: it must return one tensor, or a mapping with its "
                 "'logits'; wrap it"
             )
-        if not batch.nodes or self.visits != len(batch.visited):
+        if not batch.nodes or self.visits != len(batch.called):
             raise RuntimeError(
-                f"the model's forward visited {self.visits} value nodes, and {len(batch.visited)} in its first pass: "
+                f"the model's forward visited {self.visits} value nodes, and {len(batch.called)} in its first pass: "
                 "inference needs at least one, and the same at every step"
             )
         if out.dim() == 0 or out.shape[0] != batch.samples:
@@ -281,9 +290,13 @@ class ModelPass:
         returned = [
             (node, emission) for node, emission, _ in self.seen if node.fused is None and _is_emission(out, emission)
         ]
-        if not returned:
-            return
-        node, emission = returned[-1]
+        if returned:
+            node, emission = returned[-1]
+        else:
+            found = self._passed_on(out)
+            if found is None:
+                return
+            node, emission, output.direct = found, out, True
         assert node.mu is not None
         if node.state is not None:  # it has no energy of its own
             del self.energies[[n for n, *_ in self.seen].index(node)]
@@ -291,11 +304,30 @@ class ModelPass:
         if emission.shape != out.shape:
             output.shape = out.shape  # the model flattens or squeezes what its last node emits
 
+    def _passed_on(self, out: Tensor) -> Node | None:
+        """The node of which the model returns values as they are, some of them or as log_softmax of labels' logits."""
+        output = self.batch.output
+        found = made_of(out, [(node, emission) for node, emission, _ in self.seen if node.fused is None])
+        if found is None:
+            return None
+        node, names = found
+        labels = output.target is not None and not output.target.is_floating_point()
+        same = names[1:] if labels and names and names[0] == "LogSoftmax" else names  # log_softmax of it is the same
+        if set(same) <= LAYOUT and type(node.family).emission is Distribution.emission:
+            return node
+        last = next(name for name in names if name not in LAYOUT) if set(names) - LAYOUT else names[0]
+        self.batch.calls.say(
+            f"the model returns what its last node, {node.name!r}, emits after {last.lower()} and nothing that learns: "
+            "the last layer's output is then a hidden state of its own, which explains a part of the error away. To "
+            "clamp the output itself use a plain layer there, such as nn.Linear for pc.Linear"
+        )
+        return None
+
     def output_energy(self, out: Tensor) -> Tensor:
         """The energy ``[S]`` of the output, at what the model returned."""
         output = self.batch.output
         if self.head is None:
-            return output.energy(out if output.node is None else self.output_mu, self.first)
+            return output.energy(out if output.node is None or output.direct else self.output_mu, self.first)
         stands_for, energy = self.head
         if out is not stands_for:
             raise RuntimeError(
@@ -326,7 +358,7 @@ class ModelPass:
         """Within it a part of the pass is computed again, for its backward, from that visit on."""
         before, (self.visits, self.again) = (self.visits, self.again), (visits, True)
         try:
-            with running(self), self.digits(), hold_statistics(self.batch.calls.norms), self._in_checkpoint():
+            with running(self), self.digits(), self.batch.held(), self._in_checkpoint():
                 yield
         finally:
             self.visits, self.again = before

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import pickle
+import random
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,10 +19,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 class RandomState:
-    """The state of the generators that a model on a device draws from, as they are when this is made."""
+    """The state of the generators that a model on a device draws from, as they are when this is made.
 
-    def __init__(self, device: torch.device) -> None:
+    elsewhere: whether Python's and NumPy's are among them, which take longer to look at than a small layer does.
+    """
+
+    def __init__(self, device: torch.device, elsewhere: bool = False) -> None:
         self.device = device
+        self.elsewhere = _drawn_elsewhere() if elsewhere else None
         self.cpu = torch.get_rng_state()
         self.cuda = None
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():  # a CUDA graph draws nothing
@@ -28,6 +37,21 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
+        if self.elsewhere is not None:
+            python, numpy = self.elsewhere
+            random.setstate(python)
+            if numpy is not None:
+                sys.modules["numpy"].random.set_state(numpy)
+
+    def moved_elsewhere(self) -> bool:
+        """Whether Python's or NumPy's generator has been drawn from since."""
+        return self.elsewhere is not None and pickle.dumps(self.elsewhere) != pickle.dumps(_drawn_elsewhere())
+
+
+def _drawn_elsewhere() -> tuple[Any, Any]:
+    """The states of Python's generator, and of NumPy's where that is in use."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()
 
 
 @contextlib.contextmanager
@@ -41,6 +65,76 @@ def hold_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
     finally:
         for norm in held:
             norm.track_running_stats = True
+
+
+Slot = tuple[nn.Module, str]
+"""A module and the name of a buffer in it."""
+
+
+class Buffers:
+    """The buffers of a model, but for batch normalisation's, and which of them its forward changes.
+
+    A running statistic or a counter of the user's own is to move once in a batch, and the forward to be the same
+    function in every pass of it. So every pass but the first is given copies of what they were before that.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [m for m in model.modules() if not isinstance(m, _NormBase)]
+        self.slots: list[Slot] = [(m, name) for m in modules for name, b in m._buffers.items() if b is not None]
+        self.moving: set[Slot] | None = None  # those that were seen to; None before the first pass
+
+    def note(self, everything: bool) -> Noted:
+        """What they are now, with copies of those that may move, or of all."""
+        everything = everything or self.moving is None
+        return Noted(
+            [
+                (slot, b, _version(b), b.detach().clone() if everything or slot in (self.moving or ()) else None)
+                for slot in self.slots
+                if (b := slot[0]._buffers.get(slot[1])) is not None
+            ]
+        )
+
+
+class Noted:
+    """Buffers as they were: each with its slot, its version and perhaps a copy."""
+
+    def __init__(self, noted: list[tuple[Slot, Tensor, int, Tensor | None]]) -> None:
+        self.noted = noted
+
+    def moved(self) -> list[tuple[Slot, Tensor]]:
+        """Those that have changed since, and what they were: where that was not kept, what they are now."""
+        return [
+            ((module, name), module._buffers[name].clone() if copy is None else copy)  # type: ignore[union-attr]
+            for (module, name), b, version, copy in self.noted
+            if module._buffers[name] is not b or _version(b) != version
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make them what they were."""
+        for (module, name), b, version, copy in self.noted:
+            if copy is not None and _version(b) != version:
+                b.copy_(copy)
+            module._buffers[name] = b
+
+
+def _version(buffer: Tensor) -> int:
+    """How often a buffer was changed in place."""
+    return 0 if buffer.is_inference() else buffer._version
+
+
+@contextlib.contextmanager
+def hold_buffers(held: Sequence[tuple[Slot, Tensor]]) -> Iterator[None]:
+    """Within it these buffers are copies of what is given, and after it what they were."""
+    before = [module._buffers[name] for (module, name), _ in held]
+    copies = {id(value): value.clone() for _, value in held}
+    for (module, name), value in held:
+        module._buffers[name] = copies[id(value)]
+    try:
+        yield
+    finally:
+        for ((module, name), _), buffer in zip(held, before):
+            module._buffers[name] = buffer
 
 
 @contextlib.contextmanager
@@ -90,7 +184,39 @@ class Calls:
     def __init__(self, model: nn.Module) -> None:
         self.compiled = any("_orig_mod" in n or m._compiled_call_impl for n, m in model.named_modules())
         self.norms = [m for m in model.modules() if isinstance(m, _NormBase)]
+        steps_first = (nn.RNNBase, nn.MultiheadAttention)
+        self.time_first = {n: m for n, m in model.named_modules() if isinstance(m, steps_first) and not m.batch_first}
+        self.buffers = Buffers(model)
+        self.batches: Counter[bool] = Counter()
+        self.draws_elsewhere = False  # whether its forward was seen to draw from Python's or NumPy's generator
         self.run: Callable[..., Any] = _call
+        self.said: set[str] = set()
+
+    def say(self, warning: str) -> None:
+        """Warn of what cannot be known to be wrong, once."""
+        if warning not in self.said:
+            self.said.add(warning)
+            warnings.warn(warning, stacklevel=2)
+
+    def looks_again(self, training: bool) -> bool:
+        """Whether to look once more at what the forward changes and draws: at batches 1, 2, 4, 8 and so on."""
+        self.batches[training] += 1
+        return self.batches[training] & (self.batches[training] - 1) == 0
+
+    def learn(self, moved: Sequence[tuple[Slot, Tensor]], draws_elsewhere: bool) -> None:
+        """Take in what a first pass changed, and whether it drew from generators that are not torch's."""
+        self.buffers.moving = (self.buffers.moving or set()).union(slot for slot, _ in moved)
+        self.draws_elsewhere |= draws_elsewhere
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it passes leave the model's buffers alone, whatever they are."""
+        noted = self.buffers.note(everything=True)
+        try:
+            with hold_statistics(self.norms):
+                yield
+        finally:
+            noted.restore()
 
     def compile(self, backend: Any = "inductor") -> None:
         """Give the model to torch.compile, unless its user has done so already."""
@@ -106,6 +232,33 @@ class Calls:
         """Within it the compiled model draws the random numbers of the first pass, whose draws were eager."""
         with torch._inductor.config.patch(fallback_random=True), torch._dynamo.config.patch(recompile_limit=MODELS):
             yield
+
+
+def refuse_second_derivative(grad: Tensor) -> None:
+    """A hook on a loss whose states were inferred: its gradient has no derivative, and a wrong one would be silent."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True: the free energy has no second derivative, since its graph does not hold how the "
+            "inferred states depend on the weights. FreeEnergy(model, steps=1), which is backpropagation, has one"
+        )
+
+
+def once_differentiable(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The backward of an `autograd.Function` that made its gradients beforehand; what: the refusal of a second one.
+
+    torch's own lets ``create_graph=True`` pass where the gradient that comes in requires none, as that of a loss.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def once(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"create_graph=True: {what}")
+            return backward(ctx, *grads)
+
+        return once
+
+    return decorate
 
 
 MODELS = 64

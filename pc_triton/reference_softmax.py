@@ -30,8 +30,19 @@ def mask_logits(mu: Tensor, causal: bool, padding: Tensor | None, segments: Tens
 
 def log_softmax(u: Tensor) -> Tensor:
     """log softmax along the last axis that gives -inf, not NaN, in rows whose every logit is -inf."""
-    empty = (u == -torch.inf).all(-1, keepdim=True)
+    empty = _sees_nothing(u)
     return F.log_softmax(u.masked_fill(empty, 0.0), -1).masked_fill(empty, -torch.inf)
+
+
+def softmax(u: Tensor) -> Tensor:
+    """softmax along the last axis that gives 0, not NaN, in rows whose every logit is -inf."""
+    empty = _sees_nothing(u)
+    return F.softmax(u.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+
+
+def _sees_nothing(u: Tensor) -> Tensor:
+    """Which rows are -inf throughout; torch's maximum is far quicker than its ``all`` of a comparison."""
+    return u.detach().amax(-1, keepdim=True) == -torch.inf
 
 
 def categorical_energy(u: Tensor, mu: Tensor) -> Tensor:
@@ -69,8 +80,8 @@ def categorical_forward(
     logits = mask_logits(wide(mu), causal, padding, segments)
     masked = logits == -torch.inf
     d = error_of(state, wide(mu), form).masked_fill(masked, 0.0)
-    emission = log_softmax(logits + d if form == "error" else state.masked_fill(masked, -torch.inf)).exp_().to(mu.dtype)
-    return emission, precision * sum_samples(categorical_kl(logits, d), len(precision))
+    emission = softmax(logits + d if form == "error" else state.masked_fill(masked, -torch.inf))
+    return emission.to(mu.dtype), precision * sum_samples(categorical_kl(logits, d), len(precision))
 
 
 def categorical_step(
@@ -96,7 +107,7 @@ def categorical_step(
     masked = logits == -torch.inf
     d = error_of(state, logits, form)
     d = d.masked_fill(masked, 0.0)
-    p, q, pi = log_softmax(logits + d).exp(), log_softmax(logits).exp(), per_sample(precision, logits)
+    p, q, pi = softmax(logits + d), softmax(logits), per_sample(precision, logits)
     push = (g - (p * g).sum(-1, keepdim=True)).masked_fill(masked, 0.0)
     new = d
     if keep is not None and move is not None:
@@ -105,7 +116,7 @@ def categorical_step(
         total = p * (pi * (d - (p * d).sum(-1, keepdim=True)) + push) + pi * (q - p)
         return kept(new, state, state_dtype), total.to(mu.dtype)
     if moved:
-        p = log_softmax(logits + new).exp()
+        p = softmax(logits + new)
     u = (logits + new).masked_fill(masked, 0.0)
     return u, (pi * (q - p)).to(mu.dtype)
 
@@ -165,7 +176,7 @@ def attention_step(
     """The state moved by g = grad_out v', and dF/dq, dF/dk, dF/dv. It reads neither out nor facts: the kernels do."""
     mu, sent = _logits(q, k, scale), wide(grad_out)
     logits, d = mask_logits(mu, causal, padding, segments), error_of(state, mu)
-    p = log_softmax(logits + d).exp()
+    p = softmax(logits + d)
     g = sent @ _for_queries(v, q).mT
     new, grad_mu = categorical_step(logits, state, g, precision, keep, move, form="error")
     grad_q = scale * (grad_mu @ _for_queries(k, q))
@@ -188,7 +199,7 @@ def attention_fall(
     segments: Tensor | None = None,
 ) -> Tensor:
     """At e = 0 the sum of p (g - <p, g>)^2 of each sample ``[S]``, g = grad_out v'. It does not read out."""
-    p = log_softmax(mask_logits(_logits(q, k, scale), causal, padding, segments)).exp()
+    p = softmax(mask_logits(_logits(q, k, scale), causal, padding, segments))
     g = wide(grad_out) @ _for_queries(v, q).mT
     return sum_samples(p * (g - (p * g).sum(-1, keepdim=True)) ** 2, samples)
 

@@ -25,19 +25,6 @@ PER_NODE = ("energy", "residual", "precision")
 """What `Report.scalars` gives for every node."""
 
 
-class Settled(NamedTuple):
-    """What `FreeEnergy.infer` returns."""
-
-    input: Any
-    """The model's input: as given, or where it was free its inferred values, a tensor of x's shape."""
-    output: Tensor
-    """What the model returns under the inferred states: the logits or parameters, where the output is clamped."""
-    free_energy: Tensor
-    """F per sample ``[S]`` in nats."""
-    states: dict[str, Tensor]
-    """What each free node emits, by its name in the model (a module visited again has ``#2`` added)."""
-
-
 class NodeStep(NamedTuple):
     """One node at one step of `FreeEnergy.record`."""
 
@@ -199,6 +186,7 @@ def report(
         learning = _gradients(loss(), parameters)
         random.restore()
         backpropagation = _gradients(make(form="error").at_prediction(learns=True).sum(), parameters)
+        random.restore()
 
     items = float(batch.items)
     nodes = tuple(

@@ -58,8 +58,12 @@ class Displacement:
         """pi ``[nodes, S]`` of several at once, of ``number`` that share F's fall; squared ``[nodes, S]``."""
         tiny = torch.finfo(free_energy.dtype).tiny
         share = squared * (number / (2 * self.delta)) / free_energy.abs().clamp_min(tiny)
-        means = torch._foreach_mul(squared.unbind(0), [len(free_energy) / node.units for node in nodes])
-        trust = torch.stack(means).sqrt() / TRUST
+        per_variable = [len(free_energy) / node.variables for node in nodes]
+        if squared.is_cuda:
+            means = torch.stack(torch._foreach_mul(squared.unbind(0), per_variable))  # one launch
+        else:  # inductor's C++ has no _foreach_mul
+            means = torch.stack([row * factor for row, factor in zip(squared, per_variable)])
+        trust = means.sqrt() / TRUST
         return torch.maximum(share, trust).clamp(1e-12, 1e12)
 
 

@@ -161,8 +161,8 @@ def test_fall_of_the_curved_families(family):
 def test_units():
     """What an average over a node's states is taken over."""
     mu = torch.zeros(4, 3, 5)
-    assert pc.Categorical().units(mu) == 12
-    assert pc.Gaussian().units(mu) == 60
+    assert pc.Categorical().variables(mu) == 12
+    assert pc.Gaussian().variables(mu) == 60
 
 
 # Energies.

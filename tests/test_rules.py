@@ -212,6 +212,21 @@ def test_an_order_of_ones_own():
         pc.FreeEnergy(model, order="backwards")
 
 
+def test_an_order_set_later_brings_its_defaults():
+    """T and step are the order's until they are given; None gives them back."""
+    model, x, y = deep()
+    changed, made = pc.FreeEnergy(model), pc.FreeEnergy(model, order="sweep")
+    assert (changed.steps, changed.step) == (2, 0.25)
+    changed.order = "sweep"
+    assert (changed.steps, changed.step) == (made.steps, made.step) == (3, 0.5)
+    assert type(changed.rules.step) is type(made.rules.step)
+    same(changed(x, y), made(x, y))
+    changed.steps, changed.step = 5, 0.1
+    same(changed(x, y), pc.FreeEnergy(model, order="sweep", steps=5, step=0.1)(x, y))
+    changed.steps = changed.step = None
+    same(changed(x, y), made(x, y))
+
+
 # Starts.
 
 

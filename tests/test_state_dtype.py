@@ -231,8 +231,8 @@ def test_a_compiled_model_adds_the_same_errors():
     assert loss_ == pytest.approx(loss, rel=1e-6)
     assert (found - plain).norm() < 1e-4 * plain.norm()
     batch = settle(compiled, x, y, state_dtype=BF16)
-    assert batch.shifted
-    assert all(node.state.dtype == BF16 for node in batch.shifted)
+    assert batch.in_graph
+    assert all(node.state.dtype == BF16 for node in batch.in_graph)
     torch._dynamo.reset()
 
 

@@ -1,0 +1,130 @@
+"""What `convert` did to a model: a dict that prints as a table, and that a first batch completes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
+
+from .distributions import Distribution
+from .plumbing import hold_statistics
+
+if TYPE_CHECKING:
+    from .free_energy import FreeEnergy
+
+ATTENTION = {F.scaled_dot_product_attention: "scaled_dot_product_attention"}
+FUNCTIONS: dict[Any, str] = ATTENTION | dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), "softmax")
+"""Functions that would hold a Categorical value node if they were modules."""
+
+CALLS = "its forward calls"
+
+
+class Changes(dict[str, str]):
+    """What was done by module name, as `convert` returns it. ``print(changes)`` shows a table.
+
+    `convert` cannot know what a forward visits. `visit` runs one batch, and the table then says it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.visits: dict[str, str] = {}  # by module name: whether a first batch met its node
+        self.nodes: Collection[Distribution] = [m for m in model.modules() if isinstance(m, Distribution)]
+
+    def visit(self, free_energy: FreeEnergy, x: Any, y: Tensor | None = None) -> Changes:
+        """Run one batch, and note which nodes the model's forward visits. Trains nothing.
+
+        free_energy: of the converted model. x, y: as in a call of it. Functions that stand where a node could be, such
+        as ``F.softmax``, are added with the module that calls them. Returns itself. Raises what a call does.
+        """
+        batch, functions = free_energy.batch(x, y), FunctionCalls()
+        with torch.inference_mode(False), hold_statistics(batch.calls.norms), functions:
+            batch.at_prediction()
+        batch.random.restore()
+        output = batch.output.node
+        self.nodes = {node.family for node in batch.nodes if node is not output}
+        for name, module in self.model.named_modules():
+            called = functions.found.get(module)
+            if called and CALLS in self.get(name, CALLS):  # a run knows better than the code
+                self[name] = calls_a_function(called)
+            family = node_of(module) if name in self else None
+            if family is not None:
+                missed = "the output" if output and family is output.family else "not visited"
+                self.visits[name] = "visited" if family in self.nodes else missed
+        return self
+
+    @property
+    def share(self) -> float:
+        """The fraction of the parameters that are in layers with a value node; after a `visit`, with a free one."""
+        with_node: set[nn.Parameter] = set()
+        for module in self.model.modules():
+            if node_of(module) in self.nodes:
+                inner = module.parameters() if base_layer(module) is not None else module.parameters(recurse=False)
+                with_node.update(inner)
+                for part in getattr(module, "parametrizations", {}).values():
+                    with_node.update(part.parameters())
+        sizes = {p: p.numel() for p in self.model.parameters()}
+        return sum(sizes[p] for p in with_node) / max(sum(sizes.values()), 1)
+
+    def __str__(self) -> str:
+        rows = [("module", "first batch", "change")]
+        rows += [(name or "(the model)", self.visits.get(name, ""), change) for name, change in self.items()]
+        name, visit, _ = (max(map(len, column)) for column in zip(*rows))
+        lines = [f"{row[0]:<{name}}  {f'{row[1]:<{visit}}  ' if self.visits else ''}{row[2]}" for row in rows]
+        last = f"{self.share:.1%} of the parameters are in layers with a {'free ' if self.visits else ''}value node"
+        if not self.nodes:
+            last += ": nothing for inference to move, and training is backpropagation"
+        return "\n".join([*lines, last])
+
+
+class FunctionCalls(TorchFunctionMode):
+    """Within it, `found` gathers the modules that call one of `FUNCTIONS`, and its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[nn.Module, str] = {}
+        self.within: list[nn.Module] = []
+
+    def __enter__(self) -> Any:
+        self.hooks = [
+            torch_module.register_module_forward_pre_hook(lambda module, _: self.within.append(module)),
+            torch_module.register_module_forward_hook(lambda *_: self._leave(), always_call=True),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        super().__exit__(*error)
+
+    def _leave(self) -> None:
+        self.within.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in FUNCTIONS and self.within and node_of(self.within[-1]) is None:
+            self.found[self.within[-1]] = FUNCTIONS[func]
+        return func(*args, **(kwargs or {}))
+
+
+def node_of(module: nn.Module) -> Distribution | None:
+    """The value node of a module's output: the module itself, where it is a family."""
+    node = module if isinstance(module, Distribution) else getattr(module, "node", None)
+    return node if isinstance(node, Distribution) else None
+
+
+def base_layer(module: nn.Module) -> nn.Module | None:
+    """The layer that an adapter of PEFT's structure wraps; None for any other module."""
+    base = getattr(module, "base_layer", None)
+    adapts = hasattr(module, "adapter_layer_names") or (hasattr(module, "lora_A") and hasattr(module, "lora_B"))
+    return base if isinstance(base, nn.Module) and adapts else None
+
+
+def calls_a_function(name: str) -> str:
+    """What `Changes` says of a module whose forward calls this function."""
+    use = "pc.Attention" if name in ATTENTION.values() else "pc.Categorical(), a module,"
+    return f"left as it is: {CALLS} {name}, and a function has no value node; use {use} in its place"

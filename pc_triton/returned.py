@@ -1,0 +1,145 @@
+"""What a model returned, told by autograd's graph: whose values those are, and what the model did to them last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .distributions import Distribution
+from .families import Bernoulli, Categorical
+
+T = TypeVar("T")
+LONGEST = 64
+"""Operations that are looked at."""
+LAYOUT = {
+    *(
+        "Alias",
+        "AsStrided",
+        "Clone",
+        "Diagonal",
+        "Expand",
+        "Permute",
+        "ReshapeAlias",
+        "T",
+        "ToCopy",
+        "Transpose",
+        "UnsafeView",
+    ),
+    *("View", "Squeeze", "Unsqueeze", "Flip", "Gather", "Index", "IndexSelect", "Select", "Slice", "Split"),
+    *("SplitWithSizes", "Unbind", "UnsafeSplit"),
+}
+"""Operations after which a value is what it was: in another place or dtype, or left out."""
+PROBABILITIES = {"Sigmoid", "Hardsigmoid", "LogSigmoid", "Softmax"}
+
+
+SHIFTED = "y = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)"
+
+
+def _name(operation: tuple[Any, int]) -> str:
+    """``SigmoidBackward0`` is Sigmoid."""
+    return operation[0].name().partition("Backward")[0]
+
+
+def operations_before(out: Tensor) -> Iterator[tuple[Any, int]]:
+    """The operation that made a tensor, and those before it, the last one first, as long as each has one input.
+
+    Each with the number of its output. A weight is an input, also where it is frozen.
+    """
+    edge = out.grad_fn, out.output_nr
+    for _ in range(LONGEST):
+        if edge[0] is None:
+            return
+        yield edge
+        inputs = edge[0].next_functions
+        if len(inputs) != 1:
+            return
+        edge = inputs[0]
+
+
+def made_of(out: Tensor, tensors: Sequence[tuple[T, Tensor]]) -> tuple[T, list[str]] | None:
+    """Of which of these ``out`` was made by operations of one input, and their names, the last one first; or None."""
+    of = {(tensor.grad_fn, tensor.output_nr): owner for owner, tensor in tensors}
+    names: list[str] = []
+    for edge in operations_before(out):
+        if edge in of:
+            return of[edge], names
+        names.append(_name(edge))
+    return None
+
+
+def last_activation(out: Tensor) -> str:
+    """The name of the last operation that made ``out``, but for those of `LAYOUT`; empty where there is none."""
+    names = map(_name, operations_before(out))
+    return next((name for name in names if name not in LAYOUT), "")
+
+
+def refuse_activation_twice(family: Distribution, mu: Tensor) -> None:
+    """Raise ValueError where the model applied the activation that its clamped output takes logits for."""
+    name = last_activation(mu)
+    if name not in PROBABILITIES:
+        return
+    energy: Any = type(family)._clamped_energy
+    if energy is Bernoulli._clamped_energy or (energy is Categorical._clamped_energy and name == "Softmax"):
+        raise ValueError(
+            f"the model ends in {name.lower()}, and {type(family).__name__} takes logits, of which it makes the "
+            "probabilities itself: take that last step out of the model (nn.Identity() in its place), or give another "
+            "output, such as output=pc.Gaussian() for a squared error"
+        )
+
+
+def refuse_classes_first(labels: Tensor, logits: Tensor) -> None:
+    """Raise ValueError where labels would fit logits of both layouts, and a convolution made those.
+
+    Its channels lie along axis 1, and `Categorical` takes the last axis for the classes.
+    """
+    fits_both = labels.shape == logits.shape[:-1] == torch.Size([*logits.shape[:1], *logits.shape[2:]])
+    if logits.dim() < 3 or not fits_both:
+        return
+    made = next((name for name in map(_name, operations_before(logits)) if name != "ToCopy"), "")
+    if made.endswith("Convolution") or made.startswith("Upsample"):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} come out of a convolution, with the classes along axis 1, and are read with "
+            "the classes along the last axis: return logits.movedim(1, -1)"
+        )
+
+
+def refuse_own_loss(returned: Any, y: Tensor | None) -> None:
+    """Raise ValueError where a model made a loss of its own of labels in its arguments, and they are not in y.
+
+    Or where they are, as they are, and the model shifts them: a language model predicts the token after each.
+    """
+    loss = returned.get("loss") if isinstance(returned, Mapping) else None
+    if not isinstance(loss, Tensor):
+        return
+    if y is None:
+        raise ValueError(
+            "x holds labels, of which the model made a loss of its own, and y is not given: take them out of x and "
+            "give them as y; a causal language model's one token on, " + SHIFTED
+        )
+    logits = returned.get("logits")
+    if y.is_floating_point() or y.dim() < 2 or not isinstance(logits, Tensor) or logits.shape[:-1] != y.shape:
+        return
+    logits, own = logits.detach().float(), float(loss.detach())
+    plain, shifted = (
+        float(F.cross_entropy(a.flatten(0, -2), b.flatten()))
+        for a, b in ((logits, y), (logits[..., :-1, :], y[..., 1:]))
+    )
+    if abs(own - shifted) < 1e-3 * abs(own) < abs(own - plain):
+        raise ValueError(f"y holds the model's own labels, which it shifts before its loss: {SHIFTED}")
+
+
+def refuse_own_tokens(model: Any, given: Any, y: Tensor | None) -> None:
+    """Raise ValueError where a model that generates, of Hugging Face's, is to learn each token from itself."""
+    generates = getattr(model, "can_generate", None)
+    if y is None or y.is_floating_point() or generates is None or getattr(model.config, "is_encoder_decoder", False):
+        return
+    tokens = given.get("input_ids") if isinstance(given, Mapping) else given[0] if isinstance(given, tuple) else given
+    if not isinstance(tokens, Tensor) or tokens.shape != y.shape or tokens.device != y.device or not generates():
+        return
+    same = tokens.data_ptr() == y.data_ptr()  # to compare values would wait for a GPU
+    if same or (not y.is_cuda and bool(((tokens == y) | (y == -100)).all())):
+        raise ValueError(f"y holds the input's own tokens, and the model predicts the token after each: {SHIFTED}")

@@ -135,8 +135,10 @@ class Batch(Nodes):
     def in_digits_of(self, dtype: torch.dtype | None) -> Iterator[None]:
         """Within it passes that neither learn nor show have their products made in this dtype; None: as all others."""
         self.few_digits = None if dtype is None else FewDigits()
-        yield
-        self.few_digits = None
+        try:
+            yield
+        finally:
+            self.few_digits = None
 
     def move(self, energy: Tensor, response: Response) -> None:
         """One backward pass: every state answers its gradient. Weight gradients are not computed."""

@@ -78,8 +78,11 @@ class FreeEnergy(nn.Module):
             a float64 model. ``torch.bfloat16``: half the memory, and fewer bytes in every inference step; arithmetic
             stays as it is, each move is rounded. For order "error" alone, whose errors are small beside u; a chain of
             small layers that runs in one launch keeps its states on the chip, in float32 whatever this says.
-        inference_dtype: ``torch.float8_e4m3fn``: products of 8 bits in the passes of order "error" that do not learn,
-            emulated but on GPUs from compute capability 8.9 on; T = 2 then has the step 1. None: as the learning pass.
+        inference_dtype: of the products in passes that move states and do not learn. None: as in the learning pass.
+            ``torch.float8_e4m3fn``: 8 bits, gradients in ``float8_e5m2``, for ``F.linear`` with parameters and sizes
+            that are multiples of 16. GPUs of compute capability 8.9 and above multiply them at twice the rate;
+            elsewhere they are emulated, at a cost. `infer` and what is reported keep their digits. The one step of
+            T = 2 is then 1, and not learnt. For order "error" alone, whose errors are those of the learning pass too.
         output_weight: a factor on the energy of the clamped output, and so on the loss. A small one nudges the states
             towards y, a negative one away from it.
         stop: ends inference before its T steps. A number: once the last move changed F by at most that fraction of it,
@@ -319,48 +322,16 @@ class FreeEnergy(nn.Module):
         clamp_input: bool | Tensor = True,
         mask: Tensor | None = None,
         start: Start | None = None,
+        watch: Callable[[Batch], None] | None = None,
     ) -> Settled:
         """Inference alone: T moves of every state (in error order one more than before learning), no learning.
 
         x, y, mask, start: as in a call. ``clamp_input=False`` frees the input: x is then the prediction of a Gaussian
         input node, and is inferred from y together with the hidden states. A bool tensor of x's shape frees it where it
         is False. With y None too, the model generates from x: the states stay at their predictions (GaussianLogVar
-        nodes at a sample).
+        nodes at a sample). watch: called with the `Batch` before every move and after the last, as `record` does.
         Raises ValueError as a call does, and where a free input is no floating-point tensor.
         """
-        return self._infer(x, y, clamp_input, mask, start)
-
-    @torch.inference_mode(False)
-    @torch.enable_grad()
-    def record(
-        self,
-        x: Any,
-        y: Tensor | None = None,
-        *,
-        clamp_input: bool | Tensor = True,
-        mask: Tensor | None = None,
-        start: Start | None = None,
-    ) -> list[dict[str, NodeStep]]:
-        """Energy and residual of every node as inference goes: before each of the T moves, and after the last.
-
-        Arguments and errors as in `infer`. Element t of the list has a `NodeStep` for each node that reaches the
-        output, by its name; there are T + 1, or fewer where ``stop`` ended inference. It costs two passes a step. The
-        guard's last look, by which `infer` takes back a move that raised F, comes after the record.
-        """
-        steps: list[dict[str, NodeStep]] = []
-
-        self._infer(x, y, clamp_input, mask, start, lambda batch: steps.append(look(batch)))
-        return steps
-
-    def _infer(
-        self,
-        x: Any,
-        y: Tensor | None,
-        clamp_input: bool | Tensor,
-        mask: Tensor | None,
-        start: Start | None,
-        watch: Callable[[Batch], None] | None = None,
-    ) -> Settled:
         if clamp_input is not True:
             check_free_input(x, clamp_input)
         batch = self.batch(x, y, mask=mask, input_node=self.input_node, clamp_input=clamp_input, shows=True)
@@ -368,6 +339,17 @@ class FreeEnergy(nn.Module):
         rules = dataclasses.replace(self.rules, remembers=True, inference_dtype=None)
         with self._calls.held():
             return infer(batch, lambda: self.settle(batch, self.steps, start, rules))
+
+    def record(self, x: Any, y: Tensor | None = None, **options: Any) -> list[dict[str, NodeStep]]:
+        """Energy and residual of every node as inference goes: before each of the T moves, and after the last.
+
+        Arguments and errors as in `infer`. Element t of the list has a `NodeStep` for each node that reaches the
+        output, by its name; there are T + 1, or fewer where ``stop`` ended inference. It costs two passes a step. The
+        guard's last look, by which `infer` takes back a move that raised F, comes after the record.
+        """
+        steps: list[dict[str, NodeStep]] = []
+        self.infer(x, y, watch=lambda batch: steps.append(look(batch)), **options)
+        return steps
 
     @torch.inference_mode(False)
     @torch.enable_grad()

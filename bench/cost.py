@@ -253,10 +253,10 @@ def counted() -> Iterator[Count]:
     def check_on_gpu(self: Any, labels: Tensor, classes: int) -> None:
         _ = ~(((labels < 0) | (labels >= classes)) & (labels != self.ignore_index)).any()
 
-    def with_phase(self: Any, *, first: bool = False, learns: bool = False, **options: Any) -> Tensor:
-        phase = "learning" if learns else "first pass" if first else "inference"
+    def with_phase(self: Any, *, learns: bool = False, **options: Any) -> Tensor:
+        phase = "learning" if learns else "inference" if self.nodes else "first pass"
         count.phase = f"{phase}, forward"
-        energy = free_energy(self, first=first, learns=learns, **options)
+        energy = free_energy(self, learns=learns, **options)
         count.phase = f"{phase}, backward"
         return energy
 

@@ -1,8 +1,8 @@
 """What products of 8 bits in the passes of inference change: the same trainings with and without them.
 
-The model of ``pc-triton train`` by PC in error order with T = 2 and T = 3, and one of twice its depth and half its
-width with T = 2; every pair of runs has its seed, and with it weights and batches, in common. A CPU emulates the
-products: their operands are rounded, and multiplied in float32. ``--data`` as in ``paper_lm.py``.
+The model of ``pc-triton train`` by PC in error order with T = 2, and one of twice its depth and half its width; every
+pair of runs has its seed, and with it weights and batches, in common. A CPU emulates the products: their operands are
+rounded, and multiplied in float32. ``--data`` as in ``paper_lm.py``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from runs import Record, Settings, complete, markdown, mean_and_std, regime, sco
 from pc_triton import FreeEnergy, train
 
 CASES: dict[str, Settings] = {
-    "T = 2": {"inference_steps": 2},
-    "T = 2, 4 blocks of width 64": {"inference_steps": 2, "blocks": 4, "width": 64},
-    "T = 3": {"inference_steps": 3},
+    "2 blocks of width 128, 500 steps": {"steps": 500},
+    "4 blocks of width 64, 250 steps": {"steps": 250, "blocks": 4, "width": 64},
 }
 KINDS = ("float32", "float8_e4m3fn")
 """What products in the passes of inference are made of; the learning pass is in float32."""
@@ -43,34 +42,18 @@ def run(settings: Settings, data: Path | None) -> Record:
 
 def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
     """Make the runs that ``out`` lacks; Markdown of them, and a PNG of how far the trainings part."""
-    model = TINY if quick else DEFAULT if data is None else PAPER
-    common = model | {"method": "pc", "order": "error", "lr": LR, "tuning": False, "steps": 20 if quick else 500}
-    wanted = [
-        common
-        | ({"inference_steps": case["inference_steps"]} if quick else case)
-        | {"seed": seed, "inference_dtype": kind}
-        for case in CASES.values()
-        for seed in (SEEDS[:1] if quick else SEEDS)
-        for kind in KINDS
-    ]
-    records = complete(out, list(unique(wanted)), partial(run, data=data), jobs)
-    groups = {name: of(records, case, quick) for name, case in CASES.items()}
+    cases = {"tiny": TINY | {"steps": 20}} if quick else {name: DEFAULT | case for name, case in CASES.items()}
+    if data is not None and not quick:
+        cases = {"the paper's": PAPER | {"steps": 500}}
+    common: Settings = {"method": "pc", "order": "error", "inference_steps": 2, "lr": LR, "tuning": False}
+    groups: dict[str, dict[str, list[Record]]] = {}
+    for name, case in cases.items():
+        seeds = SEEDS[:1] if quick else SEEDS
+        wanted = [case | common | {"seed": seed, "inference_dtype": kind} for seed in seeds for kind in KINDS]
+        records = complete(out, wanted, partial(run, data=data), jobs)
+        groups[name] = {kind: records[number :: len(KINDS)] for number, kind in enumerate(KINDS)}
     plot(groups, out.with_suffix(".png"))
     return table(groups)
-
-
-def unique(wanted: list[Settings]) -> list[Settings]:
-    """Each once: the quick models are all of one size."""
-    return [settings for n, settings in enumerate(wanted) if settings not in wanted[:n]]
-
-
-def of(records: list[Record], case: Settings, quick: bool) -> dict[str, list[Record]]:
-    """The runs of a case by what inference multiplies, each by seed."""
-    names = ("inference_steps",) if quick else ("inference_steps", "blocks", "width")
-    sought = DEFAULT | case
-    found = [r for r in records if all(r["settings"][name] == sought[name] for name in names)]
-    found.sort(key=lambda record: record["settings"]["seed"])
-    return {kind: [r for r in found if r["settings"]["inference_dtype"] == kind] for kind in KINDS}
 
 
 def table(groups: dict[str, dict[str, list[Record]]]) -> str:

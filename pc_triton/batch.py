@@ -8,7 +8,7 @@ its graph; `Batch.move` is the backward pass in which the states answer their gr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Batch(Nodes):
         self.logits = logits or _logits  # the tensor that is clamped, of what the model returns
         self.out = torch.empty(0)  # that tensor in the last pass
         self.energies: list[Tensor] = []  # F [S] of every pass
-        self.few_digits: FewDigits | None = None  # for passes in which states move, and nothing learns or is shown
+        self.few_digits: FewDigits | None = None
         self.watch: Callable[[Batch], None] | None = None  # called before every move, and after the last
         self.awaits: tuple[ModelPass, list[Tensor]] | None = None  # the last pass, until its response is known
         graph = tracing.get() or (first.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -135,6 +135,15 @@ class Batch(Nodes):
         here.close()
         self.out = self.out.detach()
         return energy
+
+    @contextlib.contextmanager
+    def in_digits_of(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Within it passes that neither learn nor show have their products made in this dtype; None: as all others."""
+        self.few_digits = None if dtype is None else FewDigits()
+        try:
+            yield
+        finally:
+            self.few_digits = None
 
     def move(self, energy: Tensor, response: Response) -> None:
         """One backward pass: every state answers its gradient. Weight gradients are not computed."""

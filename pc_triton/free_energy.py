@@ -17,7 +17,6 @@ from .checks import check_free_input, check_model, check_options
 from .context import outside_graphs, prepare_compiler
 from .distributions import Distribution
 from .families import Gaussian
-from .float8 import FewDigits
 from .infer import Settled, infer
 from .orders import Order, Start, as_order
 from .plumbing import Calls, hold_gathered, sharded_modules
@@ -79,11 +78,11 @@ class FreeEnergy(nn.Module):
             a float64 model. ``torch.bfloat16``: half the memory, and fewer bytes in every inference step; arithmetic
             stays as it is, each move is rounded. For order "error" alone, whose errors are small beside u; a chain of
             small layers that runs in one launch keeps its states on the chip, in float32 whatever this says.
-        inference_dtype: ``torch.float8_e4m3fn`` for products of 8 bits in the passes that move states and do not learn:
-            those of ``F.linear`` with parameters, and `Head`'s. Gradients are in ``float8_e5m2``. GPUs of compute
-            capability 8.9 and above multiply them at twice the rate; elsewhere they are rounded alike, at a cost. The
-            learning pass, `infer` and all that is reported keep their digits, and so do products of sizes that are no
-            multiples of 16 and a chain in one launch. The one step of T = 2 is then 1, not learnt. None: as they learn.
+        inference_dtype: of the products in passes that move states and do not learn. None: as in the learning pass.
+            ``torch.float8_e4m3fn``: 8 bits, gradients in ``float8_e5m2``, for ``F.linear`` with parameters and sizes
+            that are multiples of 16. GPUs of compute capability 8.9 and above multiply them at twice the rate;
+            elsewhere they are emulated, at a cost. `infer` and what is reported keep their digits. The one step of
+            T = 2 is then 1, and not learnt. For order "error" alone, whose errors are those of the learning pass too.
         output_weight: a factor on the energy of the clamped output, and so on the loss. A small one nudges the states
             towards y, a negative one away from it.
         stop: ends inference before its T steps. A number: once the last move changed F by at most that fraction of it,
@@ -167,8 +166,7 @@ class FreeEnergy(nn.Module):
         step = as_step(self.step)
         if self._step is None and not optimizes:
             only = order.form == "error" and self.steps == 2  # its one move is corrected by none
-            coarse = self.inference_dtype is not None
-            step = self.tracker.rule(order.step, coarse) if only else Guarded(order.step)
+            step = self.tracker.rule(order.step, dtypes[1] is not None) if only else Guarded(order.step)
         return Rules(
             as_precision(self.precision, self.displacement),
             step,
@@ -273,9 +271,8 @@ class FreeEnergy(nn.Module):
     def settle(self, batch: Batch, moves: int, start: Start | None = None, rules: Rules | None = None) -> Constant:
         """Move every state of a batch ``moves`` times from the prediction, or from ``start``. Returns the step rule."""
         rules = self.rules if rules is None else rules
-        batch.few_digits = None if rules.inference_dtype is None else FewDigits()
-        steps = as_order(self.order).settle(batch, rules, moves, start)
-        batch.few_digits = None
+        with batch.in_digits_of(rules.inference_dtype):
+            steps = as_order(self.order).settle(batch, rules, moves, start)
         if not isinstance(steps, Constant):  # such as a generator's, which has moved nothing
             raise TypeError(f"order={self.order!r} returned {type(steps).__name__}: it must return the step rule")
         if moves > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,9 +141,48 @@ def test_no_prediction_in_float32():
     assert "prediction, ms" not in run("--dtype", "float32")
 
 
+def test_products_in_8_bits(monkeypatch):
+    """Those of inference, forwards and backwards, but for what lies below the lowest node and the head's gradient."""
+    size = cost.Size(blocks=2, width=32, heads=2, batch=2, context=16, vocabulary=64)
+    rows = size.batch * size.context
+    monkeypatch.setattr(cost.float8, "PAYS", 0)
+    cost.operations.cache_clear()
+    blocks = size.blocks * 12 * size.width**2
+    for steps in (1, 2, 3):
+        done = cost.operations(size, "pc", steps, False, "bfloat16", "float8_e4m3fn")
+        found = sum(o.flops for o in done if o.name == cost.FLOAT8)
+        forward, backward = blocks + size.vocabulary * size.width, blocks - 4 * size.width**2
+        assert found == (steps - 1) * 2 * rows * (forward + backward)
+        assert cost.weight_products(done) == cost.weight_products(cost.operations(size, "pc", steps, False, "bfloat16"))
+    cost.operations.cache_clear()
+
+
+def test_bytes_of_rounding_by_hand():
+    """Read twice and written once, in 8 bits; what a launch is given to write to is not read."""
+    x = torch.empty(16, 32, dtype=torch.bfloat16, device="meta")
+    with cost.counted() as count:
+        cost.float8.rounded(x, torch.float8_e4m3fn)
+    moved = {o.name: o.bytes for o in count.operations if o.bytes > x.numel()}
+    assert moved == {"linalg_vector_norm": 2 * x.numel() + 2, "mul": (2 + 1) * x.numel() + 2}
+
+
+def test_cards_without_products_in_8_bits_have_no_prediction():
+    rows = json.loads(run("--json", "--attention-state", "no", "--inference-dtype", "none", "float8_e4m3fn"))
+    assert [(r["method"], r["inference_dtype"]) for r in rows] == [
+        ("bp", "none"), ("pc", "none"), ("pc", "float8_e4m3fn"),
+    ]  # fmt: skip
+    assert list(rows[-1]["predicted_seconds"]) == ["H100 SXM", "H200", "B200"]
+    text = run("--attention-state", "no", "--inference-dtype", "float8_e4m3fn")
+    line = next(line for line in text.splitlines() if line.startswith("| pc") and "float8" in line)
+    assert line.count("| - ") == 2
+
+
 def test_a_prediction_is_the_longer_of_device_and_host():
     card = cost.Card("a card", bandwidth=100.0, product_rate=10.0, copy_share=0.5, product_share=0.5, launch=1.0)
     moves, multiplies = cost.Operation("", "add", 1, bytes=500.0), cost.Operation("", "mm", 1, bytes=1.0, flops=100.0)
     assert cost.predicted_seconds([moves, multiplies], card) == 10 + 20
     many = [cost.Operation("", "add", 4, bytes=50.0), cost.Operation("", "triton x", 1, bytes=0.0)]
     assert cost.predicted_seconds(many, card) == 4 + card.triton_launch
+    card = replace(card, float8_rate=20.0)
+    eight = cost.Operation("", cost.FLOAT8, 1, bytes=1.0, flops=100.0)
+    assert cost.predicted_seconds([multiplies, eight], card) == 20 + 10

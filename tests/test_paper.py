@@ -118,7 +118,7 @@ def test_divergence_is_recorded():
 @pytest.mark.parametrize(
     ("name", "rows"),
     [(name, ("| bp", "| pc")) for name in ("paper_early", "paper_depth", "paper_displacement")]
-    + [("paper_states", ("| float32", "| bfloat16"))],
+    + [("paper_states", ("| float32", "| bfloat16")), ("paper_float8", ("| float32", "| float8_e4m3fn"))],
 )
 def test_language_models(name, rows, tmp_path, monkeypatch):
     """As `test_quick_run_and_resume`, on a short text."""
@@ -169,7 +169,13 @@ def test_language_models_of_the_documentation_are_the_files():
 
 @pytest.mark.parametrize(
     ("name", "data"),
-    [("paper_early", None), ("paper_depth", "wikitext-2"), ("paper_displacement", None), ("paper_states", None)],
+    [
+        ("paper_early", None),
+        ("paper_depth", "wikitext-2"),
+        ("paper_displacement", None),
+        ("paper_states", None),
+        ("paper_float8", None),
+    ],
 )
 def test_what_deep_pc_does_in_the_documentation_is_the_files(name, data, monkeypatch):
     experiment = pytest.importorskip(name)

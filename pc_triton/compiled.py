@@ -89,6 +89,7 @@ class CompiledSteps:
         key = (
             spec, tracks, owner.settings, owner.output, *(m.training for m in modules),
             torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
+            getattr(torch.backends.cuda.matmul, "fp32_precision", None),  # of products, from torch 2.9 on
             *(t if not isinstance(t, Tensor) else None for t in leaves),
             *((t.shape, t.dtype, t.device, t.requires_grad) for t in (*parameters, *buffers, *inputs)),
             *(t.data_ptr() for t in (*parameters, *buffers) if t.is_cuda),  # a CUDA graph reads them where they lie

@@ -244,7 +244,7 @@ class FreeEnergy(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():  # inference is made of gradients, in evaluation too
             if mask is not None or start is not None:
                 return self.loss_and_batch(x, y, mask, start, tracks=tracks)[0]
-            loss = chain_loss(self, x, y)
+            loss = chain_loss(self, x, y, tracks)
             if loss is None and self._compiled is not None:
                 self._check_compiles()  # a rule may have been set since
                 loss = self._compiled(x, y, tracks)

@@ -11,6 +11,7 @@ from torch import nn
 
 import pc_triton as pc
 from pc_triton import compiled as module
+from pc_triton import dispatch
 from pc_triton.compiled import trace
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -201,6 +202,27 @@ def test_batch_norm_counts_a_batch_once():
         assert model[1].num_batches_tracked == step
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has no word for it")
+def test_a_graph_is_of_one_precision_of_products(monkeypatch):
+    """What was captured with exact products is not replayed where they may be TF32."""
+    made = []
+
+    def make(self, *_):
+        made.append(torch.get_float32_matmul_precision())
+        return lambda *_: [torch.zeros(()), *map(torch.zeros_like, self.whole.parameters())], lambda x, y: None
+
+    monkeypatch.setattr(module.CompiledSteps, "_make", make)
+    free_energy = pc.FreeEnergy(network(), steps=1)
+    free_energy.compile()
+    try:
+        for word in ("highest", "high", "highest", "high"):
+            torch.set_float32_matmul_precision(word)
+            free_energy(*batch())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert made == ["highest", "high"]
+
+
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
@@ -217,7 +239,8 @@ def test_a_cuda_graph_is_eager(options, monkeypatch):
         values = []
         for free_energy, optimizer in zip((plain, graphed), optimizers):
             optimizer.zero_grad()
-            loss = free_energy(x + number, y)
+            with dispatch.use_chain(False):
+                loss = free_energy(x + number, y)
             (2 * loss).backward()
             optimizer.step()
             values.append(loss.detach())

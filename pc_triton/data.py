@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
 
 from . import checkpoint, parallel
 from .settings import Settings
 from .stream import Documents, Reader, encode_documents, is_held_out
-from .text import InputError, read_text, split, train_tokenizer
+from .text import InputError, blocks, read_text, split, train_tokenizer
 
 SAMPLE, MEASURED = 10_000_000, 400_000
 """Characters of a stream that the tokenizer is trained on, and that the run is measured on; whole documents each."""
@@ -37,14 +38,21 @@ MARKED = 100
 class TextData:
     """A text in memory. A batch is sequences from random places in it.
 
-    tensors, record: those of the checkpoint at ``path`` if a run is resumed, else empty.
+    tensors, record: those of the checkpoint at ``path`` if a run is resumed, else empty. shows: print progress bars.
 
     Raises InputError for a text that cannot be used, or that is not the one of the checkpoint.
     """
 
     separator = None
 
-    def __init__(self, settings: Settings, path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        path: Path,
+        tensors: dict[str, Tensor],
+        record: dict[str, Any],
+        shows: bool = False,
+    ) -> None:
         if settings.held_out is None:
             training, held_out = split(read_text(settings.data))
         else:
@@ -55,9 +63,12 @@ class TextData:
             raise InputError(f"the text is not the one {path} was trained on: give the same {options}")
         self._context, self._batch = settings.context, settings.batch
         self.tokenizer = (
-            Tokenizer.from_str(record["tokenizer"]) if record else train_tokenizer(training, settings.vocabulary)
+            Tokenizer.from_str(record["tokenizer"])
+            if record
+            else train_tokenizer(training, settings.vocabulary, shows=shows)
         )
-        self._tokens, self.held_out = encode(self.tokenizer, training), encode(self.tokenizer, held_out)
+        self._tokens = encode(self.tokenizer, training, shows=shows)
+        self.held_out = encode(self.tokenizer, held_out, shows=shows)
         _check_length(self._tokens, self.held_out, settings.context)
         self.counts = torch.bincount(self._tokens, minlength=settings.vocabulary)
         self.about = (
@@ -90,7 +101,14 @@ class StreamData:
     Arguments and errors as in `TextData`.
     """
 
-    def __init__(self, settings: Settings, path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        path: Path,
+        tensors: dict[str, Tensor],
+        record: dict[str, Any],
+        shows: bool = False,
+    ) -> None:
         assert settings.stream is not None
         documents = Documents(settings.stream, settings.column)
         self.separator = settings.vocabulary - 1  # a token that the tokenizer does not know
@@ -105,7 +123,7 @@ class StreamData:
                 self.held_out, self.counts = tensors["held_out"].to(torch.int64), tensors["unigram"]
         else:
             shares = parallel.processes()
-            self._sample(documents, settings)
+            self._sample(documents, settings, shows)
         if shares % parallel.processes():
             raise InputError(f"{path} was begun by {shares} processes: go on with a number that divides it")
         mine = parallel.part(torch.arange(shares)).tolist()
@@ -130,7 +148,7 @@ class StreamData:
                     reader.restore(record["readers"][number], own)
         self.about = f"{settings.stream} as it is read, and {len(self.held_out):,} held-out tokens"
 
-    def _sample(self, documents: Documents, settings: Settings) -> None:
+    def _sample(self, documents: Documents, settings: Settings, shows: bool) -> None:
         """Make the tokenizer, the held-out tokens and the counts from the beginning of the documents."""
         sample, ended = _first(documents, SAMPLE)
         if not sample:
@@ -143,7 +161,7 @@ class StreamData:
             self._every = 10 if ended and sum(map(len, sample)) < 10 * MEASURED else 100
             held_out, _ = _first((text for text in sample if is_held_out(text, self._every)), MEASURED)
         training = [text for text in sample if not is_held_out(text, self._every)]
-        self.tokenizer = train_tokenizer("\n".join(training), settings.vocabulary, special=1)
+        self.tokenizer = train_tokenizer("\n".join(training), settings.vocabulary, special=1, shows=shows)
         tokens = encode_documents(self.tokenizer, training, self.separator)
         self.held_out = encode_documents(self.tokenizer, held_out, self.separator).to(torch.int64)
         _check_length(tokens, self.held_out, settings.context)
@@ -164,10 +182,12 @@ class StreamData:
         return tensors, {"text": self._digest, "held_out": self._every, "readers": [place for place, _ in states]}
 
 
-def encode(tokenizer: Tokenizer, text: str, separator: int | None = None) -> Tensor:
-    """The tokens of a text, after the separator if there is one: int64 ``[L]``."""
-    first = [] if separator is None else [separator]
-    return torch.tensor(first + tokenizer.encode(text).ids, dtype=torch.int64)
+def encode(tokenizer: Tokenizer, text: str, separator: int | None = None, shows: bool = False) -> Tensor:
+    """The tokens of a text, after the separator if there is one: int64 ``[L]``. shows: print a progress bar."""
+    parts = [torch.tensor([] if separator is None else [separator], dtype=torch.int64)]
+    for block in tqdm(blocks(text), desc="encoding", unit="block", leave=False, disable=not shows):
+        parts.append(torch.tensor(tokenizer.encode(block).ids, dtype=torch.int64))  # Ctrl-C is heard between two
+    return torch.cat(parts)
 
 
 def draw(tokens: Tensor, context: int, batch: int, generator: torch.Generator) -> Tensor:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from . import orders
 from .text import InputError
 
 METHODS = ("pc", "bp", "gaussian-pc")
-ORDERS = ("error", "sweep", "simultaneous", "incremental")
+ORDERS = tuple(orders.ORDERS)
+OWN = ", ".join(f"{order.steps} ({name})" for name, order in orders.ORDERS.items())
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAY_CHANGE = ("data", "stream", "column", "held_out", "micro_batch", "steps", "eval_every")
 """Settings that may change when a run is resumed. The text must stay the same: its digest is compared."""
@@ -54,7 +56,7 @@ class Settings:
     warmup: float = _setting(0.05, "part of the steps in which the learning rate rises to its peak")
     seed: int = _setting(0, "seed of the weights and the batches")
     inference_steps: int = _setting(
-        None, "T, the inference steps of predictive coding; if not given, 2 in error order and 3 in others"
+        None, "T, the inference steps of predictive coding; if not given, the order's own: " + OWN
     )
     order: str = _setting("error", "order of inference", ORDERS)
     displacement: float = _setting(0.003, "fraction of the free energy that inference may explain away")
@@ -63,13 +65,20 @@ class Settings:
     eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
 
     def __post_init__(self) -> None:
+        for name, choices in (("method", METHODS), ("order", ORDERS), ("state_dtype", STATE_DTYPES)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         if self.inference_steps is None:
-            object.__setattr__(self, "inference_steps", 2 if self.order == "error" else 3)
+            object.__setattr__(self, "inference_steps", orders.as_order(self.order).steps)
         sizes = ["width", "heads", "blocks", "context", "batch", "steps", "inference_steps", "eval_every", "pool"]
         for name in sizes if self.micro_batch is None else [*sizes, "micro_batch"]:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value < 2**31:
                 raise InputError(f"{name}={value}: give a whole number of at least 1, below 2**31")
+        for name in ("data", "stream", "held_out"):
+            value = getattr(self, name)
+            if value is not None and (not value or "\0" in value):
+                raise InputError(f"{name}={value!r}: give the name of a file, or leave it out")
         if self.data is not None and self.stream is not None:
             raise InputError("data and stream are both given: leave one out")
         if not 0 < self.lr < math.inf:
@@ -85,9 +94,6 @@ class Settings:
                 fine = False
             if not fine:
                 raise InputError(f"precision={self.precision}: give auto, or a positive finite number")
-        for name, choices in (("method", METHODS), ("order", ORDERS), ("state_dtype", STATE_DTYPES)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         if self.micro_batch is not None and self.method != "bp" and self.order == "incremental":
             raise InputError(
                 "micro_batch: order=incremental moves the weights at every inference step of the whole batch: use "

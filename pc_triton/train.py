@@ -5,29 +5,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint, parallel, reference
+from .build import adamw, build, schedule
 from .data import StreamData, TextData
 from .dispatch import backend
 from .evaluate import perplexity, plot, regime, target, unigram_perplexity
-from .families import Gaussian
 from .free_energy import FreeEnergy
 from .memory import free_memory, step_memory
-from .models import Transformer
 from .report import Report
 from .rules import Precision
-from .run_files import ctrl_c, make_folder, restore, state, status
-from .settings import STATE_DTYPES, Settings, check_resumed, stored_settings
+from .run_files import locked, restore, state, status, stops
+from .settings import Settings, check_resumed
 from .text import InputError
 
 BACKPROPAGATION = "backpropagation: no inference"
@@ -38,34 +37,6 @@ also diverges if the held-out cross-entropy is above so many times the logarithm
 
 class Diverged(InputError):
     """The loss, its gradient or the held-out perplexity is not finite or far too high."""
-
-
-def build(settings: Settings, precision: Precision | None = None) -> tuple[Transformer, FreeEnergy | None]:
-    """The model, in float32 on the CPU, and the free energy that trains it (None for backpropagation).
-
-    Gaussian PC is that of Pinchetti et al. 2022. Attention has Gaussian nodes on its softmax. The output is the softmax
-    of the logits, with a Gaussian energy of variance 1, clamped to one-hot labels.
-
-    precision: a rule of your own, used instead of the settings' precision. Raises InputError for sizes out of range.
-    """
-    s = settings
-    gaussian = s.method == "gaussian-pc"
-    try:
-        attention = Gaussian() if gaussian else True
-        separator = None if s.stream is None else s.vocabulary - 1
-        model = Transformer(
-            s.vocabulary, s.width, s.heads, s.blocks, s.context, attention=attention, separator=separator
-        )
-        if s.method == "bp":
-            return model, None
-        whole = nn.Sequential(model, nn.Softmax(-1)) if gaussian else model
-        output = Gaussian(1.0) if gaussian else None
-        options: dict[str, Any] = {"order": s.order, "displacement": s.displacement}
-        options["precision"] = precision or (s.precision if s.precision == "auto" else float(s.precision))
-        options["state_dtype"] = STATE_DTYPES[s.state_dtype]
-        return model, FreeEnergy(whole, output, steps=s.inference_steps, **options)
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def losses(learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Tensor) -> Iterator[Tensor]:
@@ -144,23 +115,31 @@ def train(
     and ``curves`` (paths).
 
     Raises:
-        InputError: settings, a text, a checkpoint or a folder that cannot be used.
+        InputError: settings, a text, a checkpoint or a folder that cannot be used, or a folder that another run uses.
         Diverged: the loss is no longer finite or more than `RISE` times the first. The last checkpoint is kept.
-        KeyboardInterrupt: after the first Ctrl-C, once the run is saved; its message says how to continue.
+        KeyboardInterrupt: after the first Ctrl-C or SIGTERM, once the run is saved; its message says how to continue.
     """
     place, path = parallel.choose_device(device), Path(out) / checkpoint.NAME
-    if path.exists() and not (resume or overwrite):
-        raise InputError(f"{path.parent} already holds a run: add --resume or --overwrite, or choose another --out")
     if settings.batch % parallel.processes():
-        raise InputError(
-            f"batch={settings.batch} is no multiple of the {parallel.processes()} processes: give a --batch that is"
-        )
+        remedy = "use a number of processes that divides it" if resume else "give a --batch that is"
+        raise InputError(f"batch={settings.batch} is no multiple of the {parallel.processes()} processes: {remedy}")
     writer = _summary_writer() if tensorboard else None
-    run = _Training(settings, path, place, resume, precision)
-    if run.writes:
-        make_folder(path.parent)
-        run.events = writer(path.parent, purge_step=run.done + 1) if writer is not None else None
-    say = tqdm.write if run.writes and not quiet else lambda line: None
+    with locked(path.parent) if parallel.rank() == 0 else contextlib.nullcontext(True) as locks:
+        parallel.wait()  # until the folder is ours
+        if path.exists() and not (resume or overwrite):
+            raise InputError(f"{path.parent} already holds a run: add --resume or --overwrite, or choose another --out")
+        shows = parallel.rank() == 0 and not quiet
+        run = _Training(settings, path, place, resume, precision, shows and sys.stderr.isatty())
+        if run.writes and writer is not None:
+            run.events = writer(path.parent, purge_step=run.done + 1)
+        if shows and not locks:
+            tqdm.write(f"warning: {path.parent} has no locks: see that no other run writes there")
+        return _run(run, tqdm.write if shows else lambda line: None)
+
+
+def _run(run: _Training, say: Callable[[str], Any]) -> dict[str, Any]:
+    """All that `train` does once its run is there, with ``say`` to print a line."""
+    settings, place, path = run.settings, run.place, run.path
     parameters = sum(p.numel() for p in run.model.parameters())
     say(f"{settings.method} on {parallel.processes()} x {place.type}: {parameters:,} parameters, {run.data.about}")
     say(f"held-out perplexity of the unigram model: {run.unigram:.1f} per token")
@@ -168,13 +147,14 @@ def train(
     say(f"memory of a step: {needs}")
     free = free_memory(place)
     if free is not None and free < needs.total:
-        say(f"warning: that is more than the {free / 1e9:.2g} GB free on {place.type}: give a smaller --micro-batch")
+        whole = settings.order == "incremental" or settings.at_once(parallel.processes()) == 1
+        remedy = "--batch, --context, --width or --blocks" if whole else "--micro-batch"
+        say(f"warning: that is more than the {free / 1e9:.2g} GB free on {place.type}: give a smaller {remedy}")
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
 
-    silent = quiet or not run.writes or not sys.stderr.isatty()
-    bar = tqdm(total=settings.steps, initial=run.done, unit="step", disable=silent)
-    with ctrl_c() as pressed, bar:
+    bar = tqdm(total=settings.steps, initial=run.done, unit="step", disable=not run.shows)
+    with stops() as pressed, bar:
         while run.done < settings.steps:
             x, y = (t.to(place) for t in run.data.batch())
             run.step(x, y)
@@ -195,7 +175,9 @@ def train(
                 bar.set_postfix_str(line)
                 say(f"step {run.done}/{settings.steps}: {line} (unigram {run.unigram:.1f})")
             if stop:
-                raise KeyboardInterrupt(f"stopped at step {run.done}: continue with --resume --out {path.parent}")
+                raise KeyboardInterrupt(
+                    f"stopped at step {run.done}: continue with --resume --out {shlex.quote(str(path.parent))}"
+                )
 
     if not run.evaluations or run.evaluations[-1]["step"] < run.done:  # resumed at the last step, before its evaluation
         run.evaluate()
@@ -229,16 +211,25 @@ def _summary_writer() -> Any:
 
 
 class _Training:
-    """A run in progress: a new one, or with ``resume`` the one in the checkpoint at ``path``."""
+    """A run in progress: a new one, or with ``resume`` the one in the checkpoint at ``path``.
+
+    shows: whether it shows progress bars.
+    """
 
     def __init__(
-        self, settings: Settings, path: Path, place: torch.device, resume: bool, precision: Precision | None
+        self,
+        settings: Settings,
+        path: Path,
+        place: torch.device,
+        resume: bool,
+        precision: Precision | None,
+        shows: bool,
     ) -> None:
-        self.settings, self.path = settings, path
+        self.settings, self.path, self.place, self.shows = settings, path, place, shows
         tensors, record = checkpoint.load(path) if resume else ({}, {})
         if resume:
             check_resumed(path, settings, record)
-        self.data = (TextData if settings.stream is None else StreamData)(settings, path, tensors, record)
+        self.data = (TextData if settings.stream is None else StreamData)(settings, path, tensors, record, shows)
         self.unigram = unigram_perplexity(self.data.counts, self.data.held_out, settings.context)
         torch.manual_seed(settings.seed)
         self.model, self.free_energy = build(settings) if precision is None else build(settings, precision)
@@ -291,7 +282,9 @@ class _Training:
         self.unread.clear()
 
     def diverged(self, step: int, fault: str) -> Diverged:
-        kept = f"; the earlier checkpoint is kept in {self.path}" if self.path.exists() else ""
+        kept = ""
+        if self.path.exists():
+            kept = f", and --overwrite or another --out; the earlier checkpoint is kept in {self.path}"
         return Diverged(f"at step {step} the {fault}: train with a --lr below {self.settings.lr}{kept}")
 
     def faulty_node(self, x: Tensor, y: Tensor) -> str:
@@ -335,43 +328,6 @@ class _Training:
             checkpoint.save(self.path, tensors, record)
         if self.events is not None:
             self.events.flush()
-
-
-class Run(NamedTuple):
-    """What `load` returns."""
-
-    model: Transformer
-    free_energy: FreeEnergy | None
-    tokenizer: Tokenizer
-    counts: Tensor
-    """int64 ``[vocabulary]``: how often each token occurs in the training tokens."""
-    held_out: Tensor
-    """int64 ``[L]``: the tokens that the run is measured on."""
-    record: dict[str, Any]
-
-
-def load(path: str | Path, device: str = "auto") -> Run:
-    """The run of a checkpoint, with its model on a device. path: the file, or the folder of the run.
-
-    Raises InputError for a checkpoint or a device that cannot be used.
-    """
-    place = parallel.choose_device(device)
-    tensors, record = checkpoint.load(path)
-    model, free_energy = build(stored_settings(path, record))
-    restore(path, tensors, model, None if free_energy is None else free_energy.tracker)
-    with checkpoint.fitting(path):
-        tokenizer, held_out = Tokenizer.from_str(record["tokenizer"]), tensors["held_out"].to(torch.int64)
-        return Run(model.to(place), free_energy, tokenizer, tensors["unigram"], held_out, record)
-
-
-def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """The optimiser of every run."""
-    return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
-
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """The learning rate at a step, as a fraction of its peak: a linear warm-up, then a cosine down to a tenth."""
-    return min(1.0, (step + 1) / max(1, int(steps * warmup))) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 def _fault(loss: float, norm: float, earlier: list[float]) -> str | None:

@@ -17,13 +17,13 @@ import datasets
 from test_cli import command, failure, interrupt_at
 
 from pc_triton import checkpoint, parallel, report, stream
+from pc_triton.build import load
 from pc_triton.cli import main
 from pc_triton.data import StreamData
 from pc_triton.evaluate import generate
 from pc_triton.settings import Settings
 from pc_triton.stream import Documents, Reader, is_held_out
 from pc_triton.text import InputError, train_tokenizer
-from pc_triton.train import load
 
 TEXTS = [f"document {k} of the {'long' if k % 3 else 'short'} ones{', and so on' * (k % 7)}" for k in range(90)]
 TOKENIZER = train_tokenizer("\n".join(TEXTS), 280)
@@ -198,6 +198,28 @@ def test_a_source_that_cannot_be_used(tmp_path, monkeypatch, source, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(Documents(source, "text"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "one\ntwo\n"),
+        ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n'),
+        ("a.csv", "text,n\none,1\ntwo,2\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert list(Documents(str(tmp_path / name), "text")) == ["one", "two"]
+    (tmp_path / name).write_text(content, encoding="utf-16")
+    with pytest.raises(InputError, match="cannot read"):
+        list(Documents(str(tmp_path / name), "text"))
+
+
+def test_the_remedy_for_another_encoding(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n", encoding="utf-16")
+    with pytest.raises(InputError, match="convert its files to UTF-8"):
+        list(Documents(str(tmp_path / "a.txt"), "text"))
 
 
 def test_documents_without_text_are_left_out(tmp_path):

@@ -34,7 +34,14 @@ def build(settings: Settings, precision: Precision | None = None) -> tuple[Trans
         attention = Gaussian() if gaussian else True
         separator = None if s.stream is None else s.vocabulary - 1
         model = Transformer(
-            s.vocabulary, s.width, s.heads, s.blocks, s.context, attention=attention, separator=separator
+            s.vocabulary,
+            s.width,
+            s.heads,
+            s.blocks,
+            s.context,
+            attention=attention,
+            separator=separator,
+            checkpointing=s.checkpointing,
         )
         if s.method == "bp":
             return model, None
@@ -75,9 +82,24 @@ def load(path: str | Path, device: str = "auto") -> Run:
         return Run(model.to(place), free_energy, tokenizer, tensors["unigram"], held_out, record)
 
 
+def compiled(learner: nn.Module, free_energy: FreeEnergy | None, whole: bool) -> nn.Module:
+    """The learner of `parallel.replicate`, to be compiled at its first batch.
+
+    whole: whether a training step is one call. Then all of it is one graph, else the model alone is.
+    """
+    if free_energy is None:
+        return torch.compile(learner)  # type: ignore[return-value]
+    if whole:
+        free_energy.compile()
+    else:
+        free_energy.compile_model()
+    return learner
+
+
 def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """The optimiser of every run."""
-    return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
+    """The optimiser of every run; on a GPU its step is one kernel."""
+    fused = all(p.is_cuda for p in model.parameters()) or None
+    return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

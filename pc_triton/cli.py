@@ -107,17 +107,22 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train a language model on text; leaves a checkpoint and a PNG of the curves")
     for f in dataclasses.fields(Settings):
+        option = "--" + f.name.replace("_", "-")
+        if f.type == "bool":
+            switch, text = argparse.BooleanOptionalAction, f.metadata["help"]
+            train.add_argument(option, action=switch, default=argparse.SUPPRESS, help=text)
+            continue
         kind = {"int": int, "float": float, "str": str}[str(f.type).removesuffix(" | None")]
         choices, text = f.metadata["choices"], f.metadata["help"]
         text += "" if f.default is None else f" (default {f.default})"
         metavar = None if choices else {int: "N", float: "X", str: "SOURCE" if f.default is None else "X"}[kind]
-        option = "--" + f.name.replace("_", "-")
         train.add_argument(option, type=kind, choices=choices, default=argparse.SUPPRESS, help=text, metavar=metavar)
     train.add_argument("--out", metavar="FOLDER", type=_path, help="folder of the run (default runs/METHOD)")
     again = train.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     train.add_argument("--tensorboard", action="store_true", help="write event files for TensorBoard to --out too")
+    train.add_argument("--profile", action="store_true", help="write a trace of a few steps to --out, trace.json")
     train.add_argument("--quiet", action="store_true", help="print the result only")
 
     evaluate = command("eval", _eval, "measure a trained model: perplexity, and the regime of its inference")
@@ -176,6 +181,7 @@ def _train(arguments: argparse.Namespace) -> None:
             device=arguments.device,
             quiet=arguments.quiet,
             tensorboard=arguments.tensorboard,
+            profile=arguments.profile,
         )
         writes = parallel.rank() == 0
     if not writes:

@@ -8,12 +8,19 @@
     held_out: int64 ``[L]``, the held-out tokens
     about: one line that describes the data
     batch(): this process's part of the next batch: x int64 ``[part, context]``, and y, the token after each of x
-    state(): what a checkpoint needs to continue: tensors, and a record that JSON can hold. All processes call it
+    place(): where this process is in the data, after the batches so far
+    state(place): what a checkpoint needs to continue from there: tensors, and a record that JSON can hold. All
+        processes call it, each with its own place
+
+`Ahead` makes the batches before they are needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import queue
+import threading
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -31,6 +38,8 @@ from .text import InputError, blocks, read_text, split, train_tokenizer
 
 SAMPLE, MEASURED = 10_000_000, 400_000
 """Characters of a stream that the tokenizer is trained on, and that the run is measured on; whole documents each."""
+AHEAD = 2
+"""Batches made ahead."""
 MARKED = 100
 """A resumed run checks the first so many documents, to know that the stream is the same."""
 
@@ -84,8 +93,11 @@ class TextData:
         at = parallel.part(draw(self._tokens, self._context, self._batch, self._generator))
         return self._tokens[at], self._tokens[at + 1]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {"rng.batches": self._generator.get_state()}, {"text": self._digest}
+    def place(self) -> Tensor:
+        return self._generator.get_state()
+
+    def state(self, place: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"rng.batches": place}, {"text": self._digest}
 
 
 class StreamData:
@@ -176,10 +188,55 @@ class StreamData:
         rows = torch.cat([reader.draw(self._rows) for reader in self._readers])
         return rows[:, :-1], rows[:, 1:]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        states = parallel.gathered([reader.state() for reader in self._readers])
+    def place(self) -> list[Any]:
+        return [reader.state() for reader in self._readers]
+
+    def state(self, place: list[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        states = parallel.gathered(place)
         tensors = {f"reader.{k}.{name}": t for k, (_, own) in enumerate(states) for name, t in own.items()}
         return tensors, {"text": self._digest, "held_out": self._every, "readers": [place for place, _ in states]}
+
+
+class Ahead:
+    """The batches of some data, each made in a thread while the ones before it are trained on.
+
+    device: where they go, by way of pinned memory if it is a GPU, so that a step does not wait for them. `place` is
+    that after the batches that were taken, so a checkpoint knows nothing of those made ahead. Close it in the end.
+    """
+
+    def __init__(self, data: TextData | StreamData, device: torch.device) -> None:
+        self._data, self._device, self._closed = data, device, False
+        self.place: Any = data.place()
+        self._made: queue.Queue[Any] = queue.Queue(maxsize=AHEAD)
+        threading.Thread(target=self._make, daemon=True).start()
+
+    def _make(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a thread begins on the first GPU, and would pin memory for that
+        while not self._closed:
+            try:
+                pair = self._data.batch()
+                if self._device.type == "cuda":
+                    pair = pair[0].pin_memory(), pair[1].pin_memory()
+                self._made.put((pair, self._data.place()))
+            except BaseException as error:
+                self._made.put(error)
+                return
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """This process's part of the next batch, on the device. Raises what making it raised."""
+        made = self._made.get()
+        if isinstance(made, BaseException):
+            raise made
+        (x, y), self.place = made
+        return x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        """Have the thread end."""
+        self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._made.get_nowait()
 
 
 def encode(tokenizer: Tokenizer, text: str, separator: int | None = None, shows: bool = False) -> Tensor:

@@ -16,8 +16,11 @@ from .text import InputError
 METHODS = ("pc", "bp", "gaussian-pc")
 ORDERS = tuple(orders.ORDERS)
 OWN = ", ".join(f"{order.steps} ({name})" for name, order in orders.ORDERS.items())
+DTYPES = ("auto", "float32", "bfloat16")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MAY_CHANGE = ("data", "stream", "column", "held_out", "micro_batch", "steps", "eval_every")
+MAY_CHANGE = (
+    "data", "stream", "column", "held_out", "micro_batch", "checkpointing", "compile", "steps", "eval_every",
+)  # fmt: skip
 """Settings that may change when a run is resumed. The text must stay the same: its digest is compared."""
 
 
@@ -62,10 +65,18 @@ class Settings:
     displacement: float = _setting(0.003, "fraction of the free energy that inference may explain away")
     precision: str = _setting("auto", "precision of the hidden nodes: auto, by the displacement, or a number")
     state_dtype: str = _setting("float32", "what the states of inference are kept in", tuple(STATE_DTYPES))
+    dtype: str = _setting(
+        "auto",
+        "what products are made in; parameters, losses and evaluations are float32. auto is bfloat16 on a GPU that has "
+        "it, else float32; float32 is TF32 on a GPU",
+        DTYPES,
+    )
+    checkpointing: bool = _setting(False, "compute each block again for its backward passes, to hold less in memory")
+    compile: bool = _setting(False, "make the training step one graph by torch.compile, on a GPU one CUDA graph")
     eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", METHODS), ("order", ORDERS), ("state_dtype", STATE_DTYPES)):
+        for name, choices in (("method", METHODS), ("order", ORDERS), ("state_dtype", STATE_DTYPES), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         if self.inference_steps is None:
@@ -100,6 +111,9 @@ class Settings:
                 "another --order, or a smaller --batch"
             )
 
+        if self.compile and self.method != "bp" and (self.order == "incremental" or self.checkpointing):
+            raise InputError("compile: leave out --checkpointing and --order incremental, or --compile")
+
     def at_once(self, processes: int) -> int:
         """How many sequences each of the processes has in memory at once."""
         part = self.batch // processes
@@ -113,7 +127,7 @@ class Settings:
 def stored_settings(path: str | Path, record: dict[str, Any]) -> Settings:
     """The settings in a checkpoint's record. Raises InputError if another version wrote them."""
     try:
-        return Settings(**record["settings"])
+        return Settings(**{"dtype": "float32"} | record["settings"])  # before there was a choice, it was that
     except (TypeError, KeyError):
         raise InputError(f"{path} is of another version of pc_triton: use that version, or train again") from None
 
@@ -128,7 +142,7 @@ def check_resumed(path: Path, settings: Settings, record: dict[str, Any]) -> Non
     # The checkpoint of a stream keeps the held-out tokens, so another held_out would have no effect.
     for name in fixed if stored.stream is None else [*fixed, "held_out"]:
         old, new = getattr(stored, name), getattr(settings, name)
-        if old != new:
+        if old != new and (name, new) != ("dtype", "auto"):  # auto is what the run has
             option = "--" + name.replace("_", "-")
             raise InputError(f"{path} was made with {option} {old}, not {new}: leave it out, or train in another --out")
     if record["step"] > settings.steps:

@@ -151,7 +151,9 @@ class Reader:
             self.pool = self._next(max(self.size, count))
         drawn = torch.randperm(len(self.pool), generator=self.generator)[:count]
         rows = self.pool[drawn]
-        self.pool[drawn] = self._next(count)
+        self.pool = self.pool.index_copy(
+            0, drawn, self._next(count)
+        )  # a new tensor: `state` may have given the old one
         return rows.to(torch.int64)
 
     def _next(self, count: int) -> Tensor:
@@ -195,5 +197,5 @@ class Reader:
         self.documents.dataset.load_state_dict(place)
         self._place = place  # the dataset does not report it before the next read
         self._texts, self._some = iter(self.documents), True
-        self.tokens, self.pool = tensors["tokens"], tensors["pool"].clone()
+        self.tokens, self.pool = tensors["tokens"], tensors["pool"]
         self.generator.set_state(tensors["rng"])

@@ -17,19 +17,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint, parallel, reference
-from .build import adamw, build, schedule
-from .data import StreamData, TextData
+from .build import adamw, build, compiled, schedule
+from .data import Ahead, StreamData, TextData
 from .dispatch import backend
 from .evaluate import perplexity, plot, regime, target, unigram_perplexity
 from .free_energy import FreeEnergy
+from .hardware import card, peak, settled_dtype, tf32
 from .memory import free_memory, step_memory
 from .report import Report
 from .rules import Precision
 from .run_files import locked, restore, state, status, stops
-from .settings import Settings, check_resumed
+from .settings import Settings, check_resumed, stored_settings
+from .speed import Clock, told, trace
 from .text import InputError
 
 BACKPROPAGATION = "backpropagation: no inference"
+TRACE = "trace.json"
 RISE = 10
 """A run diverges if a loss is above so many times its first loss, which is about that of a model that knows nothing. It
 also diverges if the held-out cross-entropy is above so many times the logarithm of the vocabulary."""
@@ -39,23 +42,39 @@ class Diverged(InputError):
     """The loss, its gradient or the held-out perplexity is not finite or far too high."""
 
 
-def losses(learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+def losses(
+    learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Tensor, dtype: str = "float32"
+) -> Iterator[Tensor]:
     """The losses of one training step in nats per token, float32 scalars: one, or T in incremental order.
 
     learner: what `parallel.replicate` makes of the model and its free energy. x, y: int64 ``[B, N]``, tokens and the
-    token after each. Raises ValueError as `FreeEnergy` does.
+    token after each. dtype: that of the products. Raises ValueError as `FreeEnergy` does.
     """
+    narrow = torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     if free_energy is None:
-        yield F.cross_entropy(learner(x).flatten(0, 1), y.flatten())
+        with narrow:
+            loss = F.cross_entropy(learner(x).flatten(0, 1), y.flatten())
+        yield loss
         return
     clamped = target(free_energy, y)
     each = 1 if clamped is y else y.shape[1]  # with a Gaussian output F is per sequence, not per token
-    for loss in free_energy.incremental(x, clamped) if free_energy.order == "incremental" else [learner(x, clamped)]:
-        yield loss / each
+    if free_energy.order == "incremental":
+        with narrow:
+            for loss in free_energy.incremental(x, clamped):
+                yield loss / each
+        return
+    with narrow:
+        loss = learner(x, clamped)
+    yield loss / each
 
 
 def backward(
-    learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Tensor, micro_batch: int | None
+    learner: nn.Module,
+    free_energy: FreeEnergy | None,
+    x: Tensor,
+    y: Tensor,
+    micro_batch: int | None,
+    dtype: str = "float32",
 ) -> Iterator[Tensor]:
     """The `losses` of one training step. Each is yielded after its gradients were added to those of the parameters.
 
@@ -64,15 +83,16 @@ def backward(
     `losses`.
     """
     if free_energy is not None and free_energy.order == "incremental":
-        for loss in losses(learner, free_energy, x, y):
+        for loss in losses(learner, free_energy, x, y, dtype):
             loss.backward()
             yield loss.detach()
         return
     pieces, shares = micro_batches(x, y, micro_batch), []
-    with contextlib.nullcontext() if free_energy is None else free_energy.tracker.hold():
+    whole = free_energy is None or len(pieces) == 1
+    with contextlib.nullcontext() if free_energy is None or whole else free_energy.tracker.hold():
         for k, piece in enumerate(pieces, 1):
             with contextlib.nullcontext() if k == len(pieces) else parallel.unsent(learner):
-                loss = next(losses(learner, free_energy, *piece)) * (len(piece[0]) / len(x))
+                loss = next(losses(learner, free_energy, *piece, dtype)) * (len(piece[0]) / len(x))
                 loss.backward()
             shares.append(loss.detach())
             del loss  # its graph holds the states
@@ -93,6 +113,7 @@ def train(
     device: str = "auto",
     quiet: bool = False,
     tensorboard: bool = False,
+    profile: bool = False,
     precision: Precision | None = None,
 ) -> dict[str, Any]:
     """Train a transformer on text. Leaves ``checkpoint.safetensors`` and ``curves.png`` in the folder ``out``.
@@ -103,6 +124,7 @@ def train(
         device: ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"cuda"``.
         quiet: print nothing.
         tensorboard: also write the losses and evaluations to event files in ``out``.
+        profile: also write a trace of a few steps to ``trace.json`` in ``out``, by ``torch.profiler``.
         precision: a rule of your own, used instead of the settings' precision. A checkpoint does not keep it.
 
     In a group of processes (`parallel.joined`, or one that you made) each process calls this. Each takes its part of
@@ -110,7 +132,8 @@ def train(
     rounding. Rank 0 prints and writes.
 
     Returns ``held_out_perplexity`` and ``unigram_perplexity`` (per token), ``losses`` (see `losses`), ``evaluations``
-    (a list of dicts with step, perplexity and, for PC, `Report.scalars`), ``report`` (a `Report`, or None for
+    (a list of dicts with step, perplexity and, for PC, `Report.scalars`), ``speed`` (a list of dicts with step and what
+    `Clock.read` returns, of the steps since the evaluation before), ``report`` (a `Report`, or None for
     backpropagation), ``regime`` (the report in one line), ``parameters`` (their number), ``settings``, ``checkpoint``
     and ``curves`` (paths).
 
@@ -134,14 +157,21 @@ def train(
             run.events = writer(path.parent, purge_step=run.done + 1)
         if shows and not locks:
             tqdm.write(f"warning: {path.parent} has no locks: see that no other run writes there")
-        return _run(run, tqdm.write if shows else lambda line: None)
+        with (
+            tf32(place),
+            trace(run.path.parent / TRACE, settings.steps - run.done)
+            if profile and run.writes
+            else (contextlib.nullcontext(lambda: None)) as tick,
+        ):
+            return _run(run, tqdm.write if shows else lambda line: None, tick)
 
 
-def _run(run: _Training, say: Callable[[str], Any]) -> dict[str, Any]:
-    """All that `train` does once its run is there, with ``say`` to print a line."""
+def _run(run: _Training, say: Callable[[str], Any], tick: Callable[[], None]) -> dict[str, Any]:
+    """All that `train` does once its run is there. say: prints a line. tick: is called after each step."""
     settings, place, path = run.settings, run.place, run.path
     parameters = sum(p.numel() for p in run.model.parameters())
-    say(f"{settings.method} on {parallel.processes()} x {place.type}: {parameters:,} parameters, {run.data.about}")
+    kind = f"{settings.method} in {settings.dtype} on {parallel.processes()} x {card(place)}"
+    say(f"{kind}: {parameters:,} parameters, {run.data.about}")
     say(f"held-out perplexity of the unigram model: {run.unigram:.1f} per token")
     needs = step_memory(settings, parallel.processes(), triton=backend(run.model.head.weight) is not reference)
     say(f"memory of a step: {needs}")
@@ -154,26 +184,31 @@ def _run(run: _Training, say: Callable[[str], Any]) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats(place)
 
     bar = tqdm(total=settings.steps, initial=run.done, unit="step", disable=not run.shows)
-    with stops() as pressed, bar:
+    run.clock.start(run.done)
+    with stops() as pressed, contextlib.closing(run.batches), bar:
         while run.done < settings.steps:
-            x, y = (t.to(place) for t in run.data.batch())
+            x, y = run.batches.batch()
             run.step(x, y)
             bar.update()
+            tick()
             due, stop = run.done % settings.eval_every == 0 or run.done == settings.steps, False
             if due and place.type == "cuda" and not run.evaluations:
                 say(f"memory of a step, measured: {torch.cuda.max_memory_allocated(place) / 1e9:.3g} GB")
             if due or len(run.unread) == run.often or (parallel.processes() == 1 and pressed()):
                 stop = bool(parallel.total(torch.tensor(int(pressed()))))  # all processes stop at the same step
                 run.read_losses(x, y)
-                bar.set_postfix_str(status(run.losses, run.evaluations), refresh=False)
+                speed = run.clock.read(run.done)
+                bar.set_postfix_str(f"{status(run.losses, run.evaluations)}, {told(speed)}", refresh=False)
             if due:
+                run.speed.append({"step": run.done, **speed})
                 run.evaluate()
             if due or stop:
                 run.save()
             if due:
-                line = status(run.losses, run.evaluations)
+                line = f"{status(run.losses, run.evaluations)}, {told(speed)}"
                 bar.set_postfix_str(line)
                 say(f"step {run.done}/{settings.steps}: {line} (unigram {run.unigram:.1f})")
+                run.clock.start(run.done)
             if stop:
                 raise KeyboardInterrupt(
                     f"stopped at step {run.done}: continue with --resume --out {shlex.quote(str(path.parent))}"
@@ -195,6 +230,7 @@ def _run(run: _Training, say: Callable[[str], Any]) -> dict[str, Any]:
         "unigram_perplexity": run.unigram,
         "losses": run.losses,
         "evaluations": run.evaluations,
+        "speed": run.speed,
         "report": report,
         "regime": report.regime if report is not None else BACKPROPAGATION,
         "checkpoint": path,
@@ -225,10 +261,12 @@ class _Training:
         precision: Precision | None,
         shows: bool,
     ) -> None:
-        self.settings, self.path, self.place, self.shows = settings, path, place, shows
+        self.path, self.place, self.shows = path, place, shows
         tensors, record = checkpoint.load(path) if resume else ({}, {})
         if resume:
             check_resumed(path, settings, record)
+            settings = dataclasses.replace(settings, dtype=stored_settings(path, record).dtype)
+        self.settings = settings = settled_dtype(settings, place)
         self.data = (TextData if settings.stream is None else StreamData)(settings, path, tensors, record, shows)
         self.unigram = unigram_perplexity(self.data.counts, self.data.held_out, settings.context)
         torch.manual_seed(settings.seed)
@@ -240,11 +278,18 @@ class _Training:
             restore(path, tensors, self.model, self.tracker, self.optimizer)
         del tensors  # as large as the model and AdamW's state
         self.learner = parallel.replicate(self.model, self.free_energy)
+        if settings.compile:
+            part = settings.batch // parallel.processes()
+            self.learner = compiled(self.learner, self.free_energy, settings.at_once(parallel.processes()) == part)
         self.writes = parallel.rank() == 0
         self.reported = settings.reported(parallel.processes())
         self.done: int = record.get("step", 0)
         self.losses: list[float] = record.get("losses", [])
         self.evaluations: list[dict[str, Any]] = record.get("evaluations", [])
+        self.speed: list[dict[str, Any]] = record.get("speed", [])
+        rate = peak(card(place), settings.dtype)
+        self.clock = Clock(settings, None if rate is None else rate * parallel.processes())
+        self.batches = Ahead(self.data, place)
         self.events: Any = None
         self.often = 1 if place.type == "cpu" else 10  # reading a loss waits for the GPU, so read them ten at a time
         self.unread: list[Tensor] = []  # the loss and the gradient's norm of each step since the last reading
@@ -259,7 +304,7 @@ class _Training:
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * schedule(self.done, settings.steps, settings.warmup)
-        for loss in backward(self.learner, self.free_energy, x, y, settings.micro_batch):
+        for loss in backward(self.learner, self.free_energy, x, y, settings.micro_batch, settings.dtype):
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             both = torch.stack([loss, norm])
             if self.often == 1 and not norm.isfinite():
@@ -319,12 +364,12 @@ class _Training:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        tensors, record = self.data.state()  # every process takes part, rank 0 writes
+        tensors, record = self.data.state(self.batches.place)  # every process takes part, rank 0 writes
         if self.writes:
             tensors |= state(self.model, self.tracker, self.optimizer)
             tensors |= {"unigram": self.data.counts, "held_out": self.data.held_out.to(torch.int32)}
             record |= {"settings": dataclasses.asdict(self.settings), "step": self.done, "losses": self.losses}
-            record |= {"evaluations": self.evaluations, "tokenizer": self.data.tokenizer.to_str()}
+            record |= {"evaluations": self.evaluations, "speed": self.speed, "tokenizer": self.data.tokenizer.to_str()}
             checkpoint.save(self.path, tensors, record)
         if self.events is not None:
             self.events.flush()

@@ -201,6 +201,13 @@ def _clamp_values(mu_ptr, target_ptr, rows, inside, scale, n, stride, COLS: tl.c
 
 
 @triton.jit
+def _precision(squared, columns, nodes, free_energy, displacement, trust):
+    """`rules.Displacement` of a node by itself: n |G|^2 / (2 delta |F|), and no move by more than ``trust``."""
+    share = nodes * squared / tl.maximum(2.0 * displacement * tl.abs(free_energy), 1.2e-38)
+    return tl.maximum(share, tl.sqrt(squared / columns) / trust)
+
+
+@triton.jit
 def _chain(
     x_ptr,  # [S, K]
     target_ptr,  # [S] int64 labels, or [S, N_L] values
@@ -211,7 +218,7 @@ def _chain(
     error_ptr,  # the same in float32: e = u - mu
     accepted_ptr,  # the same: e to which the guard goes back; with REMEMBERS alone
     grad_ptr,  # the same in x's dtype, and then the last layer's: dF/dmu; of the last one first mu itself
-    precision_ptr,  # [L - 1, S] float32: P; within the first pass the mean of mu^2
+    precision_ptr,  # [2 (L - 1), S] float32: P; within the first pass the mean of mu^2, and then |G|^2 of each node
     energy_ptr,  # [S] float32: F
     before_ptr,  # [2, S] float32: F in the first pass, and its slope along the first move
     tracked_ptr,  # one float32, the first step if it is a number; or None
@@ -224,6 +231,7 @@ def _chain(
     precision,  # of every node, where it is not to be found
     displacement,
     trust,
+    least,
     ignore_index,
     UNIT: tl.constexpr,  # what the layers' input widths are multiples of
     LAST_UNIT: tl.constexpr,  # and their output widths
@@ -243,8 +251,9 @@ def _chain(
         u = W f(u below) + b + e,  F = sum P |e|^2 / 2 + the energy of the last layer
 
     then the coefficients of each sample's next move, and backwards g below = f'(u below) W' g, which in the first pass
-    gives P, and, but for the last pass, e <- keep e - (move / P) g. A barrier stands between what the program's threads
-    write and what others of them read.
+    gives P, that of a node by itself but at least ``least`` of their mean. Then, but for the last pass, every node
+    makes its move e <- keep e - (move / P) g. A barrier stands between what the program's threads write and what others
+    of them read.
 
     Floor, with p weights, h hidden units and N_L outputs: read x and the weights, write f(u) and g, of x's dtype all;
     2 S p FLOPs a forward pass, and without the first layer's weights a backward pass.
@@ -307,23 +316,33 @@ def _chain(
             accepted = tl.where(rose, accepted, energy)
             keep = tl.where(rose, back, 1.0 - step)
             move = tl.where(rose, 0.0, step)
+        held = tl.zeros([ROWS, 1], tl.float32)  # the sum of the nodes' precisions, by their own gradients
         for i in range(last):
             layer = _layer(table_ptr, last - i, x_ptr.dtype, UNIT, LAST_UNIT)
             total = _backwards(samples, layer, buffers, stride, EVEN, ROWS, COLS, DEPTH, PRECISION)
             tl.debug_barrier()
+            if t == 0:
+                place = precision_ptr + (last - 1 - i) * S + rows
+                if AUTO:
+                    total *= tl.load(place, mask=inside, other=1.0)
+                    held += _precision(total, layer[3], last, accepted, displacement, trust)
+                tl.store(place + last * S, total, mask=inside)
+        tl.debug_barrier()
+        for i in range(last):
+            layer = _layer(table_ptr, last - i, x_ptr.dtype, UNIT, LAST_UNIT)
             place = precision_ptr + (last - 1 - i) * S + rows
             pi = tl.load(place, mask=inside, other=1.0)
             if t == 0:
+                total = tl.load(place + last * S, mask=inside, other=0.0)
                 tl.debug_barrier()  # every warp has read the mean of mu^2 before one of them overwrites it
                 unit = tl.full([ROWS, 1], 1.0, tl.float32)
                 if AUTO:
                     unit = pi
-                    share = last * total * unit / tl.maximum(2.0 * displacement * tl.abs(accepted), 1.2e-38)
-                    pi = tl.maximum(share, tl.sqrt(total * unit / layer[3]) / trust)
-                    pi = tl.minimum(tl.maximum(pi, 1e-12), 1e12)
+                    pi = _precision(total, layer[3], last, accepted, displacement, trust)
+                    pi = tl.minimum(tl.maximum(tl.maximum(pi, least * held / last), 1e-12), 1e12)
                 else:
                     pi = tl.full([ROWS, 1], precision, tl.float32)
-                fall += total * unit / pi
+                fall += total / pi
                 pi /= tl.maximum(unit, 1e-30)
                 tl.store(place, pi, mask=inside)
             if t + 1 < steps:
@@ -354,6 +373,7 @@ def chain_gradient(
     precision: float | None,
     displacement: float,
     trust: float,
+    least: float,
     ignore_index: int,
     tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
@@ -365,8 +385,9 @@ def chain_gradient(
     whose energy is |y - mu|^2 / 2; weight_of_item: one float32. weights ``[N_l, N_(l-1)]``, contiguous, biases
     ``[N_l]`` or None, and the name of the activation on each layer but the last (`ACTIVATIONS`). All but labels of one
     dtype, float32, float16 or bfloat16. precision: pi of each node, or None: it is set for each node and sample from
-    the displacement, and ``trust``. step: the first one, or ``tracked``, one float32, where that is given and finite;
-    guards: whether the later ones are adapted. All of this is as in `pc_triton.FreeEnergy` with ``order="error"``.
+    the displacement, ``trust`` and ``least``. step: the first one, or ``tracked``, one float32, where that is given and
+    finite; guards: whether the later ones are adapted. All of this is as in `pc_triton.FreeEnergy` with
+    ``order="error"``.
     Raises ValueError for a number, shape, strides or device that does not fit, TypeError for a dtype that does not.
     """
     labels = _check_chain(x, target, weight_of_item, weights, biases, activations)
@@ -381,7 +402,7 @@ def chain_gradient(
     columns = list(accumulate(widths[1:], initial=0))
     stride, remembers = 16 * cdiv(columns[-1], 16), guards and steps > 3
     energy, before, precisions = (
-        torch.empty(*sizes, samples, dtype=torch.float32, device=x.device) for sizes in ((), (2,), (last,))
+        torch.empty(*sizes, samples, dtype=torch.float32, device=x.device) for sizes in ((), (2,), (2 * last,))
     )
     f, slope, grad = x.new_empty(3, samples, stride)
     errors = torch.empty(1 + remembers, samples, stride, dtype=torch.float32, device=x.device)
@@ -428,6 +449,7 @@ def chain_gradient(
                 0.0 if precision is None else float(precision),
                 displacement,
                 trust,
+                least,
                 ignore_index,
                 UNIT=unit,
                 LAST_UNIT=last_unit,

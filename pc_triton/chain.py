@@ -20,7 +20,7 @@ from .distributions import Distribution
 from .families import Categorical, Gaussian, output_family
 from .nn import Linear
 from .plumbing import once_differentiable
-from .rules import TRUST, Constant, Displacement, Fixed, Guarded, Rules
+from .rules import LEAST, TRUST, Constant, Displacement, Fixed, Guarded, Rules
 from .tracking import StepTracker, Tracked
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu"}
@@ -124,6 +124,7 @@ def chain_loss(owner: Owner, x: Any, y: Tensor | None, tracks: bool) -> Tensor |
             precision=rules.precision.pi if isinstance(rules.precision, Fixed) else None,
             displacement=rules.precision.delta if isinstance(rules.precision, Displacement) else 0.0,
             trust=TRUST,
+            least=LEAST,
             ignore_index=family.ignore_index if isinstance(family, Categorical) else 0,
             tracked=None if tracked is None else tracked.to(x.device),
         )

@@ -188,6 +188,7 @@ def launches():
             precision=None,
             displacement=0.003,
             trust=0.3,
+            least=1e-3,
             ignore_index=-100,
         )
         name = f"chain {samples}: {'-'.join(map(str, widths))} {kind}"

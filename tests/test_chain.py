@@ -461,7 +461,15 @@ def arguments(**changes):
         "biases": [None, torch.zeros(2)],
         "activations": ["tanh"],
     }
-    rest = {"steps": 2, "step": 0.25, "guards": True, "precision": None, "displacement": 0.003, "trust": 0.3}
+    rest = {
+        "steps": 2,
+        "step": 0.25,
+        "guards": True,
+        "precision": None,
+        "displacement": 0.003,
+        "trust": 0.3,
+        "least": 1e-3,
+    }
     return {**given, **rest, "ignore_index": -100, **changes}
 
 

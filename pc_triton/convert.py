@@ -29,6 +29,7 @@ TRANSFORMERS = (
 )  # fmt: skip
 TRANSPOSED = "transposes within, so that its nodes have their samples first (batch_first=False)"
 
+ADAPTED_LATER = "left as it is: its base_layer has a node already; convert after the adapters are there"
 OWN_NODE = "left as it is: it has an attribute `node` of its own, where its value node would be; rename that"
 
 
@@ -205,7 +206,7 @@ def _transposed(t: Tensor) -> Tensor:
 def _convert_adapter(module: Any, base: nn.Module) -> str:
     """The layer and what the adapter adds to it are one prediction."""
     if node_of(base) is not None:
-        return "left as it is: its base_layer has a node already; convert after the adapters are there"
+        return ADAPTED_LATER
     if not isinstance(base, (nn.Linear, _ConvNd)):
         return f"left as it is: an adapter of {type(base).__name__} has no value-node form"
     return add_node(module)

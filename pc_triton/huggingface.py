@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .changes import base_layer, node_of
 from .context import awaits_pass, outside_graphs, pass_here
-from .convert import OWN_NODE, add_node, names_in, parts_of
+from .convert import ADAPTED_LATER, OWN_NODE, add_node, names_in, parts_of
 from .families import Categorical
 from .nn import attend, logit_bias
 
@@ -80,13 +80,21 @@ def convert_transformers(model: nn.Module, changes: dict[str, str]) -> None:
             continue
         if any(module is head for head in heads):
             changes[name] = "left as it is: its logits are the output, clamped to the labels"
-        elif node_of(module) is not None:
-            continue
-        elif type(module if base_layer(module) is None else base_layer(module)) is Conv1D:
-            changes[name] = add_node(module)
-        elif _uses_the_registry(module):
-            changes[name] = _convert_attention(module)
+        elif node_of(module) is None:
+            change = _convert(module)
+            if change is not None:
+                changes[name] = change
         parts |= parts_of(module)
+
+
+def _convert(module: nn.Module) -> str | None:
+    """As `convert` does with torch's layers, with one of transformers'; None for any other."""
+    base = base_layer(module)
+    if type(module if base is None else base) is Conv1D:
+        if base is not None and node_of(base) is not None:
+            return ADAPTED_LATER
+        return OWN_NODE if hasattr(module, "node") else add_node(module)
+    return _convert_attention(module) if _uses_the_registry(module) else None
 
 
 def _convert_attention(module: Any) -> str:

@@ -828,6 +828,10 @@ def test_adapters_in_a_model_of_transformers():
     tokens = torch.randint(32, (3, 6))
     assert set(pc.FreeEnergy(model).infer(tokens, tokens.roll(-1, 1)).states) == with_node
     assert pc.convert(model)[1].keys() == changes.keys()
+    attn.c_proj = Adapter(attn.c_proj, nn.Linear(16, 2, bias=False), nn.Linear(2, 16, bias=False))
+    _, changes = pc.convert(model)
+    assert "convert after the adapters are there" in changes[f"{layer}.attn.c_proj"]
+    assert f"{layer}.attn.c_proj.lora_A.default" not in changes
 
 
 def test_a_head_of_transformers_that_answers_questions():

@@ -71,7 +71,8 @@ class FunctionCalls(TorchFunctionMode):
 class FunctionNodes(FunctionCalls):
     """Within it, a pass over S samples, the functions called by modules of `give_node` have their node.
 
-    Others stay as they are, and so does a softmax over another axis than the last, or of what has no S samples.
+    Others stay as they are, and so does a softmax over another axis than the last, of what has no S samples, or within
+    torch.no_grad().
     """
 
     def __init__(self, samples: int) -> None:
@@ -79,10 +80,13 @@ class FunctionNodes(FunctionCalls):
         self.samples = samples
 
     def call(self, module: nn.Module, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if getattr(module, "has_function_node", None) is not True or not isinstance(module.node, Distribution):
+        node = getattr(module, "node", None) if getattr(module, "has_function_node", None) is True else None
+        if (
+            not isinstance(node, Distribution) or not torch.is_grad_enabled()
+        ):  # what needs no gradient is looked at, not learnt from
             return func(*args, **kwargs)
         value = _attention if func in ATTENTION else _softmax
-        out = value(module.node, self.samples, *args, **kwargs)
+        out = value(node, self.samples, *args, **kwargs)
         return func(*args, **kwargs) if out is None else out
 
 

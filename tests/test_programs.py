@@ -348,7 +348,7 @@ class WithModule(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A softmax of parameters, one over another axis, and one of fewer rows than samples: no node is meant by these."""
+    """A softmax of parameters, over another axis, of fewer rows than samples, without a gradient: no node is meant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,7 +356,10 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         mix = F.softmax(self.mix, -1).sum() + F.softmax(self.mix[:1], -1).sum() + F.softmax(self.mix[0], -1).sum()
-        return self.b(mix * F.softmax(self.a(x), 1))
+        h = self.a(x)
+        with torch.no_grad():
+            self.confidence = F.softmax(h, -1)
+        return self.b(mix * F.softmax(h, 1))
 
 
 WAYS = ["sdpa, causal", "sdpa, bool", "sdpa, float", "sdpa, no heads", "function", "helper", "torch", "added", "finite"]

@@ -81,9 +81,7 @@ class FunctionNodes(FunctionCalls):
 
     def call(self, module: nn.Module, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         node = getattr(module, "node", None) if getattr(module, "has_function_node", None) is True else None
-        if (
-            not isinstance(node, Distribution) or not torch.is_grad_enabled()
-        ):  # what needs no gradient is looked at, not learnt from
+        if not isinstance(node, Distribution) or not torch.is_grad_enabled():  # no state could move there
             return func(*args, **kwargs)
         value = _attention if func in ATTENTION else _softmax
         out = value(node, self.samples, *args, **kwargs)

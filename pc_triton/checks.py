@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def check_options(
     output_weight: Any,
 ) -> None:
     """Raise ValueError for an option out of range, or for two that do not go together."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"steps={steps!r}: the number of inference steps is a whole number of at least 1")
     if optimizes and order in ("sweep", "incremental"):
         raise ValueError(f"order={order!r} moves its states within the backward pass: leave state_optimizer=None")
@@ -180,7 +181,7 @@ def check_options(
             f"inference_dtype with order={order!r}, whose states are u: by predictions of more digits u - mu would "
             "be the rounding; use order='error', or inference_dtype=None"
         )
-    number = isinstance(output_weight, (int, float)) and not isinstance(output_weight, bool)
+    number = isinstance(output_weight, Real) and not isinstance(output_weight, bool)
     if not (number and math.isfinite(output_weight)):
         raise ValueError(f"output_weight={output_weight!r}: give a finite number; a negative one nudges away")
 

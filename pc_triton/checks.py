@@ -76,8 +76,8 @@ def check_batch(inputs: Any, target: Any = None) -> tuple[tuple[Any, ...], dict[
 
 def _refuse_transforms() -> None:
     """Raise RuntimeError within what would transform, or record, all of inference."""
-    functorch = getattr(torch._C, "_functorch", None)
-    if functorch is not None and functorch.peek_interpreter_stack() is not None:
+    transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    if transforms is not None and transforms() is not None:
         raise RuntimeError(
             "FreeEnergy within torch.func (grad, vmap, jvp, jacrev, ...): inference is made of gradients of its own. "
             "Take loss.backward() or torch.autograd.grad of what it returns, and loop in place of vmap"

@@ -341,9 +341,10 @@ class FreeEnergy(nn.Module):
         """Inference alone: T moves of every state (in error order one more than before learning), no learning.
 
         x, y, mask, start: as in a call. ``clamp_input=False`` frees the input: x is then the prediction of a Gaussian
-        input node, and is inferred from y together with the hidden states. A bool tensor of x's shape frees it where it
-        is False. With y None too, the model generates from x: the states stay at their predictions (GaussianLogVar
-        nodes at a sample). watch: called with the `Batch` before every move and after the last, as `record` does.
+        input node, of variance 1 where the precision is "auto", and is inferred from y together with the hidden states.
+        A bool tensor of x's shape frees it where it is False. With y None too, the model generates from x: the states
+        stay at their predictions (GaussianLogVar nodes at a sample). watch: called with the `Batch` before every move
+        and after the last, as `record` does.
         Raises ValueError as a call does, and where a free input is no floating-point tensor.
         """
         if clamp_input is not True:

@@ -129,6 +129,16 @@ def test_float16_gradients_far_below_its_range_of_scales():
     assert (below - wanted).norm() < 0.15 * wanted.norm()
 
 
+def test_small_gradients_beside_large_ones():
+    """Some reach a millionth of others, as of the logits of a large vocabulary: e4m3 would have none of them."""
+    x, weight = torch.randn(2, 16, requires_grad=True), torch.rand(16, 16)
+    with FewDigits():
+        y = F.linear(x, weight)
+    grad = torch.tensor([[1.0], [2.0**-24]]).expand(2, 16)
+    (below,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(below, grad @ weight, rtol=0.15, atol=0)
+
+
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_emulation_is_the_product_of_hardware(out, monkeypatch):
     """torch's own product of float8, on whatever this runs on: where a CPU has it, that; bias or none."""

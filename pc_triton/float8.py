@@ -81,7 +81,7 @@ def product(a: Tensor, dtype: torch.dtype, b: Rounded, out: torch.dtype, bias: T
     """a b' + bias ``[..., N]`` in the dtype ``out``, of a ``[..., K]``, rounded to ``dtype`` here, and b ``[N, K]``."""
     values, scale = rounded(a, dtype)
     bias = None if bias is None else bias.to(out)
-    if not has_products(a.device):
+    if out == torch.float64 or not has_products(a.device):
         return F.linear((values.float() * scale).to(out), (b.values.float() * b.scale).to(out), bias)
     rows, adds = values.reshape(-1, a.shape[-1]), None if out == torch.float32 else bias
     # The fast sum keeps some 14 bits, more than either operand has.

@@ -198,6 +198,8 @@ def test_what_else_stays_as_it_is():
         x = torch.randn(3, 16)
         assert torch.equal(F.linear(x, made), x @ made.t())
         assert torch.equal(x @ layer.weight, x @ layer.weight.detach())
+        y = F.linear(x, layer.weight, layer.bias * 1.0)
+        assert torch.equal(y, x @ layer.weight.t() + layer.bias)
         assert not few.weights
         assert not torch.equal(layer(x), F.linear(x, made, layer.bias))
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))

@@ -264,7 +264,7 @@ def counted() -> Iterator[Count]:
         for place, name, instead in (
             (type(kernel), "run", run),
             (F, "scaled_dot_product_attention", flash),
-            (nn, "fuses", lambda x, weight: False),  # the table of fused layers has no rows yet
+            (nn, "fuses", lambda x, weight: False),  # `choice.py` may fuse some; which, is the card's
             (head, "_add_product", add_on_gpu),
             (float8, "has_products", lambda device: True),
             (families.Categorical, "_check_labels", check_on_gpu),

@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "FabricPC, error T=1": ("fabricpc", {"steps": 1, "error_order": True}),
     "PC, error T=2 (default)": ("pc", {"steps": 2}),
     "PC, error T=3": ("pc", {"steps": 3}),
-    "PC, error T=3, one launch": ("launch", {"steps": 3, "eager": True}),  # kernels/chain.py, on a GPU
+    "PC, error T=2, one launch": ("launch", {"eager": True}),  # kernels/chain.py, on a GPU
 }
 
 

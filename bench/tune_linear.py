@@ -1,11 +1,11 @@
 """Measure where a linear layer and its node in one kernel beat cuBLAS and the node's own, for the rule of dispatch.
 
-    python bench/tune_linear.py [--dtype bfloat16] [--out pc_triton/tuned.json]
+    python bench/tune_linear.py [--dtype bfloat16] [--tf32] [--out pc_triton/tuned.json]
 
-For each shape it times what a layer takes in a training step by default (the forward of inference and of learning, the
-backward that moves the state, the weight gradient), fused and apart, once both gave the same results; it prints the
-times beside cuBLAS's products alone, and puts the ratio apart / fused into the table, in place of this device's and
-dtype's rows. Exit status 1: a result differs, and nothing is written; 2: no GPU.
+For each shape it times the forward pass, which is what the kernel takes, fused and apart, once both gave the same
+results; it prints the times beside cuBLAS's product alone, and puts the ratio apart / fused into the table, in place of
+this device's and dtype's rows. ``--tf32``: float32 whose products may be TF32. Exit status 1: a result differs, and
+nothing is written; 2: no GPU.
 """
 
 from __future__ import annotations
@@ -28,93 +28,73 @@ SHAPES = [  # rows, N, K: a transformer's layers at several widths and batches
     for n, k in ((1, 1), (4, 1), (1, 4))
     if rows * width <= 2**27
 ]
-COUNTS = {"forward": 2, "backward": 1, "weight gradient": 1}
 Call = Callable[[], tuple[torch.Tensor, ...]]
 
 
-def parts(
-    rows: int, n: int, k: int, dtype: torch.dtype, device: str = "cuda"
-) -> tuple[dict[str, dict[str, Call]], torch.Tensor]:
-    """The calls of a step by their names, fused, apart, and the products of cuBLAS alone; and the state they move."""
+def ways(rows: int, n: int, k: int, dtype: torch.dtype, device: str = "cuda") -> dict[str, Call]:
+    """The forward pass fused and apart, and the product of cuBLAS alone."""
     from pc_triton.dispatch import backend
 
     x, weight, bias = (torch.randn(size, dtype=dtype, device=device) for size in ((rows, k), (n, k), (n,)))
     weight /= k**0.5
-    grad, state = torch.randn(rows, n, dtype=dtype, device=device), torch.randn(rows, n, device=device)
-    pi = torch.rand(rows, device=device) + 0.5
-    keep, ops = pi / 3, backend(x)
-
-    def backward_apart():
-        new, _ = ops.gaussian_step(grad, state, grad, pi, keep, keep, form="error")
-        return new, grad @ weight
-
-    calls: dict[str, dict[str, Call]] = {
-        "forward": {
-            "fused": lambda: ops.linear_forward(x, weight, bias, state, pi, form="error"),
-            "apart": lambda: ops.gaussian_forward(F.linear(x, weight, bias), state, pi, form="error"),
-            "product": lambda: (F.linear(x, weight, bias),),
-        },
-        "backward": {
-            "fused": lambda: ops.linear_backward(grad, weight, state, pi, keep, keep),
-            "apart": backward_apart,
-            "product": lambda: (grad @ weight,),
-        },
-        "weight gradient": {
-            "fused": lambda: ops.linear_weight_gradient(grad, x),
-            "apart": lambda: (grad.t() @ x, grad.sum(0)),
-            "product": lambda: (grad.t() @ x,),
-        },
+    state, pi = torch.randn(rows, n, device=device), torch.rand(rows, device=device) + 0.5
+    ops = backend(x)
+    return {
+        "fused": lambda: ops.linear_forward(x, weight, bias, state, pi),
+        "apart": lambda: ops.gaussian_forward(F.linear(x, weight, bias), state, pi, form="error"),
+        "product": lambda: (F.linear(x, weight, bias),),
     }
-    return calls, state
 
 
-def differs(calls: dict[str, dict[str, Call]], state: torch.Tensor) -> str | None:
-    """The first part whose fused result is not the one apart, beyond the rounding of both."""
-    start = state.clone()
-    for name in COUNTS:
-        results = []
-        for way in ("fused", "apart"):
-            state.copy_(start)
-            results.append([t.clone() for t in calls[name][way]()])
-        for a, b in zip(*results):
-            allowed = 8 * torch.finfo(a.dtype).eps if a.dtype != torch.float32 else 1e-4
-            if not (a.float() - b.float()).abs().max() <= allowed * b.float().abs().max():
-                return name
-    return None
+def differs(found: dict[str, Call]) -> bool:
+    """Whether the fused result is not the one apart, beyond the rounding of both."""
+    from pc_triton.kernels.common import product_precision
+
+    for a, b in zip(found["fused"](), found["apart"]()):
+        eps = torch.finfo(a.dtype).eps
+        if a.dtype == torch.float32:
+            eps = 1e-3 if product_precision(a.dtype) == "tf32" else 1.25e-5
+        if not (a.float() - b.float()).abs().max() <= 8 * eps * b.float().abs().max():
+            return True
+    return False
 
 
 def measure(rows: int, n: int, k: int, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of a step each way. Raises RuntimeError if the ways differ."""
+    """Seconds each way. Raises RuntimeError if the ways differ."""
     from bench_kernels import seconds
 
-    calls, state = parts(rows, n, k, dtype)
-    wrong = differs(calls, state)
-    if wrong:
-        raise RuntimeError(f"{rows} rows, N={n}, K={k}: the fused {wrong} differs from cuBLAS and the node's kernel")
-    return {
-        way: sum(count * seconds(calls[name][way], "cuda") for name, count in COUNTS.items())
-        for way in ("fused", "apart", "product")
-    }
+    calls = ways(rows, n, k, dtype)
+    if differs(calls):
+        raise RuntimeError(f"{rows} rows, N={n}, K={k}: the fused forward differs from cuBLAS and the node's kernel")
+    return {way: seconds(call, "cuda") for way, call in calls.items()}
 
 
-def write(table: Path, what: str, device: str, dtype: str, rows: list[list[float]]) -> None:
-    """Put these rows [*sizes, ratio] in place of those of "linear" or "chain", device and dtype; a row a line."""
+def write(table: Path, what: str, device: str, kind: str, rows: list[list[float]]) -> None:
+    """Put these rows [*sizes, ratio] in place of those of "linear" or "chain", device and kind; a row a line."""
     known = json.loads(table.read_text()) if table.exists() else {}
-    known.setdefault(what, {}).setdefault(device, {})[dtype] = rows
+    known.setdefault(what, {}).setdefault(device, {})[kind] = rows
     text = json.dumps(known, indent=1, sort_keys=True)
     text = re.sub(r"\[\s+([-0-9.,\s]+?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", text)
     table.write_text(text + "\n", encoding="utf-8")
 
 
 def begin(description: str, dtype: str, arguments: list[str] | None) -> argparse.Namespace | None:
-    """The options of a tuner, dtype its default; None where there is no GPU, which it says on stderr."""
+    """The options of a tuner, dtype its default; None where there is no GPU, which it says on stderr.
+
+    ``kind`` is the table's word for the dtype.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=dtype)
+    parser.add_argument("--tf32", action="store_true", help="float32 whose products may be TF32")
     parser.add_argument("--out", type=Path, default=ROOT / "pc_triton" / "tuned.json")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False; run this where there is one", file=sys.stderr)
         return None
+    if options.tf32:
+        options.dtype = "float32"
+        torch.set_float32_matmul_precision("high")
+    options.kind = "tf32" if options.tf32 else options.dtype
     sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
     return options
 
@@ -124,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options is None:
         return 2
     found: list[list[float]] = []
-    print("| rows | N | K | fused ms | apart / fused | fused / cuBLAS's products |\n|---|---|---|---|---|---|")
+    print("| rows | N | K | fused ms | apart / fused | fused / cuBLAS's product |\n|---|---|---|---|---|---|")
     with torch.no_grad():
         for rows, n, k in SHAPES:
             try:
@@ -136,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
             cells = rows, n, k, f"{1e3 * time['fused']:.3f}", f"{ratio:.3f}", f"{time['fused'] / time['product']:.3f}"
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
             found.append([rows, n, k, round(ratio, 3)])
-    write(options.out, "linear", torch.cuda.get_device_name(), options.dtype, found)
+    write(options.out, "linear", torch.cuda.get_device_name(), options.kind, found)
     print(f"in {options.out}")
     return 0
 

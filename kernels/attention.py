@@ -15,6 +15,8 @@ p x + q_ - p = p (e^y - 1 - y) - p KL, of second order in d.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,7 @@ from .common import (
     on_device,
     packed,
     power_of_2,
+    product_precision,
     sum_partials,
 )
 
@@ -220,6 +223,7 @@ def _forward(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """p v, pi KL[p || q_] and each row's facts. A program takes ROWS queries of a head.
 
@@ -242,7 +246,7 @@ def _forward(
     for start in range(0, span, COLS):
         cols = begin + start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
-        mu = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        mu = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
         live = visible(rows[:, None], cols[None, :], seen[None, :], n_queries, n_keys, CAUSAL)
         if SEGMENTS:
@@ -256,7 +260,7 @@ def _forward(
         else:
             peak, total, weights, older = online_softmax(mu, live, peak, total)
         v = load_rows(v_ptr, cols, n_keys, v_stride, HEAD, DIM)
-        out = tl.dot(weights.to(v.dtype), v, out * older, input_precision="ieee")
+        out = tl.dot(weights.to(v.dtype), v, out * older, input_precision=PRECISION)
     if HAS_STATE:
         peak, total, _, _, mean_d, kl = row
     peak, inverse = settle(peak, total)
@@ -342,6 +346,7 @@ def _grad_queries(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dF/dq = scale dF/dmu k, and <p, g> = <out, dF/dout>, which the keys' kernel reads. A program takes ROWS queries.
 
@@ -370,8 +375,8 @@ def _grad_queries(
         cols = begin + start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
         v = load_rows(v_ptr, cols, n_keys, v_stride, HEAD, DIM)
-        mu = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        g = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+        mu = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        g = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
         live = visible(rows[:, None], cols[None, :], seen[None, :], n_queries, n_keys, CAUSAL)
         if SEGMENTS:
@@ -382,7 +387,7 @@ def _grad_queries(
             pointers = state_ptr + (places[:, None] * n_keys + cols[None, :])
             d = load_state(pointers, inside[:, None] & (cols < n_keys)[None, :], live)
         _, grad_mu = node_tile(mu, d, g, facts, mean_g[:, None], pi, HAS_STATE)
-        grad_q = tl.dot(grad_mu.to(k.dtype), k, grad_q, input_precision="ieee")
+        grad_q = tl.dot(grad_mu.to(k.dtype), k, grad_q, input_precision=PRECISION)
     store_rows(grad_q_ptr + first, grad_q * scale, rows, n_queries, token, HEAD, DIM)
 
 
@@ -421,6 +426,7 @@ def _step_keys(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """d <- keep d - (move / pi) (g - <p, g>); dF/dk = scale dF/dmu' q and dF/dv = p' dF/dout, at the old d.
 
@@ -473,8 +479,8 @@ def _step_keys(
                 HEAD,
                 DIM,
             )
-            mu = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-            g = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
+            mu = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+            g = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
             inside = rows < n_queries
             places = head_row + rows
             lse, mean_d, kl = load_facts(facts_ptr, places, inside, n_rows, HAS_STATE)
@@ -492,8 +498,8 @@ def _step_keys(
                 new = tl.where(mu == float("-inf"), 0.0, keep * d - push * (g - mean_g))
                 tl.store(state_ptr + offsets, new, mask=mask)
             p, grad_mu = node_tile(mu, d, g, (lse[None, :], mean_d[None, :], kl[None, :]), mean_g, pi, HAS_STATE)
-            grad_v = tl.dot(p.to(grad_out.dtype), grad_out, grad_v, input_precision="ieee")
-            grad_k = tl.dot(grad_mu.to(q.dtype), q, grad_k, input_precision="ieee")
+            grad_v = tl.dot(p.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
+            grad_k = tl.dot(grad_mu.to(q.dtype), q, grad_k, input_precision=PRECISION)
     token = n_heads // GROUP * HEAD
     place_k = (item * n_keys * (n_heads // GROUP) + kv_head) * HEAD
     store_rows(grad_k_ptr + place_k, grad_k * scale, cols, n_keys, token, HEAD, DIM)
@@ -559,16 +565,25 @@ def like_tokens(x: Tensor) -> Tensor:
     return torch.empty(b, length, heads, head, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
-def plan(dtype: torch.dtype, dim: int, kernel: str, segments: bool, target: int | str) -> dict[str, int]:
+def plan(
+    dtype: torch.dtype, dim: int, kernel: str, segments: bool, target: int | str, precision: str = "ieee"
+) -> dict[str, int]:
     """ROWS, COLS, num_warps and num_stages of a kernel: the largest tiles that spill on none of aot.py's targets.
 
-    target: Triton's name of the GPU. A product's warps lie along its rows, 16 to each and on sm_90 64 to four, for the
-    keys' kernel along its columns: warps beyond that would compute what others have, softmax and all. On sm_100, whose
-    products lie in a memory of their own, eight warps share 64 rows.
+    target: Triton's name of the GPU. precision: that of `product_precision`. A product's warps lie along its rows, 16
+    to each and on sm_90 64 to four, for the keys' kernel along its columns: warps beyond that would compute what others
+    have, softmax and all. On sm_100, whose products lie in a memory of their own, eight warps share 64 rows.
     """
     wide, number = dim > 64, 0 if isinstance(target, str) else target
     amd, tensor_memory = number == 0, 100 <= number < 120
-    if dtype == torch.float32:
+    exact = dtype == torch.float32 and precision == "ieee"
+    if precision == "tf32":
+        roomy, warps, stages = not wide and (number == 90 or tensor_memory), 4, 1
+        if kernel == "keys":
+            rows, cols = 16, 64 if roomy else 32
+        else:
+            rows, cols = 32 if wide else 64, 32 if roomy or kernel == "forward" else 16
+    elif exact:
         rows, cols, warps, stages = 16, 16 if kernel == "queries" else 32, 8 if wide else 4, 1
     elif kernel == "keys":
         rows, cols, warps, stages = 16, 64, 8 if wide or amd else 4, 2
@@ -585,21 +600,24 @@ def plan(dtype: torch.dtype, dim: int, kernel: str, segments: bool, target: int 
     elif tensor_memory and not wide:
         rows, cols, warps, stages = 64, 64, 8, 2
     else:
-        rows, cols, warps, stages = 64, 32 if wide or (segments and kernel == "forward") else 64, 4, 2
+        tight = segments if kernel == "forward" else number >= 120
+        rows, cols, warps, stages = 64, 32 if wide or tight else 64, 4, 2
     options = {"ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": stages, **FUSED}
-    if not amd and (segments or dtype != torch.float32 or kernel == "forward" or not wide):
+    if not amd and (segments or not exact or kernel == "forward" or not wide):
         options["maxnreg"] = 248  # unasked, ptxas takes all 255 on sm_80; in 248 it spills nothing worth the name
     return options
 
 
 def shape_options(
     q: Tensor, k: Tensor, kernel: str, causal: bool, padding: Tensor | None, segments: Tensor | None
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """What a launch fixes at compile time."""
     dim = max(16, power_of_2(q.shape[3]))
     masks = {"CAUSAL": causal, "PADDING": padding is not None, "SEGMENTS": segments is not None}
-    tiles = plan(q.dtype, dim, kernel, segments is not None, arch())
-    return {"GROUP": q.shape[1] // k.shape[1], **masks, "HEAD": q.shape[3], "DIM": dim, **tiles}
+    precision = product_precision(q.dtype)
+    tiles = plan(q.dtype, dim, kernel, segments is not None, arch(), precision)
+    sizes = {"GROUP": q.shape[1] // k.shape[1], "HEAD": q.shape[3], "DIM": dim, "PRECISION": precision}
+    return {**sizes, **masks, **tiles}
 
 
 def attention_forward(

@@ -58,6 +58,7 @@ def _fall(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """sum p (g - <p, g>)^2 of each query, in one pass over its keys. A program takes ROWS queries of a head.
 
@@ -82,8 +83,8 @@ def _fall(
         cols = begin + start + tl.arange(0, COLS)
         k = load_rows(k_ptr, cols, n_keys, k_stride, HEAD, DIM)
         v = load_rows(v_ptr, cols, n_keys, v_stride, HEAD, DIM)
-        mu = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        g = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+        mu = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        g = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
         live = visible(rows[:, None], cols[None, :], seen[None, :], n_queries, n_keys, CAUSAL)
         if SEGMENTS:
@@ -119,6 +120,7 @@ def _first_step(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """e = -(move / pi) (g - <p, g>), 0 where masked. A program takes ROWS queries of a head.
 
@@ -142,7 +144,7 @@ def _first_step(
     for start in range(0, n_keys, COLS):
         cols = start + tl.arange(0, COLS)
         v = load_rows(v_ptr, cols, n_keys, v_stride, HEAD, DIM)
-        g = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+        g = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
         live = visible(rows[:, None], cols[None, :], seen[None, :], n_queries, n_keys, CAUSAL)
         if SEGMENTS:

@@ -20,10 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .categorical import check_labels, clamp_rows
-from .common import UNFUSED, arch, cdiv, check, expm1, on_device
+from .common import UNFUSED, arch, cdiv, check, expm1, on_device, product_precision
 from .linear import multiply
 
 FACTS = tl.constexpr(7)  # in the table, of each layer
+SAMPLES = 16
+"""Samples of a program: few, as a GPU is to be full of programs."""
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh")
 
 
@@ -90,6 +92,7 @@ def _forwards(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One layer: f(u) and f'(u) of u = W x + b + e, in the first pass of mu; the last one's mu in its gradient's place.
 
@@ -110,7 +113,7 @@ def _forwards(
         acc += tl.load(bias_ptr + left + cols.to(tl.int64), mask=has_bias, other=0.0).to(tl.float32)
         acc = multiply(
             acc, input_ptr, weight_ptr + tl.cast(left, tl.int64) * k, high, n - left, k, input_stride, 1, 1, k,
-            ROWS, COLS, DEPTH, EVEN,
+            ROWS, COLS, DEPTH, EVEN, PRECISION,
         )  # fmt: skip
         if first:
             squares += tl.sum(acc * acc, axis=1, keep_dims=True)
@@ -134,6 +137,7 @@ def _backwards(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """From a layer's gradient that of the node below, f'(u) W' g. Returns the sum of its squares of each sample."""
     _, slope_ptr, _, _, grad_ptr = buffers
@@ -146,7 +150,7 @@ def _backwards(
         acc = tl.zeros([ROWS, COLS], tl.float32)
         acc = multiply(
             acc, grad_ptr + top * stride + column, weight_ptr + left, high, k - left, n, stride, 1, k, 1,
-            ROWS, COLS, DEPTH, EVEN,
+            ROWS, COLS, DEPTH, EVEN, PRECISION,
         )  # fmt: skip
         mask, tile = inside & (cols < k - left), place + left + cols
         g = acc * tl.load(slope_ptr + tile, mask=mask, other=0.0).to(tl.float32)
@@ -197,6 +201,13 @@ def _clamp_values(mu_ptr, target_ptr, rows, inside, scale, n, stride, COLS: tl.c
 
 
 @triton.jit
+def _precision(squared, columns, nodes, free_energy, displacement, trust):
+    """`rules.Displacement` of a node by itself: n |G|^2 / (2 delta |F|), and no move by more than ``trust``."""
+    share = nodes * squared / tl.maximum(2.0 * displacement * tl.abs(free_energy), 1.2e-38)
+    return tl.maximum(share, tl.sqrt(squared / columns) / trust)
+
+
+@triton.jit
 def _chain(
     x_ptr,  # [S, K]
     target_ptr,  # [S] int64 labels, or [S, N_L] values
@@ -207,8 +218,10 @@ def _chain(
     error_ptr,  # the same in float32: e = u - mu
     accepted_ptr,  # the same: e to which the guard goes back; with REMEMBERS alone
     grad_ptr,  # the same in x's dtype, and then the last layer's: dF/dmu; of the last one first mu itself
-    precision_ptr,  # [L - 1, S] float32: P; within the first pass the mean of mu^2
+    precision_ptr,  # [2 (L - 1), S] float32: P; within the first pass the mean of mu^2, and then |G|^2 of each node
     energy_ptr,  # [S] float32: F
+    before_ptr,  # [2, S] float32: F in the first pass, and its slope along the first move
+    tracked_ptr,  # one float32, the first step if it is a number; or None
     n_samples,
     layers,
     width_units,  # K / UNIT
@@ -218,6 +231,7 @@ def _chain(
     precision,  # of every node, where it is not to be found
     displacement,
     trust,
+    least,
     ignore_index,
     UNIT: tl.constexpr,  # what the layers' input widths are multiples of
     LAST_UNIT: tl.constexpr,  # and their output widths
@@ -230,14 +244,16 @@ def _chain(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """All passes over ROWS samples, of each pass: forwards, from the prediction e = 0 in the first one,
 
         u = W f(u below) + b + e,  F = sum P |e|^2 / 2 + the energy of the last layer
 
     then the coefficients of each sample's next move, and backwards g below = f'(u below) W' g, which in the first pass
-    gives P, and, but for the last pass, e <- keep e - (move / P) g. A barrier stands between what the program's threads
-    write and what others of them read.
+    gives P, that of a node by itself but at least ``least`` of their mean. Then, but for the last pass, every node
+    makes its move e <- keep e - (move / P) g. A barrier stands between what the program's threads write and what others
+    of them read.
 
     Floor, with p weights, h hidden units and N_L outputs: read x and the weights, write f(u) and g, of x's dtype all;
     2 S p FLOPs a forward pass, and without the first layer's weights a backward pass.
@@ -249,6 +265,9 @@ def _chain(
     rows = top + tl.arange(0, ROWS)[:, None]
     inside = rows < S
     samples = (top, n_samples - program * ROWS, inside)
+    if tracked_ptr is not None:
+        tracked = tl.load(tracked_ptr)
+        first_step = tl.where(tl.abs(tracked) < float("inf"), tracked, first_step)
     step = tl.full([ROWS, 1], first_step, tl.float32)
     keep, move, rose = 1.0 - step, step, step < 0.0
     accepted = tl.zeros([ROWS, 1], tl.float32)  # F of the states to which the guard goes back
@@ -264,7 +283,7 @@ def _chain(
             node = rows < tl.where(l < last, S, 0)
             total = _forwards(
                 t == 0, node, samples, layer, input_ptr, tl.where(l == 0, width, stride),
-                tl.load(table_ptr + l * FACTS + 6), buffers, stride, ACTIVATIONS, EVEN, ROWS, COLS, DEPTH,
+                tl.load(table_ptr + l * FACTS + 6), buffers, stride, ACTIVATIONS, EVEN, ROWS, COLS, DEPTH, PRECISION,
             )  # fmt: skip
             place = precision_ptr + l * S + rows
             energy += 0.5 * total * tl.load(place, mask=node & (t > 0), other=0.0)
@@ -282,6 +301,7 @@ def _chain(
         tl.debug_barrier()
         if t == 0:
             accepted = energy
+            tl.store(before_ptr + rows, energy, mask=inside)
         elif GUARDS:
             rose = energy > accepted
             back = tl.full([ROWS, 1], 1.0, tl.float32)
@@ -296,23 +316,33 @@ def _chain(
             accepted = tl.where(rose, accepted, energy)
             keep = tl.where(rose, back, 1.0 - step)
             move = tl.where(rose, 0.0, step)
+        held = tl.zeros([ROWS, 1], tl.float32)  # the sum of the nodes' precisions, by their own gradients
         for i in range(last):
             layer = _layer(table_ptr, last - i, x_ptr.dtype, UNIT, LAST_UNIT)
-            total = _backwards(samples, layer, buffers, stride, EVEN, ROWS, COLS, DEPTH)
+            total = _backwards(samples, layer, buffers, stride, EVEN, ROWS, COLS, DEPTH, PRECISION)
             tl.debug_barrier()
+            if t == 0:
+                place = precision_ptr + (last - 1 - i) * S + rows
+                if AUTO:
+                    total *= tl.load(place, mask=inside, other=1.0)
+                    held += _precision(total, layer[3], last, accepted, displacement, trust)
+                tl.store(place + last * S, total, mask=inside)
+        tl.debug_barrier()
+        for i in range(last):
+            layer = _layer(table_ptr, last - i, x_ptr.dtype, UNIT, LAST_UNIT)
             place = precision_ptr + (last - 1 - i) * S + rows
             pi = tl.load(place, mask=inside, other=1.0)
             if t == 0:
+                total = tl.load(place + last * S, mask=inside, other=0.0)
                 tl.debug_barrier()  # every warp has read the mean of mu^2 before one of them overwrites it
                 unit = tl.full([ROWS, 1], 1.0, tl.float32)
                 if AUTO:
                     unit = pi
-                    share = last * total * unit / tl.maximum(2.0 * displacement * tl.abs(accepted), 1.2e-38)
-                    pi = tl.maximum(share, tl.sqrt(total * unit / layer[3]) / trust)
-                    pi = tl.minimum(tl.maximum(pi, 1e-12), 1e12)
+                    pi = _precision(total, layer[3], last, accepted, displacement, trust)
+                    pi = tl.minimum(tl.maximum(tl.maximum(pi, least * held / last), 1e-12), 1e12)
                 else:
                     pi = tl.full([ROWS, 1], precision, tl.float32)
-                fall += total * unit / pi
+                fall += total / pi
                 pi /= tl.maximum(unit, 1e-30)
                 tl.store(place, pi, mask=inside)
             if t + 1 < steps:
@@ -320,6 +350,7 @@ def _chain(
                     t, rows * stride + layer[5], inside, buffers, layer[3], keep, move / pi, rose, REMEMBERS, COLS
                 )  # fmt: skip
         tl.debug_barrier()
+    tl.store(before_ptr + (S + rows), fall, mask=inside)
 
 
 @lru_cache(maxsize=256)
@@ -342,19 +373,26 @@ def chain_gradient(
     precision: float | None,
     displacement: float,
     trust: float,
+    least: float,
     ignore_index: int,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    tracked: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """F ``[S]`` in the last of T = ``steps`` passes, there each layer's input, and its dF/dmu times weight_of_item.
+
+    Before the inputs F in the first pass and its slope along the first move, ``[2, S]``.
 
     x ``[S, N_0]``; target: labels int64 ``[S]``, of which ``ignore_index`` counts nothing, or values ``[S, N_L]``,
     whose energy is |y - mu|^2 / 2; weight_of_item: one float32. weights ``[N_l, N_(l-1)]``, contiguous, biases
     ``[N_l]`` or None, and the name of the activation on each layer but the last (`ACTIVATIONS`). All but labels of one
     dtype, float32, float16 or bfloat16. precision: pi of each node, or None: it is set for each node and sample from
-    the displacement, and ``trust``. step: the first one; guards: whether the later ones are adapted. All of this is as
-    in `pc_triton.FreeEnergy` with ``order="error"``.
+    the displacement, ``trust`` and ``least``. step: the first one, or ``tracked``, one float32, where that is given and
+    finite; guards: whether the later ones are adapted. All of this is as in `pc_triton.FreeEnergy` with
+    ``order="error"``.
     Raises ValueError for a number, shape, strides or device that does not fit, TypeError for a dtype that does not.
     """
     labels = _check_chain(x, target, weight_of_item, weights, biases, activations)
+    if tracked is not None:
+        check("tracked", tracked, x, (), beside="x", coefficient=True)
     x = (
         x.contiguous()
         if x.data_ptr() % (16 * x.element_size()) == 0
@@ -363,9 +401,8 @@ def chain_gradient(
     samples, widths, last = len(x), (x.shape[1], *(len(w) for w in weights)), len(weights) - 1
     columns = list(accumulate(widths[1:], initial=0))
     stride, remembers = 16 * cdiv(columns[-1], 16), guards and steps > 3
-    energy, precisions = (
-        torch.empty(samples, dtype=torch.float32, device=x.device),
-        torch.empty(last, samples, dtype=torch.float32, device=x.device),
+    energy, before, precisions = (
+        torch.empty(*sizes, samples, dtype=torch.float32, device=x.device) for sizes in ((), (2,), (2 * last,))
     )
     f, slope, grad = x.new_empty(3, samples, stride)
     errors = torch.empty(1 + remembers, samples, stride, dtype=torch.float32, device=x.device)
@@ -385,7 +422,9 @@ def chain_gradient(
     )
     if samples:
         amd = isinstance(arch(), str)
-        rows, cols, depth = 16, 64, 16 if x.element_size() == 4 else 64  # few rows: a GPU is to be full of programs
+        products = product_precision(x.dtype)
+        depth = 16 if x.dtype == torch.float32 and products == "ieee" else 128 // x.element_size()
+        rows, cols = SAMPLES, 64
         with on_device(x):
             _chain[(cdiv(samples, rows),)](
                 x,
@@ -399,6 +438,8 @@ def chain_gradient(
                 grad,
                 precisions,
                 energy,
+                before,
+                tracked,
                 samples,
                 last + 1,
                 widths[0] // unit,
@@ -408,6 +449,7 @@ def chain_gradient(
                 0.0 if precision is None else float(precision),
                 displacement,
                 trust,
+                least,
                 ignore_index,
                 UNIT=unit,
                 LAST_UNIT=last_unit,
@@ -420,13 +462,14 @@ def chain_gradient(
                 ROWS=rows,
                 COLS=cols,
                 DEPTH=depth,
+                PRECISION=products,
                 num_warps=8,
                 num_stages=2 if amd else 3,
                 **({} if amd else {"maxnreg": 224}),  # unasked, ptxas spills rather than take over 128
                 **UNFUSED,
             )
     parts = [slice(*ends) for ends in pairwise(columns)]
-    return energy, [x, *(f[:, part] for part in parts[:-1])], [grad[:, part] for part in parts]
+    return energy, before, [x, *(f[:, part] for part in parts[:-1])], [grad[:, part] for part in parts]
 
 
 def _check_chain(

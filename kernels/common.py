@@ -158,6 +158,22 @@ def arch() -> int | str:
         return 90
 
 
+def product_precision(dtype: torch.dtype) -> str:
+    """How the kernels multiply, as ``tl.dot`` calls it: "tf32" for float32 where torch may do so too, else "ieee".
+
+    Torch may after ``torch.set_float32_matmul_precision("high")``, or ``torch.backends.cuda.matmul.fp32_precision =
+    "tf32"``. The tensor cores for it begin with sm_80; on AMD's GPUs products stay exact.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    asked = getattr(matmul, "fp32_precision", None)  # from torch 2.9 on; to ask for the old name may then be an error
+    if not (matmul.allow_tf32 if asked is None else asked == "tf32"):
+        return "ieee"
+    target = arch()
+    return "tf32" if isinstance(target, int) and target >= 80 else "ieee"
+
+
 def tile(columns: int, elements: int, longest: int) -> tuple[int, int, int]:
     """ROWS, COLS and num_warps of a program over rows of that length: several short rows make up ``elements``."""
     cols = min(power_of_2(columns), longest)

@@ -7,6 +7,7 @@ loss = free_energy(x, y)                # inference
 loss.backward()                         # learning
 """
 
+from . import interrupt as interrupt  # first: what follows imports torch
 from .context import add_energy
 from .convert import convert
 from .dispatch import use_backend

@@ -41,6 +41,11 @@ def sum_samples(x: Tensor, samples: int) -> Tensor:
     return x.reshape(samples, -1).sum(1)
 
 
+def sum_of_nodes(x: Tensor) -> Tensor:
+    """The sum of x ``[nodes, S]`` over nodes: ``[S]``. No sample's sum depends on how many samples there are."""
+    return x.T.contiguous().sum(-1)
+
+
 def mean_square(mu: Tensor, samples: int) -> Tensor:
     """The mean of mu^2 of each sample ``[S]``: the square of a location family's unit."""
     return sum_samples(wide(mu) ** 2, samples) * (samples / mu.numel())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arithmetic import sum_samples, wide
+from .arithmetic import sum_of_nodes, sum_samples, wide
 from .checks import check_batch, check_devices, samples_first
 from .context import running
 from .dispatch import tracing
@@ -47,19 +47,21 @@ class Batch(Nodes):
         input_node: Distribution | None = None,
         clamp_input: bool | Tensor = True,
         shows: bool = False,
+        logits: Callable[[Any], Any] | None = None,
     ) -> None:
         self.model, self.inputs = model, inputs
-        self.args, self.kwargs, first = check_batch(inputs)
+        self.args, self.kwargs, first = check_batch(inputs, target)
         clamped = Output(target, len(first), output, output_weight, mask)
         super().__init__(len(first), calls, names, form, clamped)
         self.input_node, self.clamp_input = input_node, clamp_input
-        self.shows = shows  # whether its nodes will be asked what they emit
+        self.shows = shows  # whether its nodes' emissions will be read after inference
         parameters = dict(model.named_parameters())
         check_devices(parameters, first.device)
         self.weights: list[nn.Parameter] = []  # what a compiled pass must be told not to differentiate
         if calls.compiled and not sharded_modules(model):
             self.weights = [p for p in parameters.values() if p.requires_grad and p.is_leaf]
-        self.out = torch.empty(0)  # what the model returned in the last pass
+        self.logits = logits or _logits  # the tensor that is clamped, of what the model returns
+        self.out = torch.empty(0)  # that tensor in the last pass
         self.energies: list[Tensor] = []  # F [S] of every pass
         self.few_digits: FewDigits | None = None
         self.watch: Callable[[Batch], None] | None = None  # called before every move, and after the last
@@ -68,8 +70,7 @@ class Batch(Nodes):
         self.looks = calls.looks_again(model.training) and not graph
         if self.looks:
             refuse_own_tokens(model, inputs, target)
-        self.random = RandomState(first.device, calls.draws_elsewhere or self.looks)
-        self.resumes_random = False  # whether something else draws between the passes
+        self.random = RandomState(first.device, calls.draws_elsewhere or self.looks)  # as before the first pass
 
     @property
     def items(self) -> Tensor | int:
@@ -89,13 +90,16 @@ class Batch(Nodes):
         """
         here = ModelPass(self, learns, moves, shows, local, None if learns or shows else self.few_digits)
         first = here.first
-        resume = None
-        if self.resumes_random and not first:
-            resume = RandomState(self.random.device, self.calls.draws_elsewhere)
+        # Dropout and noise are the same in every pass. What draws between the passes, such as a rule, a start or a
+        # state_optimizer of the user's, must not see the same numbers again: it goes on where it was.
+        now = RandomState(self.random.device, self.calls.draws_elsewhere or (first and self.looks))
+        if first:
+            self.random = now
+        else:
+            self.random.restore()
         noted = self.calls.buffers.note(self.looks) if first else None
-        self.random.restore()  # dropout and noise are the same in every pass
         try:
-            with torch.enable_grad(), running(here), here.digits(), contextlib.ExitStack() as held:
+            with torch.enable_grad(), running(here), here.digits(), here.functions(), contextlib.ExitStack() as held:
                 if not first and (self.calls.norms or self.moved):
                     held.enter_context(self.held())
                 if not learns and self.weights:
@@ -103,12 +107,13 @@ class Batch(Nodes):
                 if self.calls.compiled:
                     self._put_errors_in_the_graph(here, held)
                     eager = first or local or self.places is not None or here.few_digits is not None
+                    eager |= self.calls.functions
                     held.enter_context(self.calls.eager() if eager else self.calls.traced())
                 if self.looks and first and self.calls.time_first:
                     held.enter_context(samples_first(self.calls.time_first, self.samples))
                 args = self.args if self.clamp_input is True else (self._free_input(), *self.args[1:])
                 out = self.calls.run(self.model, *args, **self.kwargs)
-                self.out = out["logits"] if isinstance(out, Mapping) and "logits" in out else out
+                self.out = self.logits(out)
                 if self.looks and first:
                     refuse_own_loss(out, self.output.target)
                 here.check(self.out)
@@ -121,8 +126,8 @@ class Batch(Nodes):
         if noted is not None:
             self.moved = noted.moved()
             self.calls.learn(self.moved, self.random.moved_elsewhere())
-        if resume is not None:
-            resume.restore()
+        if not first:
+            now.restore()
         if learns and (moves or not first) and energy.requires_grad:  # at the prediction it is plain backpropagation
             energy.register_hook(refuse_second_derivative)
         self.energies.append(energy.detach())
@@ -192,7 +197,8 @@ class Batch(Nodes):
     def at_prediction(self, *, learns: bool = False, fuses: bool = False) -> Tensor:
         """F ``[S]`` with every node at its prediction, where it is made.
 
-        learns: it is the learning pass already. fuses: nobody but `Node` will ask what it predicts.
+        learns: it is the learning pass already. fuses: a kernel may compute a prediction
+        and the node on it in one, since nothing else will read the prediction.
         """
         self.fuses_first = fuses and not self.shows
         energy = self.free_energy(learns=learns, moves=False)
@@ -216,6 +222,17 @@ class Batch(Nodes):
         finally:
             self.places = None
         self.energies.pop()
+
+    def warn_if_none_is_free(self) -> None:
+        """Warn, once for a model, where y is clamped and there is no state to move."""
+        if self.output.target is None or any(node.state is not None for node in self.nodes):
+            return
+        visited = ", ".join(repr(node.name) for node in self.nodes)
+        self.calls.say(
+            f"no free value node: the forward visits {visited}, and the output depends on none that is not itself the "
+            "output. Inference moves nothing, and training is backpropagation. Put pc.Gaussian() after a hidden layer; "
+            "print(changes) shows what pc.convert left and why, changes.visit(free_energy, x) what the forward visits"
+        )
 
     def learn(self, *, local: bool = False) -> Tensor:
         """The learning pass: F ``[S]``, whose backward leaves the weight gradients.
@@ -259,4 +276,11 @@ class Batch(Nodes):
             node.precision = pi[row]
             if node.unit is not None and node.family.quadratic:
                 node.precision, node.in_units, node.unit = absolute[row], pi[row], None
-        return reached, (squared / pi).T.contiguous().sum(-1)  # so that no sample's sum depends on how many there are
+        return reached, sum_of_nodes(squared / pi)
+
+
+def _logits(out: Any) -> Any:
+    """The logits of a mapping or a dataclass that has them; else what was returned."""
+    if isinstance(out, Mapping):
+        return out.get("logits", out)
+    return getattr(out, "logits", out)

@@ -1,12 +1,14 @@
 """A training step of a chain of linear layers in one launch of ``kernels/chain.py``, and the products for the weights.
 
 It serves a call of `FreeEnergy` on an ``nn.Sequential`` of ``pc.Linear`` layers with Gaussian nodes, elementwise
-activations between them and a last linear layer, where a table of measured times says that it is faster.
+activations between them and a last linear layer, where ``choice.py`` says that it is faster. Of a tracked step the
+first batch is the layers', as it corrects its own move.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,8 @@ from .distributions import Distribution
 from .families import Categorical, Gaussian, output_family
 from .nn import Linear
 from .plumbing import once_differentiable
-from .rules import TRUST, Constant, Displacement, Fixed, Guarded, Rules
+from .rules import LEAST, TRUST, Constant, Displacement, Fixed, Guarded, Rules
+from .tracking import StepTracker, Tracked
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -68,22 +71,27 @@ class Owner(Protocol):
     steps: int
     output_weight: float
     local: bool
+    logits: Callable[[Any], Any] | None
+    tracker: StepTracker
 
     @property
     def rules(self) -> Rules: ...
 
 
-def chain_loss(owner: Owner, x: Any, y: Tensor | None) -> Tensor | None:
+def chain_loss(owner: Owner, x: Any, y: Tensor | None, tracks: bool) -> Tensor | None:
     """The free energy per item of a call of ``owner``; None where its modules have to be called for it.
 
-    Raises what a call does, before anything changes.
+    tracks: whether the batches that follow learn their step from this one. Raises what a call does, before anything
+    changes.
     """
-    if type(x) is not Tensor or type(y) is not Tensor or not may_chain(x) or not _plain(owner):
+    if type(x) is not Tensor or type(y) is not Tensor or not may_chain(x):
+        return None
+    rules = owner.rules
+    if not _plain(owner, rules, x.dtype):
         return None
     chain = as_chain(owner.model)
     if chain is None or not _fits(chain, x, y):
         return None
-    rules = owner.rules
     last = chain.layers[-1]
     own = last.node if isinstance(last, Linear) else None
     family = output_family(owner.output, own, y)
@@ -98,9 +106,12 @@ def chain_loss(owner: Owner, x: Any, y: Tensor | None) -> Tensor | None:
     items = family.check_target(y, x.new_empty(len(x), last.out_features)).clamp_min(1)
     from .kernels.chain import chain_gradient  # needs triton
 
+    step = rules.step
+    coarse = isinstance(step, Tracked) and _coarse(step, x.dtype)
+    tracked = step.mean if isinstance(step, Tracked) and not coarse else None
     weights, biases = [layer.weight for layer in chain.layers], [layer.bias for layer in chain.layers]
     with torch.no_grad():
-        energy, inputs, grads = chain_gradient(
+        energy, before, inputs, grads = chain_gradient(
             x,
             y if labels else y.to(x.dtype),
             1.0 / items.float(),
@@ -108,23 +119,37 @@ def chain_loss(owner: Owner, x: Any, y: Tensor | None) -> Tensor | None:
             biases,
             chain.activations,
             steps=owner.steps,
-            step=rules.step.first,
-            guards=type(rules.step) is Guarded,
+            step=1.0 if coarse else step.first,
+            guards=type(step) is Guarded,
             precision=rules.precision.pi if isinstance(rules.precision, Fixed) else None,
             displacement=rules.precision.delta if isinstance(rules.precision, Displacement) else 0.0,
             trust=TRUST,
+            least=LEAST,
             ignore_index=family.ignore_index if isinstance(family, Categorical) else 0,
+            tracked=None if tracked is None else tracked.to(x.device),
         )
+    if tracks and isinstance(step, Tracked):
+        made = cast(Tracked, step.start(before[0], before[1], False))
+        made.coarse = coarse
+        owner.tracker.learn(made, energy)
     return _Learned.apply(energy.sum() / items, inputs, grads, *weights, *biases)
 
 
-def _plain(owner: Owner) -> bool:
+def _plain(owner: Owner, rules: Rules, dtype: torch.dtype) -> bool:
     """Whether inference goes by rules that the kernel knows."""
-    rules = owner.rules
+    step = rules.step
     if owner.order != "error" or rules.state_optimizer is not None or rules.stop is not None:
         return False
-    known = type(rules.step) in (Constant, Guarded) and type(rules.precision) in (Displacement, Fixed)
-    return known and owner.output_weight == 1 and not owner.local
+    if type(step) is Tracked and step.mean is None and not _coarse(step, dtype):
+        return False  # a first batch, which a pass more corrects
+    known = type(step) in (Constant, Guarded, Tracked) and type(rules.precision) in (Displacement, Fixed)
+    usual = owner.output_weight == 1 and owner.logits is None and rules.inference_dtype is None
+    return known and usual and not owner.local
+
+
+def _coarse(step: Tracked, dtype: torch.dtype) -> bool:
+    """Whether F is too coarse to learn from, and the step 1: see `Tracked.unguarded`."""
+    return step.coarse or dtype == torch.bfloat16
 
 
 def _fits(chain: Chain, x: Tensor, y: Tensor) -> bool:

@@ -6,22 +6,13 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.overrides import TorchFunctionMode
 
 from .distributions import Distribution
-from .plumbing import hold_statistics
+from .functions import ATTENTION, FunctionCalls
 
 if TYPE_CHECKING:
     from .free_energy import FreeEnergy
-
-ATTENTION = {F.scaled_dot_product_attention: "scaled_dot_product_attention"}
-FUNCTIONS: dict[Any, str] = ATTENTION | dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), "softmax")
-"""Functions that would hold a Categorical value node if they were modules."""
-
-CALLS = "its forward calls"
 
 
 class Changes(dict[str, str]):
@@ -43,14 +34,14 @@ class Changes(dict[str, str]):
         as ``F.softmax``, are added with the module that calls them. Returns itself. Raises what a call does.
         """
         batch, functions = free_energy.batch(x, y), FunctionCalls()
-        with torch.inference_mode(False), hold_statistics(batch.calls.norms), functions:
+        with torch.inference_mode(False), batch.calls.held(), functions:
             batch.at_prediction()
         batch.random.restore()
         output = batch.output.node
         self.nodes = {node.family for node in batch.nodes if node is not output}
         for name, module in self.model.named_modules():
             called = functions.found.get(module)
-            if called and CALLS in self.get(name, CALLS):  # a run knows better than the code
+            if called and name not in self:
                 self[name] = calls_a_function(called)
             family = node_of(module) if name in self else None
             if family is not None:
@@ -82,35 +73,6 @@ class Changes(dict[str, str]):
         return "\n".join([*lines, last])
 
 
-class FunctionCalls(TorchFunctionMode):
-    """Within it, `found` gathers the modules that call one of `FUNCTIONS`, and its name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[nn.Module, str] = {}
-        self.within: list[nn.Module] = []
-
-    def __enter__(self) -> Any:
-        self.hooks = [
-            torch_module.register_module_forward_pre_hook(lambda module, _: self.within.append(module)),
-            torch_module.register_module_forward_hook(lambda *_: self._leave(), always_call=True),
-        ]
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        super().__exit__(*error)
-
-    def _leave(self) -> None:
-        self.within.pop()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in FUNCTIONS and self.within and node_of(self.within[-1]) is None:
-            self.found[self.within[-1]] = FUNCTIONS[func]
-        return func(*args, **(kwargs or {}))
-
-
 def node_of(module: nn.Module) -> Distribution | None:
     """The value node of a module's output: the module itself, where it is a family."""
     node = module if isinstance(module, Distribution) else getattr(module, "node", None)
@@ -127,4 +89,4 @@ def base_layer(module: nn.Module) -> nn.Module | None:
 def calls_a_function(name: str) -> str:
     """What `Changes` says of a module whose forward calls this function."""
     use = "pc.Attention" if name in ATTENTION.values() else "pc.Categorical(), a module,"
-    return f"left as it is: {CALLS} {name}, and a function has no value node; use {use} in its place"
+    return f"left as it is: its forward calls {name}, and a function has no value node; use {use} in its place"

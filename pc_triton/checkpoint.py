@@ -105,7 +105,8 @@ def write(path: Path, content: bytes) -> None:
 
     Raises InputError if it cannot be written; nothing is then left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check_replaceable(path)
+    temporary = path.parent / f".{path.name[:40]}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -121,6 +122,20 @@ def write(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise InputError if a path is a folder or a device, or is in no folder that there is, before there is content."""
+    try:
+        os.lstat(path)
+        if not path.is_file():
+            raise InputError(f"{path} is no file to be replaced: choose another path")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}: choose another path") from None
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: {path.parent} is no folder: make it, or choose another path")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from .dispatch import tracing
@@ -17,7 +18,7 @@ from .distributions import Distribution
 
 def check_values(inputs: Any, target: Tensor | None, family: Distribution | None, classes: int) -> None:
     """Raise ValueError for what a batch may not hold: no samples, NaN, infinity, labels that are no class."""
-    check_batch(inputs)
+    check_batch(inputs, target)
     check_finite("y", target)
     if target is not None and family is not None:
         family.check_values(target, classes)
@@ -38,20 +39,55 @@ def check_finite(name: str, t: Tensor | None, *, infinite: bool = False) -> None
         raise ValueError(f"{name} holds {held}: clean the data before inference")
 
 
-def check_batch(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """The model's arguments, keyword arguments and first tensor. Checks that it is a batch of finite numbers."""
+def check_positive(name: str, t: Tensor) -> None:
+    """Raise ValueError if a rule gave a number that is not positive and finite (on a GPU assert on the device)."""
+    if tracing.get():
+        return
+    fine = ((t > 0) & t.isfinite()).all()
+    if t.is_cuda:
+        torch._assert_async(fine, f"{name} gave numbers that are not positive and finite")
+    elif not fine:
+        raise ValueError(f"{name} gave numbers that are not positive and finite")
+
+
+def check_batch(inputs: Any, target: Any = None) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """The model's arguments, keyword arguments, and the tensor that is a batch of samples, which may not be infinite.
+
+    That is the first tensor as long as the target, since a mask may come before it; without one, the first.
+    """
+    _refuse_transforms()
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     args, kwargs = tuple(ordinary(t) for t in args), {name: ordinary(t) for name, t in kwargs.items()}
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     if not tensors:
         raise TypeError("x: give a tensor, or a tuple or dict of the model's arguments with a tensor among them")
-    if tensors[0].dim() == 0 or tensors[0].numel() == 0:
-        raise ValueError(f"x has shape {tuple(tensors[0].shape)}: give a batch of at least one sample")
-    check_finite("x", tensors[0])
-    for t in tensors[1:]:
+    length = len(target) if isinstance(target, Tensor) and target.dim() else None
+    first = next((t for t in tensors if t.dim() and len(t) == length), tensors[0])
+    if first.dim() == 0 or first.numel() == 0:
+        raise ValueError(f"x has shape {tuple(first.shape)}: give a batch of at least one sample")
+    others = [t for t in tensors if t is not first]
+    check_finite(f"x (its tensor {tuple(first.shape)}; masks go after the data, in a dict)" if others else "x", first)
+    for t in others:
         check_finite("x", t, infinite=True)  # such as a mask to add to attention's logits
-    return args, kwargs, tensors[0]
+    return args, kwargs, first
+
+
+def _refuse_transforms() -> None:
+    """Raise RuntimeError within what would transform, or record, all of inference."""
+    functorch = getattr(torch._C, "_functorch", None)
+    if functorch is not None and functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "FreeEnergy within torch.func (grad, vmap, jvp, jacrev, ...): inference is made of gradients of its own. "
+            "Take loss.backward() or torch.autograd.grad of what it returns, and loop in place of vmap"
+        )
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("FreeEnergy in forward-mode differentiation: its derivatives are those of backward() alone")
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    if torch.jit.is_tracing() or (exporting is not None and exporting()):
+        raise RuntimeError(
+            "FreeEnergy trains, and is not exported: give torch.export or torch.jit.trace the model itself"
+        )
 
 
 def check_devices(parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
@@ -93,14 +129,21 @@ def check_model(model: Any, order: Any) -> dict[Distribution, str]:
     return names
 
 
+def described(x: Any) -> str:
+    """What x is, for an error: a tensor's dtype and shape, else its type."""
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
 def check_free_input(x: Any, clamp_input: Any) -> None:
     """Raise ValueError where x cannot be freed, as a whole or in part."""
     if not (isinstance(x, Tensor) and x.is_floating_point()):
         raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
-    if isinstance(clamp_input, Tensor) and (clamp_input.dtype != torch.bool or clamp_input.shape != x.shape):
+    if clamp_input is False:
+        return
+    if not isinstance(clamp_input, Tensor) or clamp_input.dtype != torch.bool or clamp_input.shape != x.shape:
         raise ValueError(
-            f"clamp_input is {clamp_input.dtype} {tuple(clamp_input.shape)}: give a bool, or a bool tensor "
-            f"{tuple(x.shape)}, True where x is clamped"
+            f"clamp_input is {described(clamp_input)}: give a bool, or a bool tensor {tuple(x.shape)}, True where x "
+            "is clamped"
         )
 
 
@@ -158,7 +201,7 @@ def samples_first(layers: Mapping[str, nn.Module], samples: int) -> Iterator[Non
             )
 
     hooks = [
-        layer.register_forward_pre_hook(partial(check, name), with_kwargs=True)  # type: ignore[arg-type]
+        layer.register_forward_pre_hook(partial(check, name), with_kwargs=True, prepend=True)  # type: ignore[arg-type]
         for name, layer in layers.items()
     ]
     try:

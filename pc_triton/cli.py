@@ -1,7 +1,7 @@
 """The command line: ``pc-triton train``, ``eval`` and ``generate``.
 
 If the user's input is at fault, the program prints one line on stderr, ``pc-triton: error: problem: remedy``, and ends
-with exit status 2. Ctrl-C also gives one line, and exit status 130.
+with exit status 2. Ctrl-C also gives one line, and exit status 130; so does SIGTERM in training.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from . import interrupt
 from .settings import Settings, stored_settings
 from .text import InputError
 
@@ -29,10 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: the arguments without the program's name; None for those of the process.
     """
+    if sys.stderr is None:  # closed, as by 2>&-; print() would take stdout in its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        return _fail("cannot print: standard output is closed: open it, as with `> /dev/null`")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack a character of generated text
     try:
         arguments = _parser().parse_args(argv)
+        from . import train  # noqa: F401 with all that takes seconds to import
+
+        interrupt.release()
         arguments.command(arguments)
         sys.stdout.flush()
     except InputError as error:
@@ -54,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        return _fail("out of memory: train with a smaller --micro-batch, --batch, --context, --width or --blocks")
+        return _fail(
+            "out of memory: train with a smaller --micro-batch, --batch, --context, --width or --blocks, or read a "
+            "large text by --stream"
+        )
     return 0
 
 
@@ -66,6 +77,16 @@ def _fail(message: str) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}: see `{self.prog} --help`")
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file, flush=True)  # argparse would say nothing if it cannot be printed
+
+
+def _path(text: str) -> str:
+    """The type of arguments that name a file or folder. Raises ArgumentTypeError for what can be no name."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,26 +107,34 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train a language model on text; leaves a checkpoint and a PNG of the curves")
     for f in dataclasses.fields(Settings):
+        option = "--" + f.name.replace("_", "-")
+        if f.type == "bool":
+            switch, text = argparse.BooleanOptionalAction, f.metadata["help"]
+            train.add_argument(option, action=switch, default=argparse.SUPPRESS, help=text)
+            continue
         kind = {"int": int, "float": float, "str": str}[str(f.type).removesuffix(" | None")]
         choices, text = f.metadata["choices"], f.metadata["help"]
         text += "" if f.default is None else f" (default {f.default})"
         metavar = None if choices else {int: "N", float: "X", str: "SOURCE" if f.default is None else "X"}[kind]
-        option = "--" + f.name.replace("_", "-")
         train.add_argument(option, type=kind, choices=choices, default=argparse.SUPPRESS, help=text, metavar=metavar)
-    train.add_argument("--out", metavar="FOLDER", help="folder of the run (default runs/METHOD)")
+    train.add_argument("--out", metavar="FOLDER", type=_path, help="folder of the run (default runs/METHOD)")
     again = train.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     train.add_argument("--tensorboard", action="store_true", help="write event files for TensorBoard to --out too")
+    train.add_argument("--profile", action="store_true", help="write a trace of a few steps to --out, trace.json")
     train.add_argument("--quiet", action="store_true", help="print the result only")
 
     evaluate = command("eval", _eval, "measure a trained model: perplexity, and the regime of its inference")
     evaluate.add_argument(
         "--data",
         metavar="FILE",
+        type=_path,
         help="UTF-8 text file to measure on, whole; by default the held-out part of the run's text",
     )
-    evaluate.add_argument("--html", metavar="FILE", help="write a page too: every node, the regime, the run's curves")
+    evaluate.add_argument(
+        "--html", metavar="FILE", type=_path, help="write a page too: every node, the regime, the run's curves"
+    )
 
     generate = command("generate", _generate, "continue a prompt by a trained model")
     generate.add_argument("--prompt", metavar="TEXT", required=True, help="text to continue")
@@ -119,7 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the draws (default 0)")
     for added in (evaluate, generate):
         added.add_argument(
-            "--checkpoint", metavar="PATH", default="runs/pc", help="a run's folder or its file (default runs/pc)"
+            "--checkpoint",
+            metavar="PATH",
+            type=_path,
+            default="runs/pc",
+            help="a run's folder or its file (default runs/pc)",
         )
     for added in (train, evaluate, generate):
         added.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
@@ -148,6 +181,7 @@ def _train(arguments: argparse.Namespace) -> None:
             device=arguments.device,
             quiet=arguments.quiet,
             tensorboard=arguments.tensorboard,
+            profile=arguments.profile,
         )
         writes = parallel.rank() == 0
     if not writes:
@@ -159,11 +193,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from . import checkpoint
+    from .build import load
     from .data import encode
     from .evaluate import perplexity, regime, unigram_perplexity
     from .text import read_text
-    from .train import BACKPROPAGATION, load
+    from .train import BACKPROPAGATION
 
+    if arguments.html is not None:
+        checkpoint.check_replaceable(Path(arguments.html))
     model, free_energy, tokenizer, counts, tokens, record = load(arguments.checkpoint, arguments.device)
     settings = stored_settings(arguments.checkpoint, record)
     if arguments.data is not None:
@@ -186,9 +223,9 @@ def _print_perplexities(method: str, model: float, unigram: float) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from .build import load
     from .data import encode
     from .evaluate import generate
-    from .train import load
 
     try:
         arguments.prompt.encode("utf-8")

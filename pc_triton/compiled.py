@@ -41,7 +41,6 @@ class Owner(Protocol):
 
     model: nn.Module
     output: Distribution | None
-    state_dtype: torch.dtype | None
     tracker: StepTracker
 
     @property
@@ -59,8 +58,7 @@ class CompiledSteps:
     """The compiled training steps of a `FreeEnergy`, one for each shape of the batch; called as it is."""
 
     def __init__(self, owner: Owner, options: dict[str, Any]) -> None:
-        rounds = {} if owner.state_dtype is None else {"emulate_precision_casts": True}  # where a state is kept, too
-        self.owner, self.options = owner, {**OPTIONS, **rounds, **options}
+        self.owner, self.options = owner, options
         self.whole = cast(nn.Module, owner)  # the model, and the tracked step among the buffers
         self.steps: dict[Any, tuple[Callable[..., Sequence[Tensor | None]], Callable[[Any, Tensor | None], None]]] = {}
         self.pool: Any = None  # the memory that the CUDA graphs share: one runs at a time
@@ -79,6 +77,8 @@ class CompiledSteps:
         first = None
         if tracks and owner.tracker.awaits(owner.rules.step):
             first, _ = owner.loss_and_batch(x, y, tracks=True)  # it sets the step; the graph is of those after it
+            if owner.tracker.awaits(owner.rules.step):
+                return first  # nothing moved: the next batch is the first
         leaves, spec = tree_flatten((x, y))
         inputs = [t for t in leaves if isinstance(t, Tensor)]
         modules = list(whole.modules())  # walked once: on a small model that is a good part of a step
@@ -89,11 +89,19 @@ class CompiledSteps:
         key = (
             spec, tracks, owner.settings, owner.output, *(m.training for m in modules),
             torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
+            getattr(torch.backends.cuda.matmul, "fp32_precision", None),  # of products, from torch 2.9 on
             *(t if not isinstance(t, Tensor) else None for t in leaves),
             *((t.shape, t.dtype, t.device, t.requires_grad) for t in (*parameters, *buffers, *inputs)),
             *(t.data_ptr() for t in (*parameters, *buffers) if t.is_cuda),  # a CUDA graph reads them where they lie
         )  # fmt: skip
-        if key not in self.steps:
+        try:
+            made = key in self.steps
+        except TypeError as error:
+            raise TypeError(
+                f"compile() tells its graphs apart by the arguments and rules they are of: {error}. Give rules and "
+                "arguments that can be hashed, such as a dataclass with frozen=True"
+            ) from None
+        if not made:
             self.steps[key] = self._make(x, y, leaves, spec, inputs, tracks)
             if inputs[0].is_cuda and len(self.steps) > GRAPHS:
                 del self.steps[next(iter(self.steps))]
@@ -125,7 +133,9 @@ class CompiledSteps:
             )
         with _casts_anew():
             graph, example = trace(loss, self.whole, inputs)
-        step = torch._inductor.compile(graph, example, options=self.options)  # type: ignore[arg-type]
+        rounds = {} if owner.rules.state_dtype is None else {"emulate_precision_casts": True}  # where a state is kept
+        options = {**OPTIONS, **rounds, **self.options}
+        step = torch._inductor.compile(graph, example, options=options)  # type: ignore[arg-type]
         family = None if y is None else batch.output.family
         return step, partial(check_values, family=family, classes=batch.out.shape[-1])
 

@@ -12,9 +12,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from .changes import FUNCTIONS, Changes, base_layer, calls_a_function, node_of
+from .changes import Changes, base_layer, node_of
 from .distributions import Distribution
 from .families import Categorical, Gaussian
+from .functions import FUNCTIONS, give_node
 from .head import Head
 from .nn import Attention, Linear, MultiheadAttention
 
@@ -22,6 +23,11 @@ CONVOLUTIONS = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, _ConvNd, *RECURRENT)
 """Kinds of layers that `convert` reports if it leaves one as it is."""
+
+TRANSFORMERS = (
+    nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+)  # fmt: skip
+TRANSPOSED = "transposes within, so that its nodes have their samples first (batch_first=False)"
 
 OWN_NODE = "left as it is: it has an attribute `node` of its own, where its value node would be; rename that"
 
@@ -37,11 +43,15 @@ def convert(model: nn.Module) -> tuple[nn.Module, Changes]:
       the nodes;
     - of Hugging Face's transformers, the linear layers of GPT-2 (``Conv1D``), and the attention of every model that
       takes it from their registry. The layer of the logits stays as it is: the logits are clamped to the labels;
+    - ``F.scaled_dot_product_attention`` and ``F.softmax`` over the last axis, where a forward of your own calls them,
+      or a method or function that it calls: a Categorical node each. What lies deeper is not seen;
     - an adapter of PEFT's structure (``base_layer``, ``lora_A``, ``lora_B``): one node, on what the whole adapter
       returns. Convert after the adapters are there.
 
-    ``inplace=True`` of activations and dropout is switched off: they would overwrite what a node emits. A function
-    called in a forward, such as ``F.softmax``, is no module and gets no node. Converting twice changes nothing more.
+    Where these have ``batch_first=False``, torch's default, they stay so to the rest of the model, and transpose what
+    they are given and return: within them samples lie along the first axis, as value nodes need it.
+    ``inplace=True`` of activations and dropout is switched off: they would overwrite what a node emits. Converting
+    twice changes nothing more.
 
     Returns the model, and what was done by module name: ``{"0.self_attn": "MultiheadAttention ->
     pc.MultiheadAttention", ...}``. For a layer that had to be left, such as a subclass or a recurrent one, it says why.
@@ -61,9 +71,10 @@ def convert(model: nn.Module) -> tuple[nn.Module, Changes]:
     for name, module in list(model.named_modules()):
         if module in parts:
             continue
+        turns = isinstance(module, TRANSFORMERS) and put_samples_first(module)
         change = None if name in changes else _convert(module)
-        if change is not None:
-            changes[name] = change
+        if change is not None or turns:
+            changes[name] = "; ".join([*([change] if change else []), *([TRANSPOSED] if turns else [])])
         parts |= parts_of(module)
     changes.nodes = [module for module in model.modules() if isinstance(module, Distribution)]
     if not changes.nodes:
@@ -102,8 +113,7 @@ def _convert(module: Any) -> str | None:
         return f"{kind.__name__}: fused inference path switched off"
     base = base_layer(module)
     if not isinstance(module if base is None else base, LAYERS):
-        called = _function_called(module)
-        return None if called is None else calls_a_function(called)
+        return _convert_function(module)
     if hasattr(module, "node"):
         return OWN_NODE
     if isinstance(module, LazyModuleMixin):
@@ -151,7 +161,45 @@ def _convert_attention(module: Any, own_class: bool) -> str:
     else:
         out_proj.__class__ = Linear
         out_proj.node = Gaussian()
-    return "MultiheadAttention -> pc.MultiheadAttention"
+    turns = put_samples_first(module)
+    return f"MultiheadAttention -> pc.MultiheadAttention{f'; {TRANSPOSED}' if turns else ''}"
+
+
+def put_samples_first(module: Any) -> bool:
+    """Have a module that takes ``[time, samples, ...]`` compute with samples first. Returns whether it is one.
+
+    Attention is told so, and the module transposes its sequences and its output.
+    """
+    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention) and not part.batch_first]
+    for attention in attentions:
+        attention.batch_first = True
+    if attentions:
+        if isinstance(module, nn.Transformer):
+            module.batch_first = True
+        module.time_first = True
+        module.register_forward_pre_hook(_transpose_sequences, with_kwargs=True)
+        module.register_forward_hook(_transpose_output)
+    return len(attentions) > 0
+
+
+SEQUENCES = ("src", "tgt", "memory", "query", "key", "value")
+
+
+def _transpose_sequences(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    alone = (nn.TransformerEncoder, nn.TransformerEncoderLayer)  # the others take two sequences, attention three
+    count = 3 if isinstance(module, nn.MultiheadAttention) else 1 if isinstance(module, alone) else 2
+    given = [*args[:count], *(kwargs[name] for name in SEQUENCES if name in kwargs)]
+    turned = {id(t): _transposed(t) for t in given}  # attention knows self-attention by one tensor being the other
+    args = (*(turned[id(t)] for t in args[:count]), *args[count:])
+    return args, {name: turned[id(t)] if name in SEQUENCES else t for name, t in kwargs.items()}
+
+
+def _transpose_output(module: Any, args: Any, output: Any) -> Any:
+    return (_transposed(output[0]), *output[1:]) if isinstance(output, tuple) else _transposed(output)
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, 1) if t.dim() == 3 else t  # without samples there is nothing to transpose
 
 
 def _convert_adapter(module: Any, base: nn.Module) -> str:
@@ -163,17 +211,26 @@ def _convert_adapter(module: Any, base: nn.Module) -> str:
     return add_node(module)
 
 
-def _function_called(module: Any) -> str | None:
-    """The function in the place of a Categorical node that the user's forward calls, or a method that it calls."""
-    kind = type(module)
-    if kind.__module__.split(".")[0] in ("torch", "pc_triton"):
+def _convert_function(module: Any) -> str | None:
+    called = _function_called(module)
+    if called is None:
         return None
-    forward = names_in(kind.forward)
-    names = forward.union(
-        *(names_in(getattr(kind, name)) for name in forward if inspect.isfunction(vars(kind).get(name)))
-    )
-    called = (name for name in dict.fromkeys(FUNCTIONS.values()) if name in names)
-    return next((name for name in called if not hasattr(module, name)), None)  # else it is a module of its own
+    if hasattr(module, "node"):
+        return OWN_NODE
+    give_node(module)
+    return f"{called} in {type(module).__name__} -> pc.Categorical"
+
+
+def _function_called(module: Any) -> str | None:
+    """The function in the place of a Categorical node that the user's forward calls, or a function that it calls."""
+    kind = type(module)
+    forward = inspect.unwrap(kind.forward)
+    if kind.__module__.split(".")[0] in ("torch", "pc_triton") or not inspect.isfunction(forward):
+        return None
+    called = [getattr(kind, name, None) or forward.__globals__.get(name) for name in names_in(forward)]
+    names = names_in(forward).union(*(names_in(function) for function in called if inspect.isfunction(function)))
+    found = (name for name in dict.fromkeys(FUNCTIONS.values()) if name in names)
+    return next((name for name in found if not hasattr(module, name)), None)  # else it is a module of its own
 
 
 def names_in(function: Any) -> frozenset[str]:

@@ -8,12 +8,19 @@
     held_out: int64 ``[L]``, the held-out tokens
     about: one line that describes the data
     batch(): this process's part of the next batch: x int64 ``[part, context]``, and y, the token after each of x
-    state(): what a checkpoint needs to continue: tensors, and a record that JSON can hold. All processes call it
+    place(): where this process is in the data, after the batches so far
+    state(place): what a checkpoint needs to continue from there: tensors, and a record that JSON can hold. All
+        processes call it, each with its own place
+
+`Ahead` makes the batches before they are needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import queue
+import threading
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -22,14 +29,17 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
 
 from . import checkpoint, parallel
 from .settings import Settings
 from .stream import Documents, Reader, encode_documents, is_held_out
-from .text import InputError, read_text, split, train_tokenizer
+from .text import InputError, blocks, read_text, split, train_tokenizer
 
 SAMPLE, MEASURED = 10_000_000, 400_000
 """Characters of a stream that the tokenizer is trained on, and that the run is measured on; whole documents each."""
+AHEAD = 2
+"""Batches made ahead."""
 MARKED = 100
 """A resumed run checks the first so many documents, to know that the stream is the same."""
 
@@ -37,14 +47,21 @@ MARKED = 100
 class TextData:
     """A text in memory. A batch is sequences from random places in it.
 
-    tensors, record: those of the checkpoint at ``path`` if a run is resumed, else empty.
+    tensors, record: those of the checkpoint at ``path`` if a run is resumed, else empty. shows: print progress bars.
 
     Raises InputError for a text that cannot be used, or that is not the one of the checkpoint.
     """
 
     separator = None
 
-    def __init__(self, settings: Settings, path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        path: Path,
+        tensors: dict[str, Tensor],
+        record: dict[str, Any],
+        shows: bool = False,
+    ) -> None:
         if settings.held_out is None:
             training, held_out = split(read_text(settings.data))
         else:
@@ -55,9 +72,12 @@ class TextData:
             raise InputError(f"the text is not the one {path} was trained on: give the same {options}")
         self._context, self._batch = settings.context, settings.batch
         self.tokenizer = (
-            Tokenizer.from_str(record["tokenizer"]) if record else train_tokenizer(training, settings.vocabulary)
+            Tokenizer.from_str(record["tokenizer"])
+            if record
+            else train_tokenizer(training, settings.vocabulary, shows=shows)
         )
-        self._tokens, self.held_out = encode(self.tokenizer, training), encode(self.tokenizer, held_out)
+        self._tokens = encode(self.tokenizer, training, shows=shows)
+        self.held_out = encode(self.tokenizer, held_out, shows=shows)
         _check_length(self._tokens, self.held_out, settings.context)
         self.counts = torch.bincount(self._tokens, minlength=settings.vocabulary)
         self.about = (
@@ -73,8 +93,11 @@ class TextData:
         at = parallel.part(draw(self._tokens, self._context, self._batch, self._generator))
         return self._tokens[at], self._tokens[at + 1]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {"rng.batches": self._generator.get_state()}, {"text": self._digest}
+    def place(self) -> Tensor:
+        return self._generator.get_state()
+
+    def state(self, place: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"rng.batches": place}, {"text": self._digest}
 
 
 class StreamData:
@@ -90,7 +113,14 @@ class StreamData:
     Arguments and errors as in `TextData`.
     """
 
-    def __init__(self, settings: Settings, path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        path: Path,
+        tensors: dict[str, Tensor],
+        record: dict[str, Any],
+        shows: bool = False,
+    ) -> None:
         assert settings.stream is not None
         documents = Documents(settings.stream, settings.column)
         self.separator = settings.vocabulary - 1  # a token that the tokenizer does not know
@@ -105,7 +135,7 @@ class StreamData:
                 self.held_out, self.counts = tensors["held_out"].to(torch.int64), tensors["unigram"]
         else:
             shares = parallel.processes()
-            self._sample(documents, settings)
+            self._sample(documents, settings, shows)
         if shares % parallel.processes():
             raise InputError(f"{path} was begun by {shares} processes: go on with a number that divides it")
         mine = parallel.part(torch.arange(shares)).tolist()
@@ -130,7 +160,7 @@ class StreamData:
                     reader.restore(record["readers"][number], own)
         self.about = f"{settings.stream} as it is read, and {len(self.held_out):,} held-out tokens"
 
-    def _sample(self, documents: Documents, settings: Settings) -> None:
+    def _sample(self, documents: Documents, settings: Settings, shows: bool) -> None:
         """Make the tokenizer, the held-out tokens and the counts from the beginning of the documents."""
         sample, ended = _first(documents, SAMPLE)
         if not sample:
@@ -143,7 +173,7 @@ class StreamData:
             self._every = 10 if ended and sum(map(len, sample)) < 10 * MEASURED else 100
             held_out, _ = _first((text for text in sample if is_held_out(text, self._every)), MEASURED)
         training = [text for text in sample if not is_held_out(text, self._every)]
-        self.tokenizer = train_tokenizer("\n".join(training), settings.vocabulary, special=1)
+        self.tokenizer = train_tokenizer("\n".join(training), settings.vocabulary, special=1, shows=shows)
         tokens = encode_documents(self.tokenizer, training, self.separator)
         self.held_out = encode_documents(self.tokenizer, held_out, self.separator).to(torch.int64)
         _check_length(tokens, self.held_out, settings.context)
@@ -158,16 +188,63 @@ class StreamData:
         rows = torch.cat([reader.draw(self._rows) for reader in self._readers])
         return rows[:, :-1], rows[:, 1:]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        states = parallel.gathered([reader.state() for reader in self._readers])
+    def place(self) -> list[Any]:
+        return [reader.state() for reader in self._readers]
+
+    def state(self, place: list[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        states = parallel.gathered(place)
         tensors = {f"reader.{k}.{name}": t for k, (_, own) in enumerate(states) for name, t in own.items()}
         return tensors, {"text": self._digest, "held_out": self._every, "readers": [place for place, _ in states]}
 
 
-def encode(tokenizer: Tokenizer, text: str, separator: int | None = None) -> Tensor:
-    """The tokens of a text, after the separator if there is one: int64 ``[L]``."""
-    first = [] if separator is None else [separator]
-    return torch.tensor(first + tokenizer.encode(text).ids, dtype=torch.int64)
+class Ahead:
+    """The batches of some data, each made in a thread while the ones before it are trained on.
+
+    device: where they go, by way of pinned memory if it is a GPU, so that a step does not wait for them. `place` is
+    that after the batches that were taken, so a checkpoint knows nothing of those made ahead. Close it in the end.
+    """
+
+    def __init__(self, data: TextData | StreamData, device: torch.device) -> None:
+        self._data, self._device, self._closed = data, device, False
+        self.place: Any = data.place()
+        self._made: queue.Queue[Any] = queue.Queue(maxsize=AHEAD)
+        threading.Thread(target=self._make, daemon=True).start()
+
+    def _make(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a thread begins on the first GPU, and would pin memory for that
+        while not self._closed:
+            try:
+                pair = self._data.batch()
+                if self._device.type == "cuda":
+                    pair = pair[0].pin_memory(), pair[1].pin_memory()
+                self._made.put((pair, self._data.place()))
+            except BaseException as error:
+                self._made.put(error)
+                return
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """This process's part of the next batch, on the device. Raises what making it raised."""
+        made = self._made.get()
+        if isinstance(made, BaseException):
+            raise made
+        (x, y), self.place = made
+        return x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        """Have the thread end."""
+        self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._made.get_nowait()
+
+
+def encode(tokenizer: Tokenizer, text: str, separator: int | None = None, shows: bool = False) -> Tensor:
+    """The tokens of a text, after the separator if there is one: int64 ``[L]``. shows: print a progress bar."""
+    parts = [torch.tensor([] if separator is None else [separator], dtype=torch.int64)]
+    for block in tqdm(blocks(text), desc="encoding", unit="block", leave=False, disable=not shows):
+        parts.append(torch.tensor(tokenizer.encode(block).ids, dtype=torch.int64))  # Ctrl-C is heard between two
+    return torch.cat(parts)
 
 
 def draw(tokens: Tensor, context: int, batch: int, generator: torch.Generator) -> Tensor:

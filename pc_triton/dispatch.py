@@ -1,13 +1,12 @@
 """The rules that decide who computes: GPU tensors go to the Triton kernels, CPU tensors to plain torch.
 
-Where a linear layer and its node could be one kernel, or a whole training step, a table of measured times decides.
+Where a linear layer and its node could be one kernel, or a whole training step, ``choice.py`` decides for the card.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import lru_cache
@@ -19,6 +18,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .choice import Card, Choice, known
+from .choice import chained as _chained
+from .choice import fused as _fused
 
 tracing: ContextVar[bool] = ContextVar("pc_triton_tracing", default=False)
 """Whether a training step is being traced by ``compiled.py``: values cannot be looked at then."""
@@ -26,12 +28,13 @@ _forced: str | None = None  # not a ContextVar: autograd runs a GPU's backward p
 _fusing: bool | None = None
 _chaining: bool | None = None
 _triton: Any = None
-ENDINGS = ("_forward", "_step", "_backward", "_gradient", "_gradient_", "_fall")
+ENDINGS = ("_forward", "_step", "_backward", "_gradient_", "_fall")
 
 TUNED = Path(__file__).with_name("tuned.json")
-"""Measured times by device, by dtype: in "linear" rows [rows, N, K, ratio], how many times as long as the fused kernels
-a training step's products of that shape and their node took apart (cuBLAS, then the node's kernel); in "chain" rows
-[samples, width, layers, ratio], how many times as long as one launch the same training step took by its layers."""
+"""Measured times by device, by dtype ("tf32": float32 whose products may be): in "linear" rows [rows, N, K, ratio], how
+many times as long as the fused kernel a product of that shape and its node took apart (cuBLAS, then the node's kernel);
+in "chain" rows [samples, width, layers, ratio], how many times as long as one launch the same training step took by its
+layers. What is measured here comes before what ``choice.py`` would say."""
 
 
 def triton_kernels() -> Any:
@@ -44,6 +47,7 @@ def triton_kernels() -> Any:
                 attention_first,
                 bernoulli,
                 categorical,
+                common,
                 fall,
                 gaussian,
                 gaussian_logvar,
@@ -57,7 +61,8 @@ def triton_kernels() -> Any:
         attending = (attention, attention_first)
         for module in (gaussian, gaussian_logvar, bernoulli, laplace, student_t, categorical, *attending, linear, fall):
             launchers.update({k: v for k, v in vars(module).items() if k.endswith(ENDINGS)})
-        _triton = SimpleNamespace(**launchers, WIDEST=attention.WIDEST)
+        more = {"WIDEST": attention.WIDEST, "product_precision": common.product_precision}
+        _triton = SimpleNamespace(**launchers, **more)
     return _triton
 
 
@@ -66,10 +71,10 @@ def backend(tensor: Tensor) -> Any:
 
     A float64 tensor and a GPU without triton are served by torch.
     """
-    choice = _forced
-    if choice is None:
-        choice = "triton" if tensor.is_cuda and tensor.element_size() < 8 and _has_triton() else "torch"
-    return triton_kernels() if choice == "triton" else reference
+    where = _forced
+    if where is None:
+        where = "triton" if tensor.is_cuda and tensor.element_size() < 8 and _has_triton() else "torch"
+    return triton_kernels() if where == "triton" else reference
 
 
 def as_state(u: Tensor) -> Tensor:
@@ -99,65 +104,56 @@ def fuses(x: Tensor, weight: Tensor) -> bool:
     """Whether the layer of this weight ``[N, K]`` and the node on it are one kernel for x ``[..., K]``."""
     if x.dtype != weight.dtype or x.dim() < 2 or torch.is_autocast_enabled(x.device.type):
         return False
-    choice = _fusing
-    if choice is not None:
-        return choice
+    if _fusing is not None:
+        return _fusing
     if not x.is_cuda or backend(x) is reference:
         return False
-    return fused(torch.cuda.get_device_name(x.device), x.numel() // max(1, x.shape[-1]), *weight.shape, x.dtype)
+    return fused(card_of(x.device), x.numel() // max(1, x.shape[-1]), *weight.shape, kind_of(x.dtype)).taken
 
 
 @lru_cache(maxsize=4096)
-def fused(device_name: str, rows: int, n: int, k: int, dtype: torch.dtype) -> bool:
-    """Whether product and node in one kernel was faster on that device at the nearest shape measured.
+def fused(card: Card, rows: int, n: int, k: int, kind: str) -> Choice:
+    """`choice.fused`, with what is measured."""
+    return _fused(card, rows, n, k, kind, measured("linear", card.name, kind))
 
-    Never where nothing was measured, nor for rows of other than a multiple of 16 bytes, whose loads are slow.
-    """
-    if not rows or any(not size or size * dtype.itemsize % 16 for size in (n, k)):
-        return False
-    return _nearest(measured("linear", device_name, dtype), rows, n, k) > 1
+
+def may_chain(x: Tensor) -> bool:
+    """Whether a training step on x can be one launch at all: x lies on a GPU with kernels."""
+    if _chaining is not None:
+        return _chaining
+    return x.is_cuda and backend(x) is not reference
 
 
 def chains(x: Tensor, width: int, layers: int) -> bool:
     """Where `may_chain`: whether a step of so many linear layers, of that mean width, on x ``[S, K]`` is one launch."""
     if _chaining is not None:
         return _chaining
-    return chained(torch.cuda.get_device_name(x.device), len(x), width, layers, x.dtype)
-
-
-def may_chain(x: Tensor) -> bool:
-    """Whether a training step on x can be one launch: x lies on a GPU on which one was measured."""
-    if _chaining is not None:
-        return _chaining
-    if not x.is_cuda or backend(x) is reference:
-        return False
-    return bool(measured("chain", torch.cuda.get_device_name(x.device), x.dtype))
+    return chained(card_of(x.device), len(x), width, layers, kind_of(x.dtype)).taken
 
 
 @lru_cache(maxsize=4096)
-def chained(device_name: str, samples: int, width: int, layers: int, dtype: torch.dtype) -> bool:
-    """Whether a training step in one launch was faster on that device at the nearest size measured.
-
-    Never where nothing was measured, nor for more samples, width or layers than in any measurement.
-    """
-    rows = measured("chain", device_name, dtype)
-    sizes = (samples, width, layers)
-    if not rows or not samples or any(size > max(column) for size, column in zip(sizes, zip(*rows))):
-        return False
-    return _nearest(rows, *sizes) > 1
+def chained(card: Card, samples: int, width: int, layers: int, kind: str) -> Choice:
+    """`choice.chained`, with what is measured."""
+    return _chained(card, samples, width, layers, kind, measured("chain", card.name, kind))
 
 
 @lru_cache(maxsize=64)
-def measured(what: str, device_name: str, dtype: torch.dtype) -> list[list[float]]:
-    """The table's rows of that device and dtype, in "linear" or in "chain"."""
-    return json.loads(TUNED.read_text()).get(what, {}).get(device_name, {}).get(str(dtype).removeprefix("torch."), [])
+def card_of(device: torch.device) -> Card:
+    """The card of a tensor's device."""
+    properties = torch.cuda.get_device_properties(device)
+    return known(properties.name, properties.multi_processor_count)
 
 
-def _nearest(rows: list[list[float]], *sizes: int) -> float:
-    """The ratio at the nearest sizes measured (in logarithms); 0 where there are none."""
-    if not rows:
-        return 0.0
-    return min(rows, key=lambda row: sum(math.log(a / b) ** 2 for a, b in zip(row, sizes)))[-1]
+def kind_of(dtype: torch.dtype) -> str:
+    """The dtype's name, or "tf32" for float32 whose products may be."""
+    tf32 = triton_kernels().product_precision(dtype) == "tf32"
+    return "tf32" if tf32 else str(dtype).removeprefix("torch.")
+
+
+@lru_cache(maxsize=64)
+def measured(what: str, device_name: str, kind: str) -> list[list[float]]:
+    """The table's rows of that device and kind, in "linear" or in "chain"."""
+    return json.loads(TUNED.read_text()).get(what, {}).get(device_name, {}).get(kind, [])
 
 
 @contextlib.contextmanager

@@ -33,6 +33,25 @@ class Distribution(nn.Module):
     error: Tensor | None = None
     """The error e that the node adds to its prediction in a compiled model's pass: see `Gaussian.shifted`."""
 
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script calls this first."""
+        raise TypeError(
+            "torch.jit.script takes no value nodes: give the model to torch.jit.trace or torch.export, or script the "
+            "same model of plain layers, which loads its state dict"
+        )
+
+    @property
+    def qconfig(self) -> Any:
+        """torch.ao.quantization sets this in every module."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        raise TypeError(
+            "torch.ao.quantization goes by the very type of a layer and would leave pc.Linear as it is: quantise the "
+            "same model of plain layers, which loads its state dict"
+        )
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A family derived from a built-in one, with mathematics of its own, is not computed by its parent's."""
         super().__init_subclass__(**kwargs)

@@ -85,11 +85,7 @@ class Gaussian(Distribution):
 
     def linear_forward(self, x, weight, bias, state, pi, unit):
         """`node_forward` in error form for the prediction x W' + b, x ``[R, K]``: see ``reference.py``."""
-        return backend(x).linear_forward(x, weight, bias, state, self._precision(pi, unit), form="error")
-
-    def linear_step(self, grad, weight, state, pi, unit, keep, move):
-        """`node_step` in error form: the moved state, and the gradient in x."""
-        return backend(grad).linear_backward(grad, weight, state, self._precision(pi, unit), keep, move)
+        return backend(x).linear_forward(x, weight, bias, state, self._precision(pi, unit))
 
     def fall(self, mu, grad, samples):
         both = backend(mu).location_fall(mu, grad, samples)

@@ -46,8 +46,8 @@ class FreeEnergy(nn.Module):
             breaks the graph. A compiled model infers in one thread at a time.
         output: family of the output, clamped to y. By default Categorical for integer y; else the family of the node
             whose emission the model returns; else Gaussian of variance 1. Such a last node is the output and not free.
-        steps: T >= 1, the inference steps, each a forward and a backward pass of the model. None: 2 in the error order,
-            which that settles, and 3 in the others, which need more.
+        steps: T >= 1, the inference steps, each a forward and a backward pass of the model. None: 2 in error order,
+            which two steps settle, and 3 in the others, which often need more.
         order: ``"error"``: the free variables are the errors e = u - mu, all moved at once; a step reaches every depth
             (Goemaere et al. 2025, arXiv 2505.20137). The last step is the learning pass: the states move T - 1 times,
             the cost is (2 T + 1) / 3 of backpropagation's products, and T = 1 *is* backpropagation.
@@ -91,6 +91,8 @@ class FreeEnergy(nn.Module):
         local: True: each node's weights learn from its own energy alone, with the states u held (E_local of Goemaere et
             al. 2025). The state orders always do. False: the error order learns by the total derivative of F with the
             errors e held, which is equal to that only where inference is settled.
+        logits: the tensor that y clamps, as a function of what the model returns: ``lambda out: out[0]`` for a tuple.
+            None: the tensor that it returns, or the ``logits`` of a mapping or a dataclass.
 
     Several processes: ``DistributedDataParallel(FreeEnergy(model))`` averages the gradients once a training step;
     order "incremental" has no single call to wrap, and takes ``FreeEnergy(DistributedDataParallel(model))``. FSDP2's
@@ -116,6 +118,7 @@ class FreeEnergy(nn.Module):
         output_weight: float = 1.0,
         stop: float | Callable[[Sequence[Tensor]], bool] | None = None,
         local: bool = False,
+        logits: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._names = check_model(model, order)
@@ -128,8 +131,8 @@ class FreeEnergy(nn.Module):
         self.order, self.precision, self.displacement = order, precision, displacement
         self._steps, self._step = steps, step  # None: those of the order
         self.state_optimizer = state_optimizer
-        self.state_dtype = None if state_dtype == torch.float32 else state_dtype  # None: that of the arithmetic
-        self.inference_dtype, self.output_weight, self.stop, self.local = inference_dtype, output_weight, stop, local
+        self.state_dtype, self.inference_dtype = state_dtype, inference_dtype
+        self.output_weight, self.stop, self.local, self.logits = output_weight, stop, local, logits
         _ = self.rules  # refuses what is out of range
         prepare_compiler()
         self._calls = Calls(model)
@@ -157,7 +160,8 @@ class FreeEnergy(nn.Module):
     def rules(self) -> Rules:
         """The rules of inference as objects: what the arguments say, or what was set since. Raises ValueError."""
         order, optimizes = as_order(self.order), self.state_optimizer is not None
-        dtypes = self.state_dtype, self.inference_dtype
+        state_dtype = None if self.state_dtype == torch.float32 else self.state_dtype  # None: that of the arithmetic
+        dtypes = state_dtype, self.inference_dtype
         check_options(self.steps, self.order, order.form, optimizes, *dtypes, self.output_weight)
         step = as_step(self.step)
         if self._step is None and not optimizes:
@@ -177,7 +181,8 @@ class FreeEnergy(nn.Module):
         """All that a training step follows from, but for the model and the batch."""
         return (
             self.steps, self.order, self.precision, self.displacement, self._step, self.state_optimizer,
-            self.state_dtype, self.inference_dtype, self.output_weight, self.stop, self.local, self.tracker.begun,
+            self.state_dtype, self.inference_dtype, self.output_weight, self.stop, self.local, self.logits,
+            self.tracker.begun,
         )  # fmt: skip
 
     @property
@@ -199,12 +204,11 @@ class FreeEnergy(nn.Module):
 
         form: what its states hold, if not what the order says. options: those of `Batch`.
         """
-        batch = Batch(
+        return Batch(
             self.model, self._calls, self._names, x, y,
-            form=form or as_order(self.order).form, output=self.output, output_weight=self.output_weight, **options,
+            form=form or as_order(self.order).form, output=self.output, output_weight=self.output_weight,
+            logits=self.logits, **options,
         )  # fmt: skip
-        batch.resumes_random = self.state_optimizer is not None
-        return batch
 
     def extra_repr(self) -> str:
         displacement = f", displacement={self.displacement}" if self.precision == "auto" else ""
@@ -219,7 +223,7 @@ class FreeEnergy(nn.Module):
 
         x: the model's input ``[S, ...]`` with S samples, or a tuple or dict of its arguments. y: what the output is
         clamped to: labels int64 (the shape of the output without its last axis) or values of the output's shape.
-        None leaves the output free, and then nothing moves (but by an energy that the model adds).
+        None leaves the output free; then nothing moves, unless the model adds an energy of its own.
         mask: bool, y's shape, True where the output is clamped; what y holds elsewhere is not read.
         start: where the states start, if not at the forward pass: states u by the names of their nodes, as in
         ``{"blocks.0.up": u}``, or a function that is given the predictions by name and returns such states.
@@ -240,8 +244,9 @@ class FreeEnergy(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():  # inference is made of gradients, in evaluation too
             if mask is not None or start is not None:
                 return self.loss_and_batch(x, y, mask, start, tracks=tracks)[0]
-            loss = chain_loss(self, x, y)
+            loss = chain_loss(self, x, y, tracks)
             if loss is None and self._compiled is not None:
+                self._check_compiles()  # a rule may have been set since
                 loss = self._compiled(x, y, tracks)
             return self.loss_and_batch(x, y, tracks=tracks)[0] if loss is None else loss
 
@@ -267,7 +272,12 @@ class FreeEnergy(nn.Module):
         """Move every state of a batch ``moves`` times from the prediction, or from ``start``. Returns the step rule."""
         rules = self.rules if rules is None else rules
         with batch.in_digits_of(rules.inference_dtype):
-            return as_order(self.order).settle(batch, rules, moves, start)
+            steps = as_order(self.order).settle(batch, rules, moves, start)
+        if not isinstance(steps, Constant):  # such as a generator's, which has moved nothing
+            raise TypeError(f"order={self.order!r} returned {type(steps).__name__}: it must return the step rule")
+        if moves > 0:
+            batch.warn_if_none_is_free()
+        return steps
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """Make the whole training step, all of inference and the weight gradients, one graph; for small models.
@@ -280,19 +290,19 @@ class FreeEnergy(nn.Module):
         ``{"max_autotune": True}``.
 
         The model's forward must not depend on the values of its inputs. A call with ``mask`` or ``start`` is computed
-        as before, without the graph. Raises ValueError here for
-        ``order="incremental"``, a state_optimizer or a model that FSDP2 shards, at the first batch for dropout or, on a
-        GPU, any random numbers.
+        as before, without the graph. Raises ValueError here for ``order="incremental"``, a state_optimizer or a model
+        that FSDP2 shards, at the first batch for dropout or, on a GPU, any random numbers.
         """
-        if self.order == "incremental" or self.state_optimizer is not None or self.stop is not None:
-            raise ValueError("compile() needs order error, sweep or simultaneous, state_optimizer=None and stop=None")
+        self._check_compiles()
         if self.sharded:
-            raise ValueError(
-                "compile() needs whole parameters: give a model that FSDP2 shards to torch.compile instead"
-            )
+            raise ValueError("compile() needs whole parameters: give a model that FSDP2 shards to torch.compile")
         from .compiled import CompiledSteps  # brings in much of torch that nothing else needs
 
         self._compiled = CompiledSteps(self, options)
+
+    def _check_compiles(self) -> None:
+        if self.order == "incremental" or self.state_optimizer is not None or self.stop is not None:
+            raise ValueError("compile() needs order error, sweep or simultaneous, state_optimizer=None and stop=None")
 
     def incremental(
         self, x: Any, y: Tensor | None = None, *, mask: Tensor | None = None, start: Start | None = None
@@ -310,6 +320,7 @@ class FreeEnergy(nn.Module):
             raise ValueError(f"order={self.order!r}: make FreeEnergy(model, order='incremental')")
         batch = self.batch(x, y, mask=mask)
         for energy in orders.incremental(batch, self.rules, self.steps, start):
+            batch.warn_if_none_is_free()
             yield self._per_item(batch, energy)
 
     @torch.inference_mode(False)

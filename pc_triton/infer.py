@@ -30,7 +30,7 @@ def infer(batch: Batch, settle: Callable[[], Constant]) -> Settled:
     """Move the states of a batch by ``settle``, which returns its step rule, and look at where they are."""
     steps = settle()
     energy = batch.probe()
-    if isinstance(steps, Guarded):  # the last move too must not have raised F
+    if isinstance(steps, Guarded):  # no later move could take back the last one
         rose = steps.take_back(batch.nodes, energy)
         if rose or parallel.together():  # all processes make the same passes
             energy = batch.probe()

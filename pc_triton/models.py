@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .distributions import Distribution
 from .head import Head
 from .nn import Attention, Linear
+from .recompute import checkpoint_contexts
 
 
 class Block(nn.Module):
@@ -42,6 +44,8 @@ class Transformer(nn.Module):
             and positions count from its beginning, or from the sequence's if the document began earlier. The logits
             are those of the documents one by one. So are F and its gradients where precision and step are numbers;
             "auto" sets one precision and one step for the whole sequence.
+        checkpointing: compute each block again for its backward passes (``torch.utils.checkpoint``), and hold only its
+            input and its states.
 
     Raises ValueError for sizes below 1, a width that is no multiple of heads, or a separator that is no token.
     """
@@ -56,6 +60,7 @@ class Transformer(nn.Module):
         *,
         attention: Distribution | bool = True,
         separator: int | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if min(vocabulary, width, heads, blocks, context) < 1:
@@ -64,7 +69,7 @@ class Transformer(nn.Module):
             raise ValueError(f"width={width} is no multiple of heads={heads}: give a width that the heads share evenly")
         if separator is not None and not 0 <= separator < vocabulary:
             raise ValueError(f"separator={separator}: give a token, 0 to {vocabulary - 1}, or None")
-        self.context, self.separator = context, separator
+        self.context, self.separator, self.checkpointing = context, separator, checkpointing
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(blocks))
         self.ln = nn.LayerNorm(width)
@@ -90,5 +95,8 @@ class Transformer(nn.Module):
             places = places - (places * begins).cummax(-1).values
         x = self.tokens(tokens) + self.positions(places)
         for block in self.blocks:
-            x = block(x, segments)
+            if self.checkpointing:
+                x = checkpoint(block, x, segments, use_reentrant=False, context_fn=checkpoint_contexts)
+            else:
+                x = block(x, segments)
         return self.head(self.ln(x))

@@ -167,7 +167,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention.forward``. Raises ValueError in inference if ``batch_first`` is False."""
+        """As ``nn.MultiheadAttention.forward``. Raises ValueError in inference for a sequence without samples."""
         arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         return outside_graphs(self._emit, *arguments) if awaits_pass(self.node) else super().forward(*arguments)
 
@@ -187,7 +187,10 @@ class MultiheadAttention(nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         if not self.batch_first or query.dim() != 3:
-            raise ValueError("a value node needs its samples along the first axis: batch_first=True and a batch")
+            raise ValueError(
+                f"query has shape {tuple(query.shape)}, with batch_first={self.batch_first}: a value node needs its "
+                "samples along the first axis, batch_first=True and [samples, time, width]"
+            )
         q, k, v = F._in_projection_packed(query, key, value, self.in_proj_weight, self.in_proj_bias)  # type: ignore
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
@@ -283,7 +286,7 @@ def _plain(
     if padding is not None or segments is not None or (causal and q.shape[2] != k.shape[2]):
         bias = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding, segments)
         causal = False
-    shared = q.shape[1] != k.shape[1]
+    shared = bool(q.shape[1] != k.shape[1])  # torch.jit.trace makes sizes tensors
     return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=shared)
 
 

@@ -33,7 +33,7 @@ class AtPrediction(Protocol):
 
 @dataclass(eq=False)
 class Node:
-    """One visit of a family's module in the model's forward: a value node of one batch of S samples."""
+    """A value node of one batch of S samples: one visit of its family's module in the model's forward."""
 
     family: Distribution
     name: str
@@ -140,7 +140,7 @@ class Gradient:
     take: Callable[[Node, Tensor], None]
 
     def __call__(self, node: Node, grad: Tensor | None, scale: Tensor, step: StepOf) -> Any:
-        """The gradient is what a whole step would take off the state."""
+        """The natural gradient is what a step of 1 would subtract from the state."""
         assert node.state is not None
         one = torch.ones_like(node.precision)
         moved, below = step(wide(node.state.clone()), grad, 0 * one, one, False)

@@ -2,8 +2,9 @@
 
 Forward, it takes the prediction mu and the node's state to the emission and the energy. Backward, it answers what the
 children send: with dF/dmu for the layer below, and with the pass's response to the gradient of the state, which is to
-move it (`node.Move`) or to hand it over (`node.Gradient`). Two more take in the product that makes mu. ``anchor``
-stands for the states in autograd's graph: a state itself would be held by the graph after it has moved.
+move it (`node.Move`) or to hand it over (`node.Gradient`). Two more operations take in the product that makes mu.
+``anchor`` stands for the states in autograd's graph. Were the state itself a part of it, the graph would keep
+the old one in memory after it has moved.
 """
 
 from __future__ import annotations
@@ -99,23 +100,16 @@ class EmitLinear(torch.autograd.Function):
         weight, x = ctx.saved_tensors
         node, response = ctx.node, ctx.here.response
         grad = weight.new_zeros(ctx.shape) if grad is None else grad
-        shape = (*grad.shape[:-1], weight.shape[1])
         if response is None:
             to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
             rows = grad.flatten(0, -2)
-            below = (rows @ weight).view(shape) if to_x else None
-            grads = (None, None)
-            if to_weight or to_bias:
-                grads = backend(rows).linear_weight_gradient(rows, x, bias=to_bias)
-            return below, *grads, None, None, None
+            below = grad @ weight if to_x else None
+            grad_weight, grad_bias = rows.t() @ x if to_weight else None, rows.sum(0) if to_bias else None
+            return below, grad_weight, grad_bias, None, None, None
 
         def step(state: Tensor, grad: Tensor, keep: Tensor, move: Tensor, sweep: bool) -> Any:
-            if not ctx.below:
-                return node.step(grad, state, grad, keep, move, form="error")[0], None  # it reads no mu
-            rows, errors = grad.flatten(0, -2), state.flatten(0, -2)
-            family = cast(Gaussian, node.family)
-            new, below = family.linear_step(rows, weight, errors, node.precision, node.unit, keep, move)
-            return new.view(state.shape), below.view(shape)
+            new, _ = node.step(grad, state, grad, keep, move, form="error")  # it reads no mu
+            return new, grad @ weight if ctx.below else None
 
         return response(node, grad, grad_energy, step), None, None, None, None, None
 

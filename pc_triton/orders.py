@@ -41,6 +41,7 @@ def begin_errors(batch: Batch, rules: Rules, moves: int, start: Start | None) ->
 
     Returns the step rule, and how many moves are left.
     """
+    _check_form(batch, "error")
     moves_at_once = moves > 0 and start is None and rules.state_optimizer is None
     fuses = moves_at_once and batch.watch is None and type(rules.precision) in (Displacement, Fixed)
     free_energy = batch.at_prediction(fuses=fuses)
@@ -116,7 +117,7 @@ def descend(
     for _ in range(moves):
         if batch.watch is not None:
             batch.watch(batch)
-            if first is not None:  # its backward pass would now answer the watch's pass
+            if first is not None:  # the watch has made passes since, and a backward pass answers the last one
                 batch.energies.pop()
                 first = None
         free_energy = batch.free_energy() if first is None else first
@@ -144,6 +145,14 @@ def _give_gradient(node: Node, natural: Tensor) -> None:
     node.state.grad = natural
 
 
+def _check_form(batch: Batch, form: str) -> None:
+    if batch.form != form:
+        raise ValueError(
+            f"this order settles states of form {form!r}, and the batch has {batch.form!r}: give FreeEnergy "
+            f"order=pc.Order(function, form={form!r})"
+        )
+
+
 def _errors_at_zero(pushes: list[tuple[Node, Tensor]], rules: Rules) -> None:
     for node, _ in pushes:
         assert node.mu is not None
@@ -151,7 +160,11 @@ def _errors_at_zero(pushes: list[tuple[Node, Tensor]], rules: Rules) -> None:
 
 
 def _begin(batch: Batch, rules: Rules, start: Start | None, learns: bool = False) -> tuple[Tensor | None, Constant]:
-    """The states u at their predictions; F there with its graph, unless that went into the precisions."""
+    """Put the states u at their predictions; return F there and the step rule.
+
+    F is None where its graph was used up to set the precisions.
+    """
+    _check_form(batch, "state")
     if type(rules.precision) is Fixed and start is None:  # a subclass may weigh its nodes by F's gradient
         pi = float(rules.precision.pi)
 
@@ -181,8 +194,11 @@ def _start_at(batch: Batch, start: Start | None) -> None:
         return
     free = {name: node for name, node in batch.named_nodes().items() if node.state is not None}
     predictions = {name: node.mu.detach() for name, node in free.items() if node.mu is not None}
+    given_states = start(predictions) if callable(start) else start
+    if not isinstance(given_states, Mapping):
+        raise TypeError(f"start is {type(given_states).__name__}: give a dict of states by name, or a function to one")
     states: dict[Node, Tensor] = {}
-    for name, u in (start(predictions) if callable(start) else start).items():
+    for name, u in given_states.items():
         if name not in free:
             raise ValueError(f"start: no free node {name!r}; the nodes that the output depends on: {', '.join(free)}")
         mu = predictions[name]
@@ -210,7 +226,8 @@ def _shift(batch: Batch, rules: Rules) -> None:
 class Order:
     """An order of inference: the function that moves the states, and what it needs to be set up.
 
-    settle(batch, rules, moves, start) moves the states of a `Batch`, and returns its step rule.
+    settle(batch, rules, moves, start) moves the states of a `Batch`, and returns its step rule. Raises ValueError for
+    any other form.
     """
 
     settle: Callable[..., Constant]
@@ -220,6 +237,10 @@ class Order:
     """The first step where none is given."""
     steps: int = 3
     """T where none is given."""
+
+    def __post_init__(self) -> None:
+        if self.form not in ("state", "error"):
+            raise ValueError(f"form={self.form!r}: 'state', if a state holds u, or 'error', if it holds u - mu")
 
     def moves(self, steps: int) -> int:
         """How often the states move before learning: in error form the learning pass is the last of the T steps."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import sum_samples, wide
-from .checks import check_finite, ordinary
+from .checks import check_finite, described, ordinary
 from .distributions import Distribution
 from .families import Categorical, output_family
 from .node import Node
@@ -40,10 +40,10 @@ class Output:
     def _apply_mask(self) -> None:
         if self.mask is None or self.target is None:
             return
-        if self.mask.dtype != torch.bool or self.mask.shape != self.target.shape:
+        mask: Any = self.mask
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != self.target.shape:
             raise ValueError(
-                f"mask is {self.mask.dtype} {tuple(self.mask.shape)}: give a bool tensor {tuple(self.target.shape)}, "
-                "True where y is clamped"
+                f"mask is {described(mask)}: give a bool tensor {tuple(self.target.shape)}, True where y is clamped"
             )
         first = self.mask.flatten().int().argmax().view(1)  # a value that is clamped fits the output's family
         fill = self.target.flatten().index_select(0, first)

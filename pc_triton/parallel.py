@@ -33,7 +33,9 @@ def joined() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise InputError("another process of this run has ended: see what it said, and --resume") from None
+            raise InputError(
+                "another process of this run has ended: see what it said, and --resume if the run was saved"
+            ) from None
         raise
     dist.destroy_process_group()  # not after an error: the other processes may never get here
 
@@ -100,6 +102,11 @@ def gathered(rows: list[Any]) -> list[Any]:
 def agreed(yes: bool) -> bool:
     """Whether all processes say yes. All of them must call it."""
     return all(gathered([yes]))
+
+
+def wait() -> None:
+    """Wait for all processes to be here. All of them must call it."""
+    agreed(True)
 
 
 def replicate(model: nn.Module, free_energy: nn.Module | None) -> nn.Module:

@@ -18,12 +18,15 @@ from .dispatch import as_state, backend, tracing
 from .distributions import Distribution
 from .families import Categorical, Gaussian
 from .float8 import FewDigits
+from .functions import FunctionNodes
 from .node import Node, Response
 from .operations import Emit, respond_to
 from .output import Output
 from .plumbing import Calls, Slot, hold_buffers, hold_statistics
 from .recompute import Again, in_checkpoint
 from .returned import LAYOUT, made_of
+
+WHERE_FROM = "their number is the length of x's first tensor that is as long as y, or without one of x's first tensor"
 
 
 class Nodes:
@@ -36,7 +39,7 @@ class Nodes:
         self.nodes: list[Node] = []
         self.called = self.nodes  # those of them whose layers call a pass after the first
         self.in_graph: list[Node] = []  # the others: in a compiled model they are mu + e in its graph
-        # Stands for the states in autograd's graph, where they move; and where they do not.
+        # Stands for the states in autograd's graph: `anchor` in passes in which they move, `anchor_held` in the others.
         self.anchor = torch.zeros((), dtype=torch.float32, requires_grad=True)
         self.anchor_held = self.anchor.detach()
         self.moved: list[tuple[Slot, Tensor]] = []  # buffers that the first pass changed, as they were before it
@@ -241,7 +244,7 @@ class ModelPass:
         if mu.dim() == 0 or mu.shape[0] % batch.samples:
             raise ValueError(
                 f"node {name!r} sees shape {tuple(mu.shape)} in a batch of {batch.samples}: a value node needs its "
-                "samples along the first axis, a whole number of rows each"
+                f"samples along the first axis, a whole number of rows each; {WHERE_FROM}"
             )
         if in_checkpoint() and not self.checkpointed:
             raise RuntimeError(
@@ -267,7 +270,7 @@ class ModelPass:
         if not isinstance(out, Tensor):
             raise TypeError(
                 f"the model returned {type(out).__name__}: it must return one tensor, or a mapping with its "
-                "'logits'; wrap it"
+                "'logits'; or say which tensor y clamps, as in FreeEnergy(model, logits=lambda out: out[0])"
             )
         if not batch.nodes or self.visits != len(batch.called):
             raise RuntimeError(
@@ -275,7 +278,9 @@ class ModelPass:
                 "inference needs at least one, and the same at every step"
             )
         if out.dim() == 0 or out.shape[0] != batch.samples:
-            raise ValueError(f"the model's output has shape {tuple(out.shape)} for a batch of {batch.samples} samples")
+            raise ValueError(
+                f"the model's output has shape {tuple(out.shape)} for a batch of {batch.samples} samples; {WHERE_FROM}"
+            )
         if self.first:
             self._find_output(out)
         for node, emission, version in self.seen:
@@ -340,6 +345,10 @@ class ModelPass:
         """Within it products have the digits of this pass."""
         return contextlib.nullcontext() if self.few_digits is None else self.few_digits
 
+    def functions(self) -> AbstractContextManager[Any]:
+        """Within it functions in the place of a node, such as ``F.softmax``, have the node that `convert` gave them."""
+        return FunctionNodes(self.batch.samples) if self.batch.calls.functions else contextlib.nullcontext()
+
     def close(self) -> None:
         """Let go of all that holds the graph: a graph holds its pass, and Python cannot collect such a cycle."""
         self.energies, self.added, self.leaves, self.seen, self.head = [], [], [], [], None
@@ -358,7 +367,7 @@ class ModelPass:
         """Within it a part of the pass is computed again, for its backward, from that visit on."""
         before, (self.visits, self.again) = (self.visits, self.again), (visits, True)
         try:
-            with running(self), self.digits(), self.batch.held(), self._in_checkpoint():
+            with running(self), self.digits(), self.functions(), self.batch.held(), self._in_checkpoint():
                 yield
         finally:
             self.visits, self.again = before

@@ -184,12 +184,13 @@ class Calls:
     def __init__(self, model: nn.Module) -> None:
         self.compiled = any("_orig_mod" in n or m._compiled_call_impl for n, m in model.named_modules())
         self.norms = [m for m in model.modules() if isinstance(m, _NormBase)]
-        steps_first = (nn.RNNBase, nn.MultiheadAttention)
-        self.time_first = {n: m for n, m in model.named_modules() if isinstance(m, steps_first) and not m.batch_first}
+        self.time_first = {n: m for n, m in model.named_modules() if _takes_time_first(m)}
+        self.functions = any(getattr(m, "has_function_node", None) is True for m in model.modules())
         self.buffers = Buffers(model)
         self.batches: Counter[bool] = Counter()
         self.draws_elsewhere = False  # whether its forward was seen to draw from Python's or NumPy's generator
         self.run: Callable[..., Any] = _call
+        self.backend: Any = None  # torch.compile's, where inference alone compiles the model
         self.said: set[str] = set()
 
     def say(self, warning: str) -> None:
@@ -221,11 +222,18 @@ class Calls:
     def compile(self, backend: Any = "inductor") -> None:
         """Give the model to torch.compile, unless its user has done so already."""
         if not self.compiled:
-            self.compiled, self.run = True, torch.compile(_call, backend=backend)
+            self.compiled, self.backend, self.run = True, backend, torch.compile(_call, backend=backend)
 
     def eager(self) -> AbstractContextManager[Any]:
         """Within it the model is eager: in the first pass, since to make nodes would break every graph."""
         return torch.compiler.set_stance("force_eager")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "run": None}  # what torch.compile made is compiled again where it is called
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.run = _call if self.backend is None else torch.compile(_call, backend=self.backend)
 
     @contextlib.contextmanager
     def traced(self) -> Iterator[None]:
@@ -259,6 +267,13 @@ def once_differentiable(what: str) -> Callable[[Callable[..., Any]], Callable[..
         return once
 
     return decorate
+
+
+def _takes_time_first(module: nn.Module) -> bool:
+    """Whether a module's input is [time, samples, ...]: torch's default, also where `convert` transposes it within."""
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first:
+        return True
+    return getattr(module, "time_first", None) is True
 
 
 MODELS = 64

@@ -105,34 +105,14 @@ def gaussian_step(
     return wide(mu) + new, (-per_sample(precision, mu) * shown).to(mu.dtype)
 
 
-# A linear layer with that node on it, x [S * r, K], weight [N, K] and bias [N] (nn.Linear's): product and node in one.
+# A linear layer with that node on it in error form, x [S * r, K], weight [N, K] and bias [N] (nn.Linear's).
 
 
 def linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, precision: Tensor, *, form: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, precision: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Emission u = x W' + b + e in error form, the error u - x W' - b in state form; and the Gaussian's energy."""
-    mu = F.linear(x, weight, bias)
-    u, energy = gaussian_forward(mu, state, precision, form=form)
-    return u if form == "error" else (state - wide(mu)).to(mu.dtype), energy
-
-
-def linear_backward(
-    grad: Tensor,
-    weight: Tensor,
-    state: Tensor | None,
-    precision: Tensor,
-    keep: Tensor | None,
-    move: Tensor | None,
-) -> tuple[Tensor | None, Tensor]:
-    """The Gaussian's step in error form, where dF/dmu is ``grad`` itself, and the gradient ``grad W`` of x."""
-    state, grad = gaussian_step(grad, state, grad, precision, keep, move, form="error")  # it reads no mu
-    return state, grad @ weight
-
-
-def linear_weight_gradient(grad: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
-    """``grad' x`` ``[N, K]``, and the bias's gradient ``[N]`` if there is one."""
-    return grad.t() @ x, grad.sum(0) if bias else None
+    """Emission u = x W' + b + e, and the Gaussian's energy."""
+    return gaussian_forward(F.linear(x, weight, bias), state, precision, form="error")
 
 
 # Gaussian with its own variance: rows [mean | log variance], emission m + e^(s/2) xi with xi frozen for the batch.

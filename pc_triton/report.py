@@ -86,7 +86,9 @@ class Report:
 
     @property
     def settled(self) -> float:
-        """The fraction of the reachable fall of F that inference achieved before learning; 0 where it made no move."""
+        """The fraction of the reachable fall of F that inference achieved before learning; 0 where nothing moved."""
+        if not self.nodes:
+            return 0.0
         reachable = self.free_energies[0] - self.long_run
         return (self.free_energies[0] - self.free_energies[-1]) / reachable if reachable > 0 else 1.0
 
@@ -101,6 +103,8 @@ class Report:
         """One line: settled fraction, the part of F explained away, residual, cosines, total to local gradient."""
         if len(self.free_energies) == 1:
             return "backpropagation: the states are at their predictions"
+        if not self.nodes:
+            return "backpropagation: the model's forward visits no free value node; put pc.Gaussian() after a layer"
         advice = "" if self.settled >= SETTLED else "; not settled: lower the displacement, or give more steps"
         return (
             f"settled {self.settled:.1%} of the reachable fall in {len(self.free_energies) - 1} moves (it explains "

@@ -14,12 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .arithmetic import per_sample
+from .arithmetic import per_sample, sum_of_nodes
+from .checks import check_positive
 from .node import Node
 
 TRUST = 0.3
 """The largest root-mean-square move of a node's states, in units of its scale, that `Displacement` lets the first
 Newton step make: a node that F hardly depends on is not thrown far for its share."""
+LEAST = 1e-3
+"""The least precision that `Displacement` gives to a node, as a part of the mean precision of all. One that is held by
+less than F bends along it never settles, as the queries and keys of an attention that is all but uniform."""
 
 StateOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -41,8 +45,8 @@ class Displacement:
     """The precision with which inference explains away the fraction ``delta`` of F, each node the same part of it.
 
     To first order in 1 / pi inference lowers F by |G|^2 / (2 pi); so pi = n |G|^2 / (2 delta |F|) for each of n nodes
-    and each sample, and no node moves by more than `TRUST`. Nothing in it depends on the model's scale, width or depth,
-    nor on the rest of the batch. Raises ValueError unless 0 < delta < 1.
+    and each sample. No node moves by more than `TRUST`, and none is held by less than `LEAST` of the mean. Nothing
+    depends on the model's scale, width or depth, nor on the rest of the batch. Raises ValueError unless 0 < delta < 1.
     """
 
     delta: float = 0.003
@@ -63,8 +67,8 @@ class Displacement:
             means = torch.stack(torch._foreach_mul(squared.unbind(0), per_variable))  # one launch
         else:  # inductor's C++ has no _foreach_mul
             means = torch.stack([row * factor for row, factor in zip(squared, per_variable)])
-        trust = means.sqrt() / TRUST
-        return torch.maximum(share, trust).clamp(1e-12, 1e12)
+        pi = torch.maximum(share, means.sqrt() / TRUST)
+        return torch.maximum(pi, LEAST * sum_of_nodes(pi) / len(pi)).clamp(1e-12, 1e12)
 
 
 def precisions(precision: Precision, nodes: Sequence[Node], squared: Tensor, free_energy: Tensor) -> Tensor:
@@ -75,6 +79,7 @@ def precisions(precision: Precision, nodes: Sequence[Node], squared: Tensor, fre
     for pi in rows:
         if not isinstance(pi, Tensor) or pi.shape != free_energy.shape:
             raise ValueError(f"precision={precision!r} gave no tensor {tuple(free_energy.shape)}, pi by sample")
+        check_positive(f"precision={precision!r}", pi)
     return torch.stack(rows).to(free_energy.dtype)
 
 
@@ -232,7 +237,7 @@ class Rules:
     stop: Callable[[Sequence[Tensor]], bool] | None = None
     """Called with F ``[S]`` at the prediction and after each move so far; True ends inference."""
     remembers: bool = False
-    """Whether the guard keeps the states that it accepted: else it goes back by shortening e."""
+    """Whether the guard keeps copies of the states that it accepted. If not, it goes back by shortening e."""
 
 
 def is_number(x: Any) -> bool:

@@ -1,19 +1,28 @@
-"""What a training run needs around it: its folder, the tensors to save, a status line and Ctrl-C."""
+"""What a training run needs around it: its folder, the tensors to save, a status line, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
 from .text import InputError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def status(losses: list[float], evaluations: list[dict[str, Any]]) -> str:
@@ -60,36 +69,80 @@ def restore(
             torch.set_rng_state(tensors["rng.torch"])
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of a run and try to write to it, so that the run does not fail at its first checkpoint.
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Make the folder of a run, try to write to it, and keep other runs out of it while within.
 
-    Files that a killed run left half-written are removed. Raises InputError if the folder cannot be used.
+    Yields whether the file system has locks; without them nothing is kept out. The lock is the system's, on a file in
+    the folder. It goes when the process dies, however it dies, so a file that is left behind locks nothing. On a
+    network file system it holds for all machines if that has a lock service.
+
+    Files that a killed run left half-written are removed, and on leaving the folders that were made and stayed empty.
+    Raises InputError if another run is there, or the folder cannot be used.
     """
+    made = [f for f in (folder, *folder.parents) if not os.path.lexists(f)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}: choose another --out") from None
-    probe = folder / ".probe"
-    checkpoint.write(probe, b"")
-    for left in (probe, *folder.glob(".*.tmp")):
-        left.unlink(missing_ok=True)
+    try:
+        file, locks = _lock(folder)
+        try:
+            checkpoint.write(folder / ".probe", b"")
+            for left in (folder / ".probe", *folder.glob(".*.tmp")):
+                left.unlink(missing_ok=True)
+            yield locks
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()  # before it is let go: who holds it is who may remove it
+            file.close()
+    finally:
+        with contextlib.suppress(OSError):
+            for empty in made:
+                empty.rmdir()
+
+
+def _lock(folder: Path) -> tuple[IO[str], bool]:
+    """The open lock file of a folder, and whether it could be locked."""
+    while True:
+        try:
+            file = open(folder / LOCK, "w")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror}: choose another --out") from None
+        if fcntl is None:
+            return file, False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise InputError(f"another run is writing to {folder}: wait for its end, or choose another --out") from None
+        except OSError:
+            return file, False
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                return file, True
+        file.close()  # another run removed it after it was opened here
 
 
 @contextlib.contextmanager
-def ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C is only noted: the yielded function then returns True. A second one interrupts."""
-    pressed = threading.Event()
+def stops() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C or SIGTERM is only noted: the yielded function then returns True.
+
+    A second one interrupts. SIGTERM is what batch schedulers and torchrun send to end a process.
+    """
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
+        yield asked.is_set
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: Any) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        asked.set()
+        for each in SIGNALS:
+            signal.signal(each, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, note)
+    before = [signal.signal(number, note) for number in SIGNALS]
     try:
-        yield pressed.is_set
+        yield asked.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(SIGNALS, before):
+            signal.signal(number, handler)

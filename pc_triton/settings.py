@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 
+from . import orders
 from .text import InputError
 
 METHODS = ("pc", "bp", "gaussian-pc")
-ORDERS = ("error", "sweep", "simultaneous", "incremental")
+ORDERS = tuple(orders.ORDERS)
+OWN = ", ".join(f"{order.steps} ({name})" for name, order in orders.ORDERS.items())
+DTYPES = ("auto", "float32", "bfloat16")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MAY_CHANGE = ("data", "stream", "column", "held_out", "micro_batch", "steps", "eval_every")
+MAY_CHANGE = (
+    "data", "stream", "column", "held_out", "micro_batch", "checkpointing", "compile", "steps", "eval_every",
+)  # fmt: skip
 """Settings that may change when a run is resumed. The text must stay the same: its digest is compared."""
 
 
@@ -54,22 +59,37 @@ class Settings:
     warmup: float = _setting(0.05, "part of the steps in which the learning rate rises to its peak")
     seed: int = _setting(0, "seed of the weights and the batches")
     inference_steps: int = _setting(
-        None, "T, the inference steps of predictive coding; if not given, 2 in error order and 3 in others"
+        None, "T, the inference steps of predictive coding; if not given, the order's own: " + OWN
     )
     order: str = _setting("error", "order of inference", ORDERS)
     displacement: float = _setting(0.003, "fraction of the free energy that inference may explain away")
     precision: str = _setting("auto", "precision of the hidden nodes: auto, by the displacement, or a number")
     state_dtype: str = _setting("float32", "what the states of inference are kept in", tuple(STATE_DTYPES))
+    dtype: str = _setting(
+        "auto",
+        "what products are made in; parameters, losses and evaluations are float32. auto is bfloat16 on a GPU that has "
+        "it, else float32; float32 is TF32 on a GPU",
+        DTYPES,
+    )
+    checkpointing: bool = _setting(False, "compute each block again for its backward passes, to hold less in memory")
+    compile: bool = _setting(False, "make the training step one graph by torch.compile, on a GPU one CUDA graph")
     eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
 
     def __post_init__(self) -> None:
+        for name, choices in (("method", METHODS), ("order", ORDERS), ("state_dtype", STATE_DTYPES), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         if self.inference_steps is None:
-            object.__setattr__(self, "inference_steps", 2 if self.order == "error" else 3)
+            object.__setattr__(self, "inference_steps", orders.as_order(self.order).steps)
         sizes = ["width", "heads", "blocks", "context", "batch", "steps", "inference_steps", "eval_every", "pool"]
         for name in sizes if self.micro_batch is None else [*sizes, "micro_batch"]:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value < 2**31:
                 raise InputError(f"{name}={value}: give a whole number of at least 1, below 2**31")
+        for name in ("data", "stream", "held_out"):
+            value = getattr(self, name)
+            if value is not None and (not value or "\0" in value):
+                raise InputError(f"{name}={value!r}: give the name of a file, or leave it out")
         if self.data is not None and self.stream is not None:
             raise InputError("data and stream are both given: leave one out")
         if not 0 < self.lr < math.inf:
@@ -85,14 +105,14 @@ class Settings:
                 fine = False
             if not fine:
                 raise InputError(f"precision={self.precision}: give auto, or a positive finite number")
-        for name, choices in (("method", METHODS), ("order", ORDERS), ("state_dtype", STATE_DTYPES)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         if self.micro_batch is not None and self.method != "bp" and self.order == "incremental":
             raise InputError(
                 "micro_batch: order=incremental moves the weights at every inference step of the whole batch: use "
                 "another --order, or a smaller --batch"
             )
+
+        if self.compile and self.method != "bp" and (self.order == "incremental" or self.checkpointing):
+            raise InputError("compile: leave out --checkpointing and --order incremental, or --compile")
 
     def at_once(self, processes: int) -> int:
         """How many sequences each of the processes has in memory at once."""
@@ -107,7 +127,7 @@ class Settings:
 def stored_settings(path: str | Path, record: dict[str, Any]) -> Settings:
     """The settings in a checkpoint's record. Raises InputError if another version wrote them."""
     try:
-        return Settings(**record["settings"])
+        return Settings(**{"dtype": "float32"} | record["settings"])  # before there was a choice, it was that
     except (TypeError, KeyError):
         raise InputError(f"{path} is of another version of pc_triton: use that version, or train again") from None
 
@@ -122,7 +142,7 @@ def check_resumed(path: Path, settings: Settings, record: dict[str, Any]) -> Non
     # The checkpoint of a stream keeps the held-out tokens, so another held_out would have no effect.
     for name in fixed if stored.stream is None else [*fixed, "held_out"]:
         old, new = getattr(stored, name), getattr(settings, name)
-        if old != new:
+        if old != new and (name, new) != ("dtype", "auto"):  # auto is what the run has
             option = "--" + name.replace("_", "-")
             raise InputError(f"{path} was made with {option} {old}, not {new}: leave it out, or train in another --out")
     if record["step"] > settings.steps:

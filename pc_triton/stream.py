@@ -81,7 +81,8 @@ class Documents:
                     raise InputError(
                         f"{self.source} has no text in column {self.column!r}: give a --column that has ({names})"
                     )
-                if text is not None and text.strip():
+                text = (text or "").removeprefix("\ufeff")  # a file's byte-order mark
+                if text.strip():
                     yield text
 
     @contextlib.contextmanager
@@ -92,7 +93,8 @@ class Documents:
             raise
         except Exception as error:  # datasets, pyarrow, the hub and the decompressors each raise their own kinds
             what = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise InputError(f"cannot read {self.source} ({what}): check its name, files and network") from None
+            remedy = "convert its files to UTF-8" if "codec can't" in what else "check its name, files and network"
+            raise InputError(f"cannot read {self.source} ({what}): {remedy}") from None
 
 
 def _kind(path: str) -> str | None:
@@ -149,7 +151,9 @@ class Reader:
             self.pool = self._next(max(self.size, count))
         drawn = torch.randperm(len(self.pool), generator=self.generator)[:count]
         rows = self.pool[drawn]
-        self.pool[drawn] = self._next(count)
+        self.pool = self.pool.index_copy(
+            0, drawn, self._next(count)
+        )  # a new tensor: `state` may have given the old one
         return rows.to(torch.int64)
 
     def _next(self, count: int) -> Tensor:
@@ -170,7 +174,7 @@ class Reader:
             if not self._some:
                 source = self.documents.source
                 raise InputError(
-                    f"{source}: a process finds no document in its share: use fewer processes or give more"
+                    f"{source}: a process finds no document in its share: use fewer processes or give more documents"
                 )
             self._some = False
             self.documents.dataset.set_epoch(self.documents.dataset.epoch + 1)
@@ -193,5 +197,5 @@ class Reader:
         self.documents.dataset.load_state_dict(place)
         self._place = place  # the dataset does not report it before the next read
         self._texts, self._some = iter(self.documents), True
-        self.tokens, self.pool = tensors["tokens"], tensors["pool"].clone()
+        self.tokens, self.pool = tensors["tokens"], tensors["pool"]
         self.generator.set_state(tensors["rng"])

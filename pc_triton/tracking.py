@@ -75,8 +75,8 @@ class Tracked(Guarded):
     def _curvature(self, free_energy: Tensor) -> Tensor:
         """Of F ``[S]`` along the first move, from F and its slope before it and F after it.
 
-        At most what makes a tenth of the step the best one: an F that is no number says no more than that it was too
-        long, and no sample decides for all.
+        At most so large that a tenth of the step would have been the best. Where F is no number, the step was too long,
+        but not known by how much; and no one sample may decide for all.
         """
         assert self.slope is not None
         curvature = 2 * (free_energy - self.accepted + self.step * self.slope) / self.step**2
@@ -105,7 +105,7 @@ class StepTracker(nn.Module):
         return Tracked(step, self.mean if self.begun else None, coarse)
 
     def awaits(self, rule: Constant) -> bool:
-        """Whether this rule is of a first batch, from which a step is to be learnt."""
+        """Whether this rule is that of a first batch, whose step the batches after it will start from."""
         return isinstance(rule, Tracked) and not self.begun
 
     def learn(self, rule: Tracked, free_energy: Tensor) -> None:

@@ -5,32 +5,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint, parallel, reference
-from .data import StreamData, TextData
+from .build import adamw, build, compiled, schedule
+from .data import Ahead, StreamData, TextData
 from .dispatch import backend
 from .evaluate import perplexity, plot, regime, target, unigram_perplexity
-from .families import Gaussian
 from .free_energy import FreeEnergy
+from .hardware import card, peak, settled_dtype, tf32
 from .memory import free_memory, step_memory
-from .models import Transformer
 from .report import Report
 from .rules import Precision
-from .run_files import ctrl_c, make_folder, restore, state, status
-from .settings import STATE_DTYPES, Settings, check_resumed, stored_settings
+from .run_files import locked, restore, state, status, stops
+from .settings import Settings, check_resumed, stored_settings
+from .speed import Clock, told, trace
 from .text import InputError
 
 BACKPROPAGATION = "backpropagation: no inference"
+TRACE = "trace.json"
 RISE = 10
 """A run diverges if a loss is above so many times its first loss, which is about that of a model that knows nothing. It
 also diverges if the held-out cross-entropy is above so many times the logarithm of the vocabulary."""
@@ -40,51 +42,39 @@ class Diverged(InputError):
     """The loss, its gradient or the held-out perplexity is not finite or far too high."""
 
 
-def build(settings: Settings, precision: Precision | None = None) -> tuple[Transformer, FreeEnergy | None]:
-    """The model, in float32 on the CPU, and the free energy that trains it (None for backpropagation).
-
-    Gaussian PC is that of Pinchetti et al. 2022. Attention has Gaussian nodes on its softmax. The output is the softmax
-    of the logits, with a Gaussian energy of variance 1, clamped to one-hot labels.
-
-    precision: a rule of your own, used instead of the settings' precision. Raises InputError for sizes out of range.
-    """
-    s = settings
-    gaussian = s.method == "gaussian-pc"
-    try:
-        attention = Gaussian() if gaussian else True
-        separator = None if s.stream is None else s.vocabulary - 1
-        model = Transformer(
-            s.vocabulary, s.width, s.heads, s.blocks, s.context, attention=attention, separator=separator
-        )
-        if s.method == "bp":
-            return model, None
-        whole = nn.Sequential(model, nn.Softmax(-1)) if gaussian else model
-        output = Gaussian(1.0) if gaussian else None
-        options: dict[str, Any] = {"order": s.order, "displacement": s.displacement}
-        options["precision"] = precision or (s.precision if s.precision == "auto" else float(s.precision))
-        options["state_dtype"] = STATE_DTYPES[s.state_dtype]
-        return model, FreeEnergy(whole, output, steps=s.inference_steps, **options)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def losses(learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+def losses(
+    learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Tensor, dtype: str = "float32"
+) -> Iterator[Tensor]:
     """The losses of one training step in nats per token, float32 scalars: one, or T in incremental order.
 
     learner: what `parallel.replicate` makes of the model and its free energy. x, y: int64 ``[B, N]``, tokens and the
-    token after each. Raises ValueError as `FreeEnergy` does.
+    token after each. dtype: that of the products. Raises ValueError as `FreeEnergy` does.
     """
+    narrow = torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     if free_energy is None:
-        yield F.cross_entropy(learner(x).flatten(0, 1), y.flatten())
+        with narrow:
+            loss = F.cross_entropy(learner(x).flatten(0, 1), y.flatten())
+        yield loss
         return
     clamped = target(free_energy, y)
     each = 1 if clamped is y else y.shape[1]  # with a Gaussian output F is per sequence, not per token
-    for loss in free_energy.incremental(x, clamped) if free_energy.order == "incremental" else [learner(x, clamped)]:
-        yield loss / each
+    if free_energy.order == "incremental":
+        with narrow:
+            for loss in free_energy.incremental(x, clamped):
+                yield loss / each
+        return
+    with narrow:
+        loss = learner(x, clamped)
+    yield loss / each
 
 
 def backward(
-    learner: nn.Module, free_energy: FreeEnergy | None, x: Tensor, y: Tensor, micro_batch: int | None
+    learner: nn.Module,
+    free_energy: FreeEnergy | None,
+    x: Tensor,
+    y: Tensor,
+    micro_batch: int | None,
+    dtype: str = "float32",
 ) -> Iterator[Tensor]:
     """The `losses` of one training step. Each is yielded after its gradients were added to those of the parameters.
 
@@ -93,15 +83,16 @@ def backward(
     `losses`.
     """
     if free_energy is not None and free_energy.order == "incremental":
-        for loss in losses(learner, free_energy, x, y):
+        for loss in losses(learner, free_energy, x, y, dtype):
             loss.backward()
             yield loss.detach()
         return
     pieces, shares = micro_batches(x, y, micro_batch), []
-    with contextlib.nullcontext() if free_energy is None else free_energy.tracker.hold():
+    whole = free_energy is None or len(pieces) == 1
+    with contextlib.nullcontext() if free_energy is None or whole else free_energy.tracker.hold():
         for k, piece in enumerate(pieces, 1):
             with contextlib.nullcontext() if k == len(pieces) else parallel.unsent(learner):
-                loss = next(losses(learner, free_energy, *piece)) * (len(piece[0]) / len(x))
+                loss = next(losses(learner, free_energy, *piece, dtype)) * (len(piece[0]) / len(x))
                 loss.backward()
             shares.append(loss.detach())
             del loss  # its graph holds the states
@@ -122,6 +113,7 @@ def train(
     device: str = "auto",
     quiet: bool = False,
     tensorboard: bool = False,
+    profile: bool = False,
     precision: Precision | None = None,
 ) -> dict[str, Any]:
     """Train a transformer on text. Leaves ``checkpoint.safetensors`` and ``curves.png`` in the folder ``out``.
@@ -132,6 +124,7 @@ def train(
         device: ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"cuda"``.
         quiet: print nothing.
         tensorboard: also write the losses and evaluations to event files in ``out``.
+        profile: also write a trace of a few steps to ``trace.json`` in ``out``, by ``torch.profiler``.
         precision: a rule of your own, used instead of the settings' precision. A checkpoint does not keep it.
 
     In a group of processes (`parallel.joined`, or one that you made) each process calls this. Each takes its part of
@@ -139,63 +132,87 @@ def train(
     rounding. Rank 0 prints and writes.
 
     Returns ``held_out_perplexity`` and ``unigram_perplexity`` (per token), ``losses`` (see `losses`), ``evaluations``
-    (a list of dicts with step, perplexity and, for PC, `Report.scalars`), ``report`` (a `Report`, or None for
+    (a list of dicts with step, perplexity and, for PC, `Report.scalars`), ``speed`` (a list of dicts with step and what
+    `Clock.read` returns, of the steps since the evaluation before), ``report`` (a `Report`, or None for
     backpropagation), ``regime`` (the report in one line), ``parameters`` (their number), ``settings``, ``checkpoint``
     and ``curves`` (paths).
 
     Raises:
-        InputError: settings, a text, a checkpoint or a folder that cannot be used.
+        InputError: settings, a text, a checkpoint or a folder that cannot be used, or a folder that another run uses.
         Diverged: the loss is no longer finite or more than `RISE` times the first. The last checkpoint is kept.
-        KeyboardInterrupt: after the first Ctrl-C, once the run is saved; its message says how to continue.
+        KeyboardInterrupt: after the first Ctrl-C or SIGTERM, once the run is saved; its message says how to continue.
     """
     place, path = parallel.choose_device(device), Path(out) / checkpoint.NAME
-    if path.exists() and not (resume or overwrite):
-        raise InputError(f"{path.parent} already holds a run: add --resume or --overwrite, or choose another --out")
     if settings.batch % parallel.processes():
-        raise InputError(
-            f"batch={settings.batch} is no multiple of the {parallel.processes()} processes: give a --batch that is"
-        )
+        remedy = "use a number of processes that divides it" if resume else "give a --batch that is"
+        raise InputError(f"batch={settings.batch} is no multiple of the {parallel.processes()} processes: {remedy}")
     writer = _summary_writer() if tensorboard else None
-    run = _Training(settings, path, place, resume, precision)
-    if run.writes:
-        make_folder(path.parent)
-        run.events = writer(path.parent, purge_step=run.done + 1) if writer is not None else None
-    say = tqdm.write if run.writes and not quiet else lambda line: None
+    with locked(path.parent) if parallel.rank() == 0 else contextlib.nullcontext(True) as locks:
+        parallel.wait()  # until the folder is ours
+        if path.exists() and not (resume or overwrite):
+            raise InputError(f"{path.parent} already holds a run: add --resume or --overwrite, or choose another --out")
+        shows = parallel.rank() == 0 and not quiet
+        run = _Training(settings, path, place, resume, precision, shows and sys.stderr.isatty())
+        if run.writes and writer is not None:
+            run.events = writer(path.parent, purge_step=run.done + 1)
+        if shows and not locks:
+            tqdm.write(f"warning: {path.parent} has no locks: see that no other run writes there")
+        with (
+            tf32(place),
+            trace(run.path.parent / TRACE, settings.steps - run.done)
+            if profile and run.writes
+            else (contextlib.nullcontext(lambda: None)) as tick,
+        ):
+            return _run(run, tqdm.write if shows else lambda line: None, tick)
+
+
+def _run(run: _Training, say: Callable[[str], Any], tick: Callable[[], None]) -> dict[str, Any]:
+    """All that `train` does once its run is there. say: prints a line. tick: is called after each step."""
+    settings, place, path = run.settings, run.place, run.path
     parameters = sum(p.numel() for p in run.model.parameters())
-    say(f"{settings.method} on {parallel.processes()} x {place.type}: {parameters:,} parameters, {run.data.about}")
+    kind = f"{settings.method} in {settings.dtype} on {parallel.processes()} x {card(place)}"
+    say(f"{kind}: {parameters:,} parameters, {run.data.about}")
     say(f"held-out perplexity of the unigram model: {run.unigram:.1f} per token")
     needs = step_memory(settings, parallel.processes(), triton=backend(run.model.head.weight) is not reference)
     say(f"memory of a step: {needs}")
     free = free_memory(place)
     if free is not None and free < needs.total:
-        say(f"warning: that is more than the {free / 1e9:.2g} GB free on {place.type}: give a smaller --micro-batch")
+        whole = settings.order == "incremental" or settings.at_once(parallel.processes()) == 1
+        remedy = "--batch, --context, --width or --blocks" if whole else "--micro-batch"
+        say(f"warning: that is more than the {free / 1e9:.2g} GB free on {place.type}: give a smaller {remedy}")
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
 
-    silent = quiet or not run.writes or not sys.stderr.isatty()
-    bar = tqdm(total=settings.steps, initial=run.done, unit="step", disable=silent)
-    with ctrl_c() as pressed, bar:
+    bar = tqdm(total=settings.steps, initial=run.done, unit="step", disable=not run.shows)
+    run.clock.start(run.done)
+    with stops() as pressed, contextlib.closing(run.batches), bar:
         while run.done < settings.steps:
-            x, y = (t.to(place) for t in run.data.batch())
+            x, y = run.batches.batch()
             run.step(x, y)
             bar.update()
+            tick()
             due, stop = run.done % settings.eval_every == 0 or run.done == settings.steps, False
             if due and place.type == "cuda" and not run.evaluations:
                 say(f"memory of a step, measured: {torch.cuda.max_memory_allocated(place) / 1e9:.3g} GB")
             if due or len(run.unread) == run.often or (parallel.processes() == 1 and pressed()):
                 stop = bool(parallel.total(torch.tensor(int(pressed()))))  # all processes stop at the same step
                 run.read_losses(x, y)
-                bar.set_postfix_str(status(run.losses, run.evaluations), refresh=False)
+                speed = run.clock.read(run.done)
+                bar.set_postfix_str(f"{status(run.losses, run.evaluations)}, {told(speed)}", refresh=False)
             if due:
+                run.speed.append({"step": run.done, **speed})
                 run.evaluate()
             if due or stop:
                 run.save()
             if due:
-                line = status(run.losses, run.evaluations)
+                line = f"{status(run.losses, run.evaluations)}, {told(speed)}"
                 bar.set_postfix_str(line)
                 say(f"step {run.done}/{settings.steps}: {line} (unigram {run.unigram:.1f})")
+                run.clock.start(run.done)
             if stop:
-                raise KeyboardInterrupt(f"stopped at step {run.done}: continue with --resume --out {path.parent}")
+                raise KeyboardInterrupt(
+                    f"stopped at step {run.done}: continue with --resume --out {shlex.quote(str(path.parent))}"
+                )
 
     if not run.evaluations or run.evaluations[-1]["step"] < run.done:  # resumed at the last step, before its evaluation
         run.evaluate()
@@ -213,6 +230,7 @@ def train(
         "unigram_perplexity": run.unigram,
         "losses": run.losses,
         "evaluations": run.evaluations,
+        "speed": run.speed,
         "report": report,
         "regime": report.regime if report is not None else BACKPROPAGATION,
         "checkpoint": path,
@@ -229,16 +247,27 @@ def _summary_writer() -> Any:
 
 
 class _Training:
-    """A run in progress: a new one, or with ``resume`` the one in the checkpoint at ``path``."""
+    """A run in progress: a new one, or with ``resume`` the one in the checkpoint at ``path``.
+
+    shows: whether it shows progress bars.
+    """
 
     def __init__(
-        self, settings: Settings, path: Path, place: torch.device, resume: bool, precision: Precision | None
+        self,
+        settings: Settings,
+        path: Path,
+        place: torch.device,
+        resume: bool,
+        precision: Precision | None,
+        shows: bool,
     ) -> None:
-        self.settings, self.path = settings, path
+        self.path, self.place, self.shows = path, place, shows
         tensors, record = checkpoint.load(path) if resume else ({}, {})
         if resume:
             check_resumed(path, settings, record)
-        self.data = (TextData if settings.stream is None else StreamData)(settings, path, tensors, record)
+            settings = dataclasses.replace(settings, dtype=stored_settings(path, record).dtype)
+        self.settings = settings = settled_dtype(settings, place)
+        self.data = (TextData if settings.stream is None else StreamData)(settings, path, tensors, record, shows)
         self.unigram = unigram_perplexity(self.data.counts, self.data.held_out, settings.context)
         torch.manual_seed(settings.seed)
         self.model, self.free_energy = build(settings) if precision is None else build(settings, precision)
@@ -249,11 +278,18 @@ class _Training:
             restore(path, tensors, self.model, self.tracker, self.optimizer)
         del tensors  # as large as the model and AdamW's state
         self.learner = parallel.replicate(self.model, self.free_energy)
+        if settings.compile:
+            part = settings.batch // parallel.processes()
+            self.learner = compiled(self.learner, self.free_energy, settings.at_once(parallel.processes()) == part)
         self.writes = parallel.rank() == 0
         self.reported = settings.reported(parallel.processes())
         self.done: int = record.get("step", 0)
         self.losses: list[float] = record.get("losses", [])
         self.evaluations: list[dict[str, Any]] = record.get("evaluations", [])
+        self.speed: list[dict[str, Any]] = record.get("speed", [])
+        rate = peak(card(place), settings.dtype)
+        self.clock = Clock(settings, None if rate is None else rate * parallel.processes())
+        self.batches = Ahead(self.data, place)
         self.events: Any = None
         self.often = 1 if place.type == "cpu" else 10  # reading a loss waits for the GPU, so read them ten at a time
         self.unread: list[Tensor] = []  # the loss and the gradient's norm of each step since the last reading
@@ -268,7 +304,7 @@ class _Training:
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * schedule(self.done, settings.steps, settings.warmup)
-        for loss in backward(self.learner, self.free_energy, x, y, settings.micro_batch):
+        for loss in backward(self.learner, self.free_energy, x, y, settings.micro_batch, settings.dtype):
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             both = torch.stack([loss, norm])
             if self.often == 1 and not norm.isfinite():
@@ -291,7 +327,9 @@ class _Training:
         self.unread.clear()
 
     def diverged(self, step: int, fault: str) -> Diverged:
-        kept = f"; the earlier checkpoint is kept in {self.path}" if self.path.exists() else ""
+        kept = ""
+        if self.path.exists():
+            kept = f", and --overwrite or another --out; the earlier checkpoint is kept in {self.path}"
         return Diverged(f"at step {step} the {fault}: train with a --lr below {self.settings.lr}{kept}")
 
     def faulty_node(self, x: Tensor, y: Tensor) -> str:
@@ -326,52 +364,15 @@ class _Training:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        tensors, record = self.data.state()  # every process takes part, rank 0 writes
+        tensors, record = self.data.state(self.batches.place)  # every process takes part, rank 0 writes
         if self.writes:
             tensors |= state(self.model, self.tracker, self.optimizer)
             tensors |= {"unigram": self.data.counts, "held_out": self.data.held_out.to(torch.int32)}
             record |= {"settings": dataclasses.asdict(self.settings), "step": self.done, "losses": self.losses}
-            record |= {"evaluations": self.evaluations, "tokenizer": self.data.tokenizer.to_str()}
+            record |= {"evaluations": self.evaluations, "speed": self.speed, "tokenizer": self.data.tokenizer.to_str()}
             checkpoint.save(self.path, tensors, record)
         if self.events is not None:
             self.events.flush()
-
-
-class Run(NamedTuple):
-    """What `load` returns."""
-
-    model: Transformer
-    free_energy: FreeEnergy | None
-    tokenizer: Tokenizer
-    counts: Tensor
-    """int64 ``[vocabulary]``: how often each token occurs in the training tokens."""
-    held_out: Tensor
-    """int64 ``[L]``: the tokens that the run is measured on."""
-    record: dict[str, Any]
-
-
-def load(path: str | Path, device: str = "auto") -> Run:
-    """The run of a checkpoint, with its model on a device. path: the file, or the folder of the run.
-
-    Raises InputError for a checkpoint or a device that cannot be used.
-    """
-    place = parallel.choose_device(device)
-    tensors, record = checkpoint.load(path)
-    model, free_energy = build(stored_settings(path, record))
-    restore(path, tensors, model, None if free_energy is None else free_energy.tracker)
-    with checkpoint.fitting(path):
-        tokenizer, held_out = Tokenizer.from_str(record["tokenizer"]), tensors["held_out"].to(torch.int64)
-        return Run(model.to(place), free_energy, tokenizer, tensors["unigram"], held_out, record)
-
-
-def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """The optimiser of every run."""
-    return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
-
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """The learning rate at a step, as a fraction of its peak: a linear warm-up, then a cosine down to a tenth."""
-    return min(1.0, (step + 1) / max(1, int(steps * warmup))) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 def _fault(loss: float, norm: float, earlier: list[float]) -> str | None:

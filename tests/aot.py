@@ -26,7 +26,24 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+FEW = ("cuda:86", "cuda:89", "cuda:120")
+"""Targets of 99 KiB of shared memory a program, such as A10 and RTX 3090, L4 and RTX 4090, RTX 5090. For them only what
+is in LARGEST is compiled: of each kernel the largest tiles."""
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", *FEW)
+LARGEST = (
+    "categorical 64x131072 step error",
+    "attention 64 bfloat16 (forward|step)",
+    "attention 128 bfloat16 (forward|step)( segments)?",
+    "attention (64|128) float32 step tf32",
+    "linear 16384x4096x4096( float32 tf32)?",
+    "linear 16384x4096x4100",
+    "chain .* labels( tf32)?",
+)
+TF32 = (
+    "attention (64|128) float32 (fall|first step|forward|step)",
+    "linear 16384x4096x4096 float32",
+    "chain .* float32 labels",
+)
 RECORD = Path(__file__).with_name("resources.json")
 
 
@@ -147,22 +164,13 @@ def launches():
         for name in only or calls:
             yield f"{family} {'x'.join(map(str, shape))}{label} {name}", calls[name]
 
-    def layer(n: int, k: int, only=None, dtype=torch.bfloat16, state_dtype=torch.float32):
+    def layer(n: int, k: int, dtype=torch.bfloat16, state_dtype=torch.float32):
         rows = 64 if n == 64 else 16384
-        x, weight, bias, grad = (tensor(*size, dtype=dtype) for size in ((rows, k), (n, k), (n,), (rows, n)))
+        x, weight, bias = (tensor(*size, dtype=dtype) for size in ((rows, k), (n, k), (n,)))
         state, pi = tensor(rows, n, dtype=state_dtype), tensor(rows, dtype=torch.float32)
-        calls = {
-            f"forward {form}": partial(linear.linear_forward, x, weight, bias, state, pi, form=form)
-            for form in ("error", "state")
-        }
-        calls["backward"] = partial(linear.linear_backward, grad, weight, state, pi, pi, pi)
-        calls["backward fresh"] = partial(linear.linear_backward, grad, weight, None, pi, pi, pi)
-        calls["backward learn"] = partial(linear.linear_backward, grad, weight, None, pi, None, None)
-        calls["weight gradient"] = partial(linear.linear_weight_gradient, grad, x)
         kind = " float32" if dtype == torch.float32 else ""
         kind += " bfloat16 state" if state_dtype == torch.bfloat16 else ""
-        for name in only or calls:
-            yield f"linear {rows}x{n}x{k}{kind} {name}", calls[name]
+        yield f"linear {rows}x{n}x{k}{kind}", partial(linear.linear_forward, x, weight, bias, state, pi)
 
     def network(samples: int, *widths: int, labels=True, dtype=torch.bfloat16):
         last, kind = widths[-1], str(dtype).removeprefix("torch.")
@@ -180,6 +188,7 @@ def launches():
             precision=None,
             displacement=0.003,
             trust=0.3,
+            least=1e-3,
             ignore_index=-100,
         )
         name = f"chain {samples}: {'-'.join(map(str, widths))} {kind}"
@@ -202,7 +211,7 @@ def launches():
     yield from node(categorical, 2, 8, 512, 1024, label=" causal padding", **masks)
     documents = {"causal": True, "segments": tensor(2, 1024, dtype=torch.int64)}
     yield from node(categorical, 2, 8, 1024, 1024, label=" causal segments", only=HEAVIEST[1:2], **documents)
-    for head, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)):
+    for head, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32), (128, torch.float32)):
         q, keys = tensor(2, 8, 1024, head, dtype=dtype), tensor(2, 4, 1024, head, dtype=dtype)
         state, pi = tensor(2, 8, 1024, 1024, dtype=torch.float32), tensor(2, dtype=torch.float32)
         facts, options = tensor(3, 2, 8, 1024, dtype=torch.float32), {"scale": 0.125, **masks}
@@ -235,11 +244,31 @@ def launches():
     for n, k in ((4096, 4096), (1024, 1024), (4096, 4100)):
         yield from layer(n, k)
     yield from layer(4096, 4096, dtype=torch.float32)
-    yield from layer(64, 64, only=("forward error", "backward", "weight gradient"))
-    yield from layer(4096, 4096, only=("forward error", "backward"), state_dtype=torch.bfloat16)
+    yield from layer(64, 64)
+    yield from layer(4096, 4096, state_dtype=torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16):
         yield from network(128, 64, 128, 128, 10, dtype=dtype)
         yield from network(16384, 256, 256, 256, labels=False, dtype=dtype)
+
+
+def in_tf32(call) -> None:
+    """Call it where float32's products may be TF32."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        call()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def of_target(target: str):
+    """The launches that are compiled for a target, some of float32 with products in TF32 too; AMD's stay exact."""
+    for name, call in launches():
+        calls = {name: call}
+        if any(re.fullmatch(like, name) for like in TF32) and not target.startswith("hip"):
+            calls[f"{name} tf32"] = partial(in_tf32, call)
+        for label, each in calls.items():
+            if target not in FEW or any(re.fullmatch(like, label) for like in LARGEST):
+                yield label, each
 
 
 def watch() -> list[tuple]:
@@ -288,10 +317,11 @@ def measure(targets) -> dict[str, dict[str, list[int]]]:
     for target in targets:
         driver.set_active(StubDriver(target))
         torch.version.hip = "stub" if target.startswith("hip") else None
-        for name, call in launches():
+        for name, call in of_target(target):
             compiled.clear()
             call()
             for kernel, _ in compiled:
+                assert ("tf32" in kernel.asm.get("ptx", "")) == ("tf32" in name), f"{name}: other products"
                 label = name if len(compiled) == 1 else f"{name}, {kernel.name.strip('_')}"
                 found.setdefault(label, {})[target] = resources(kernel)
     return found

@@ -20,3 +20,14 @@ def test_the_tiles_of_each_gpu(arch, dim, segmented, monkeypatch):
     q, k, v, grad_out, state, c = problem(("cpu", torch.float16), 2, 1, 100, 100, dim)
     masks = {"segments": number(100)} if segmented else {"padding": hide(100)}
     check(q, k, v, grad_out, state, c, causal=True, **masks)
+
+
+@ON_CPU
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_tiles_of_tf32(arch, dim, monkeypatch):
+    """The interpreter multiplies exactly all the same."""
+    monkeypatch.setattr(attention, "arch", lambda: arch)
+    monkeypatch.setattr(attention, "product_precision", lambda dtype: "tf32")
+    q, k, v, grad_out, state, c = problem(("cpu", torch.float32), 2, 1, 100, 100, dim)
+    check(q, k, v, grad_out, state, c, causal=True, padding=hide(100))

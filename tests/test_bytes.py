@@ -193,22 +193,15 @@ def test_states_in_bfloat16_are_half_the_bytes(moved):
     assert (moved.loaded16, moved.stored16) == (4 * pairs, 2 * pairs)
     moved.loaded16 = moved.stored16 = 0
     x, weight, state, pi = torch.randn(64, 48), torch.randn(32, 48), torch.randn(64, 32).bfloat16(), torch.ones(64)
-    kernels.linear_forward(x, weight, None, state, pi, form="error")
+    kernels.linear_forward(x, weight, None, state, pi)
     assert (moved.loaded16, moved.stored16) == (2 * state.numel(), 0)
-    moved.loaded16 = 0
-    kernels.linear_backward(torch.randn(64, 32), weight, state, pi, pi / 3, pi / 3)
-    assert (moved.loaded16, moved.stored16) == (2 * state.numel(), 2 * state.numel())
 
 
-def test_a_linear_layer_moves_each_state_once(moved):
+def test_a_linear_layer_reads_each_state_once(moved):
     """Float32 is the state and the energies: the product's tiles share the states of their rows."""
     rows, n, k = 256, 192, 160
     x, weight, bias = (torch.randn(shape).half() for shape in ((rows, k), (n, k), (n,)))
     state, pi, kernels = torch.randn(rows, n), torch.ones(rows), triton_kernels()
-    kernels.linear_forward(x, weight, bias, state, pi, form="error")
+    kernels.linear_forward(x, weight, bias, state, pi)
     assert 4 * rows * n <= moved.loaded32 <= SLACK * 4 * rows * n
     assert moved.stored == 2 * rows * n + moved.stored32
-    moved.loaded32 = moved.stored32 = 0
-    kernels.linear_backward(torch.randn(rows, n).half(), weight, state, pi, pi / 3, pi / 3)
-    assert 4 * rows * n <= moved.loaded32 <= SLACK * 4 * rows * n
-    assert 4 * rows * n == moved.stored32

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ pytest.importorskip("tokenizers", reason="the command line's extras: pip install
 
 from safetensors.torch import load_file, save_file
 
-from pc_triton import checkpoint, evaluate, report
+from pc_triton import build, checkpoint, evaluate, orders, report, run_files
 from pc_triton import train as training
 from pc_triton.cli import EXTRAS, main
 from pc_triton.settings import Settings
@@ -176,6 +177,7 @@ def test_resume_is_bit_for_bit(tmp_path, data, capsys, monkeypatch, method):
     assert main(["train", "--resume", "--out", str(tmp_path / "parts"), "--device", "cpu"]) == 0
     straight, record = checkpoint.load(tmp_path / "straight")
     parts, record_of_parts = checkpoint.load(tmp_path / "parts")
+    assert [row["step"] for row in record.pop("speed")] == [row["step"] for row in record_of_parts.pop("speed")]
     assert record == record_of_parts
     assert straight.keys() == parts.keys()
     for name, t in straight.items():
@@ -276,6 +278,10 @@ def test_data_that_cannot_be_used(tmp_path, capsys, content, message):
         ("--precision much", "precision=much: give auto, or a positive"),
         ("--precision -1", "precision=-1"),
         ("--state-dtype float16", "invalid choice"),
+        ("--dtype float16", "invalid choice"),
+        ("--compile --checkpointing", "compile: leave out --checkpointing"),
+        ("--compile --order incremental", "compile: leave out --checkpointing and --order incremental"),
+        ("--profile --steps 3", "3 steps are left, and a trace needs 5: give more --steps"),
         ("--state-dtype bfloat16 --order sweep", "use order='error', or float32 states"),
         ("--held-out missing.txt", "No such file"),
         ("--lr nan", "lr=nan"),
@@ -334,6 +340,7 @@ def test_a_run_is_not_replaced_unasked(tmp_path, data, run, capsys):
         (["--width", "32"], "--width 16, not 32: leave it out"),
         (["--method", "bp"], "--method pc, not bp: leave it out"),
         (["--steps", "5"], "at step 20 already"),
+        (["--dtype", "bfloat16"], "--dtype float32, not bfloat16: leave it out"),
         (["--data", __file__], "the text is not the one"),
     ],
 )
@@ -387,7 +394,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, data, capsys, monkeypatch):
 
     monkeypatch.setattr(os, "replace", refused)
     assert "Permission denied" in failure(capsys, train_arguments(data, tmp_path / "run"))
-    assert os.listdir(tmp_path / "run") == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_disk_that_fills_up(tmp_path, data, capsys, monkeypatch):
@@ -432,9 +439,154 @@ def test_standard_output_that_is_full(run, capsys, monkeypatch):
 
 def test_a_path_that_is_too_long(tmp_path, data, capsys):
     path = tmp_path / ("x" * 300)
-    assert "File name too long: choose another path" in failure(capsys, train_arguments(data, path))
+    assert "File name too long: choose another --out" in failure(capsys, train_arguments(data, path))
     assert "File name too long: choose another path" in failure(capsys, ["eval", "--checkpoint", path])
     assert "File name too long: give a readable text file" in failure(capsys, train_arguments(path, tmp_path / "run"))
+
+
+# Two runs in one folder.
+
+
+@pytest.mark.parametrize(
+    ("holds", "more"), [("nothing", ""), ("a run", ""), ("a run", "--resume"), ("a run", "--overwrite")]
+)
+def test_two_runs_in_one_folder(tmp_path, data, run, capsys, holds, more):
+    """The second is refused, whatever it asks for, and leaves all as it was; after the first it may run."""
+    folder = tmp_path / "run"
+    if holds == "a run":
+        shutil.copytree(run, folder)
+    with run_files.locked(folder):
+        before = sorted(os.listdir(folder))
+        line = failure(capsys, train_arguments(data, folder, more))
+        assert f"another run is writing to {folder}: wait for its end, or choose another --out" in line
+        assert sorted(os.listdir(folder)) == before
+    assert folder.exists() == (holds == "a run")
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="Linux")
+def test_a_killed_run_locks_nothing(tmp_path, data):
+    process = command(*train_arguments(data, tmp_path, "--steps 100000"))
+    wait_for_checkpoint(tmp_path, process)
+    assert (tmp_path / run_files.LOCK).exists()
+    with pytest.raises(InputError, match="another run is writing"), run_files.locked(tmp_path):
+        pass
+    process.kill()
+    process.communicate()
+    assert (tmp_path / run_files.LOCK).exists()
+    step = checkpoint.load_record(tmp_path)["step"] + 2
+    assert main(["train", "--resume", "--out", str(tmp_path), "--device", "cpu", "--steps", str(step)]) == 0
+    assert sorted(os.listdir(tmp_path)) == [checkpoint.NAME, "curves.png"]
+
+
+@pytest.mark.parametrize("without", ["locks", "fcntl"])
+def test_a_system_without_locks(tmp_path, data, capsys, monkeypatch, without):
+    """Some network file systems, and Windows: the run says so, and goes on."""
+
+    def flock(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if without == "locks":
+        monkeypatch.setattr(run_files.fcntl, "flock", flock)
+    else:
+        monkeypatch.setattr(run_files, "fcntl", None)
+    assert main(train_arguments(data, tmp_path, "--steps 2")) == 0
+    assert f"warning: {tmp_path} has no locks: see that no other run writes there" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == [checkpoint.NAME, "curves.png"]
+
+
+def test_a_lock_file_removed_before_it_is_locked(tmp_path, monkeypatch):
+    """The run before removes it on its way out: the lock would be on a file that nobody else opens."""
+    flock, calls = run_files.fcntl.flock, []
+
+    def late(file, how):
+        calls.append(1)
+        if len(calls) == 1:
+            (tmp_path / run_files.LOCK).unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(run_files.fcntl, "flock", late)
+    with run_files.locked(tmp_path) as locks:
+        assert locks
+        assert len(calls) == 2
+        assert (tmp_path / run_files.LOCK).exists()
+
+
+# One line, and status 2.
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "/", "folder", "missing/page.html", "a\0b", "x" * 300, "device"])
+def test_a_page_that_cannot_be_written(tmp_path, run, capsys, monkeypatch, path):
+    """It is refused before anything is measured."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "device")
+    monkeypatch.setattr(evaluate, "perplexity", None)
+    before = sorted(os.listdir())
+    failure(capsys, ["eval", "--checkpoint", run, "--html", path])
+    assert sorted(os.listdir()) == before
+
+
+def test_a_page_of_a_long_name(tmp_path, run):
+    path = tmp_path / ("x" * 250 + ".html")
+    assert main(["eval", "--checkpoint", str(run), "--html", str(path), "--device", "cpu"]) == 0
+    assert path.read_text(encoding="utf-8").startswith("<!")
+
+
+@pytest.mark.parametrize("option", ["--out", "--data", "--held-out", "--stream"])
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_a_path_that_is_none(tmp_path, data, capsys, monkeypatch, option, path):
+    monkeypatch.chdir(tmp_path)
+    failure(capsys, [*train_arguments(data, tmp_path / "run"), option, path])
+    assert os.listdir() == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell")
+@pytest.mark.parametrize("arguments", ["generate --prompt a --checkpoint {}", "eval --checkpoint {}", "train --help"])
+def test_closed_standard_streams(run, arguments):
+    line = f"'{sys.executable}' -m pc_triton.cli {arguments.format(run)}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def shell(line):
+        return subprocess.run(line, shell=True, env=environment, capture_output=True, text=True)
+
+    closed = shell(f"{line} >&-")
+    assert closed.returncode == 2
+    problem = "pc-triton: error: cannot print: standard output is closed"
+    assert closed.stderr == f"{problem}: open it, as with `> /dev/null`\n"
+    if Path("/dev/full").exists():
+        full = shell(f"{line} >/dev/full")
+        assert full.returncode == 2
+        assert full.stderr.startswith("pc-triton: error: cannot print: No space left on device: ")
+        assert full.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell")
+def test_errors_without_standard_error(tmp_path):
+    """They go nowhere, and not among the results."""
+    line = f"'{sys.executable}' -m pc_triton.cli eval --checkpoint {tmp_path} 2>&-"
+    done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux")
+@pytest.mark.parametrize("how", ["module", "script"])
+@pytest.mark.parametrize("moment", ["libtorch_cpu", "tokenizers"])
+def test_ctrl_c_in_the_first_second(tmp_path, how, moment):
+    """While torch is imported, and while what the commands need is."""
+    (tmp_path / "pc-triton").write_text("import sys\nfrom pc_triton.cli import main\nsys.exit(main())\n")
+    line = ["-m", "pc_triton.cli"] if how == "module" else [str(tmp_path / "pc-triton")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, *line, "train", "--steps", "100000", "--out", str(tmp_path / "run")],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while moment not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=100)
+    assert (process.returncode, stdout, stderr) == (130, "", "pc-triton: stopped\n")
 
 
 def test_text_that_has_changed_since(tmp_path, data, capsys):
@@ -459,7 +611,8 @@ def test_a_loss_that_is_not_finite(tmp_path, data, capsys, monkeypatch):
 
     monkeypatch.setattr(training, "losses", losses)
     line = failure(capsys, train_arguments(data, tmp_path))
-    assert "at step 14 the loss is not finite (nan): train with a --lr below 0.002; the earlier checkpoint is" in line
+    remedy = "train with a --lr below 0.002, and --overwrite or another --out; the earlier checkpoint is kept in"
+    assert f"at step 14 the loss is not finite (nan): {remedy}" in line
     assert checkpoint.load(tmp_path)[1]["step"] == 10
 
 
@@ -490,23 +643,26 @@ def test_a_held_out_perplexity_out_of_bounds(tmp_path, data, capsys, monkeypatch
 def test_extras_that_are_not_installed(capsys, monkeypatch, extra):
     for module in [name for name in sys.modules if name.partition(".")[0] == extra]:
         monkeypatch.delitem(sys.modules, module)
-    for module in ("train", "data", "evaluate", "checkpoint"):
+    for module in ("train", "build", "data", "evaluate", "run_files", "checkpoint"):
         monkeypatch.delitem(sys.modules, f"pc_triton.{module}")
         monkeypatch.delattr(f"pc_triton.{module}")
     monkeypatch.setitem(sys.modules, extra, None)
     assert f"{extra} is not installed: pip install" in failure(capsys, ["eval"])
 
 
-def test_ctrl_c_in_a_terminal(tmp_path, data):
-    """A real SIGINT to a real process, somewhere in a run too long to end."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_a_terminal(tmp_path, data, number):
+    """A real signal to a real process, somewhere in a run too long to end."""
     process = command(*train_arguments(data, tmp_path, "--steps 100000"))
     wait_for_checkpoint(tmp_path, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 130
     assert stderr.startswith("pc-triton: stopped at step ")
     assert stderr.count("\n") == 1
     assert checkpoint.load(tmp_path)[1]["step"] >= 10
+    folder = stderr.strip().rpartition(" --out ")[2]
+    assert checkpoint.load(shlex.split(folder)[0])[1]["step"] >= 10, "the folder that it names"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
@@ -524,6 +680,7 @@ def test_a_process_killed_in_a_save(tmp_path, data, monkeypatch):
         assert main(train_arguments(data, tmp_path / "straight", settings)) == 0
     before, after, _ = saves
     expected = checkpoint.load(tmp_path / "straight")
+    del expected[1]["speed"]
 
     path = tmp_path / "killed" / checkpoint.NAME
     path.parent.mkdir()
@@ -548,6 +705,7 @@ def test_a_process_killed_in_a_save(tmp_path, data, monkeypatch):
             left.add(content)
             assert main(["train", "--resume", "--out", str(path.parent), "--device", "cpu", "--quiet"]) == 0
             found = checkpoint.load(path)
+            del found[1]["speed"]
             assert found[1] == expected[1]
             assert all(torch.equal(t, found[0][name]) for name, t in expected[0].items())
             assert sorted(os.listdir(path.parent)) == [checkpoint.NAME, "curves.png"]
@@ -573,7 +731,7 @@ def test_two_processes_one_of_which_is_killed(tmp_path, data, monkeypatch):
     stdout, stderr = process.communicate(timeout=100)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in stderr
-    assert stdout.count("pc on 2 x cpu") == 1, "one of them prints"
+    assert stdout.count("pc in float32 on 2 x cpu") == 1, "one of them prints"
 
     two, record_of_two = checkpoint.load(tmp_path / "two")
     with monkeypatch.context() as patch:
@@ -589,10 +747,12 @@ def test_two_processes_one_of_which_is_killed(tmp_path, data, monkeypatch):
     assert main([*resume, str(tmp_path / "two"), "--steps", str(record_of_two["step"] + 1)]) == 0
 
 
-def test_a_batch_that_does_not_divide(tmp_path, data, capsys, monkeypatch):
+def test_a_batch_that_does_not_divide(tmp_path, data, run, capsys, monkeypatch):
     monkeypatch.setattr(training.parallel, "processes", lambda: 3)
     line = failure(capsys, train_arguments(data, tmp_path))
     assert "batch=4 is no multiple of the 3 processes: give a --batch that is" in line
+    line = failure(capsys, ["train", "--resume", "--out", run])
+    assert "batch=4 is no multiple of the 3 processes: use a number of processes that divides it" in line
 
 
 class Lines:
@@ -654,6 +814,12 @@ def test_settings_from_python():
         Settings(width=3.5)
 
 
+@pytest.mark.parametrize("order", orders.ORDERS)
+def test_the_steps_of_inference_are_the_orders_own(order):
+    assert Settings(order=order).inference_steps == orders.ORDERS[order].steps
+    assert Settings(order=order, inference_steps=7).inference_steps == 7
+
+
 def test_a_held_out_text_of_its_own(tmp_path, data, capsys):
     """All of --data is trained on, all of --held-out measured; evaluation finds it again."""
     held_out = tmp_path / "held_out.txt"
@@ -703,9 +869,9 @@ def test_micro_batches_hold_fewer_sequences(tmp_path, data, monkeypatch):
     """Each pass has as many as were asked for, also where they do not divide the batch, and in reports."""
     original, seen = training.losses, []
 
-    def losses(learner, free_energy, x, y):
+    def losses(learner, free_energy, x, *more):
         seen.append(len(x))
-        return original(learner, free_energy, x, y)
+        return original(learner, free_energy, x, *more)
 
     monkeypatch.setattr(training, "losses", losses)
     monkeypatch.setattr(
@@ -718,12 +884,12 @@ def test_micro_batches_hold_fewer_sequences(tmp_path, data, monkeypatch):
 def test_states_in_bfloat16(tmp_path, data, run):
     """They train; a checkpoint from before the setting was there has float32's and is used as ever."""
     assert main(train_arguments(data, tmp_path / "run", "--state-dtype bfloat16 --steps 2")) == 0
-    _, free_energy, *_ = training.load(tmp_path / "run", "cpu")
+    _, free_energy, *_ = build.load(tmp_path / "run", "cpu")
     assert free_energy.state_dtype == torch.bfloat16
     tensors, record = checkpoint.load(run)
     del record["settings"]["state_dtype"]
     checkpoint.save(tmp_path / checkpoint.NAME, tensors, record)
-    assert training.load(tmp_path, "cpu")[1].state_dtype is None
+    assert build.load(tmp_path, "cpu")[1].state_dtype is None
     assert main(["train", "--resume", "--out", str(tmp_path), "--steps", "21"]) == 0
 
 
@@ -734,6 +900,8 @@ def test_memory_is_told_before_the_first_step(tmp_path, data, capsys, monkeypatc
     assert lines[2].startswith("memory of a step: about 0.00")
     assert lines[2].endswith(" head")
     assert lines[3] == "warning: that is more than the 0.0001 GB free on cpu: give a smaller --micro-batch"
+    assert main(train_arguments(data, tmp_path, "--steps 1 --overwrite --order incremental")) == 0
+    assert "give a smaller --batch, --context, --width or --blocks" in capsys.readouterr().out
     assert main(train_arguments(data, tmp_path, "--steps 1 --quiet --overwrite")) == 0
     assert "memory of" not in capsys.readouterr().out
 

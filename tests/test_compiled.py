@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import pc_triton as pc
 from pc_triton import compiled as module
+from pc_triton import dispatch
 from pc_triton.compiled import trace
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -200,6 +202,27 @@ def test_batch_norm_counts_a_batch_once():
         assert model[1].num_batches_tracked == step
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has no word for it")
+def test_a_graph_is_of_one_precision_of_products(monkeypatch):
+    """What was captured with exact products is not replayed where they may be TF32."""
+    made = []
+
+    def make(self, *_):
+        made.append(torch.get_float32_matmul_precision())
+        return lambda *_: [torch.zeros(()), *map(torch.zeros_like, self.whole.parameters())], lambda x, y: None
+
+    monkeypatch.setattr(module.CompiledSteps, "_make", make)
+    free_energy = pc.FreeEnergy(network(), steps=1)
+    free_energy.compile()
+    try:
+        for word in ("highest", "high", "highest", "high"):
+            torch.set_float32_matmul_precision(word)
+            free_energy(*batch())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert made == ["highest", "high"]
+
+
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
@@ -216,7 +239,8 @@ def test_a_cuda_graph_is_eager(options, monkeypatch):
         values = []
         for free_energy, optimizer in zip((plain, graphed), optimizers):
             optimizer.zero_grad()
-            loss = free_energy(x + number, y)
+            with dispatch.use_chain(False):
+                loss = free_energy(x + number, y)
             (2 * loss).backward()
             optimizer.step()
             values.append(loss.detach())
@@ -232,3 +256,38 @@ def test_a_cuda_graph_draws_nothing(layer):
     free_energy.compile()
     with pytest.raises(ValueError, match="random numbers"):
         free_energy(*(t.cuda() for t in batch()))
+
+
+@needs_compiler
+def test_a_first_batch_in_which_nothing_moves_makes_no_graph():
+    """The step is learnt of the first batch that moves something; here all labels of the first are ignored."""
+    (x, y), eager, compiled = batch(), pc.FreeEnergy(network()), pc.FreeEnergy(network())
+    compiled.compile()
+    for labels in (torch.full_like(y, -100), y, y):
+        loss, wanted = compiled(x, labels), eager(x, labels)
+        torch.testing.assert_close(loss, wanted)
+        assert_same(gradients(loss, compiled.model), gradients(wanted, eager.model))
+
+
+@pytest.mark.parametrize("later", [{"stop": 0.1}, {"state_optimizer": lambda states: torch.optim.SGD(states, lr=0.5)}])
+def test_what_a_graph_cannot_hold_is_refused_when_it_is_set_later(later):
+    free_energy = pc.FreeEnergy(network())
+    free_energy.compile()
+    for name, value in later.items():
+        setattr(free_energy, name, value)
+    with pytest.raises(ValueError, match="compile"):
+        free_energy(*batch())
+
+
+def test_rules_that_cannot_be_hashed_are_refused_in_words():
+    @dataclasses.dataclass
+    class Ones:
+        pi: float = 1.0
+
+        def __call__(self, node, squared, free_energy, nodes):
+            return torch.full_like(free_energy, self.pi)
+
+    free_energy = pc.FreeEnergy(network(), precision=Ones(), steps=3)
+    free_energy.compile()
+    with pytest.raises(TypeError, match="frozen=True"):
+        free_energy(*batch())

@@ -274,11 +274,11 @@ def test_no_module():
 
 
 def test_attention_over_the_first_axis_is_refused_in_inference():
-    """``batch_first=False`` has its samples along the second axis."""
+    """Where x itself has its samples along the second axis."""
     model = Attend(batch_first=False)
-    x = torch.randn(4, 4, 8)
+    x = torch.randn(4, 3, 8)
     truth = model(x)
     pc.convert(model)
     close(model(x), truth)
     with pytest.raises(ValueError, match="batch_first=True"):
-        pc.FreeEnergy(model)(x, torch.zeros(4, 4, 3))
+        pc.FreeEnergy(model)(x, torch.zeros(4, 3, 3))

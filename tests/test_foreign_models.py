@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import warnings
 
 import numpy
 import pytest
 import torch
+import torch.autograd.forward_ad
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
@@ -693,3 +696,96 @@ def test_time_first_is_refused(name):
     for model in (Recurrent(LAYERS[name](batch_first=True), False), Recurrent(LAYERS[name](), True)):
         assert pc.FreeEnergy(model)(x, y).isfinite()
         assert not model.layer._forward_pre_hooks
+
+
+# What transforms, copies or exports.
+
+
+def called(free_energy, x, y):
+    """F as a function of parameters, as torch.func has it."""
+    return lambda p: torch.func.functional_call(free_energy, p, (x, y))
+
+
+TRANSFORMS = {
+    "grad": lambda f, p: torch.func.grad(f)(p),
+    "jvp": lambda f, p: torch.func.jvp(f, (p,), (p,)),
+    "jacrev": lambda f, p: torch.func.jacrev(f)(p),
+    "ensemble": lambda f, p: torch.func.vmap(f)({name: torch.stack([v, v]) for name, v in p.items()}),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_function_transforms_are_refused(name, steps):
+    free_energy, (x, y) = pc.FreeEnergy(mlp(), steps=steps), batch()
+    parameters = {n: p.detach() for n, p in free_energy.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"within torch\.func.*loss\.backward\(\)"):
+        TRANSFORMS[name](called(free_energy, x, y), parameters)
+    torch.testing.assert_close(called(free_energy, x, y)(parameters), free_energy(x, y))
+
+
+@pytest.mark.parametrize("call", ["infer", "record", "__call__"])
+def test_samples_by_vmap_are_refused(call):
+    free_energy, (x, y) = pc.FreeEnergy(mlp()), batch()
+    with pytest.raises(RuntimeError, match="loop in place of vmap"):
+        torch.func.vmap(lambda a, b: getattr(free_energy, call)(a[None], b[None]))(x, y)
+
+
+def test_forward_mode_is_refused():
+    (x, y), free_energy = batch(), pc.FreeEnergy(mlp())
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        free_energy(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), y)
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", ["whole", "inference", "model", "statistic"])
+def test_copies_of_what_was_compiled(how, copies):
+    """They are compiled anew where they are called, and learn what the first would have."""
+    (x, y), model = batch(), with_statistic() if how == "statistic" else mlp()
+    free_energy = pc.FreeEnergy(model)
+    if how == "whole":
+        free_energy.compile()
+    elif how == "inference":
+        free_energy.compile_model("eager")
+    elif how == "model":
+        model.compile(backend="eager")
+    free_energy(x, y).backward()
+    other = copies(free_energy)
+    found = []
+    for one in (free_energy, other):
+        one.zero_grad()
+        one(x, y).backward()
+        found.append([*(p.grad for p in one.parameters()), *one.buffers()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(p is not q for p, q in zip(free_energy.parameters(), other.parameters(), strict=True))
+
+
+def exported(model, arguments):
+    return torch.export.export(model, arguments).module()
+
+
+@pytest.mark.parametrize("export", [torch.jit.trace, exported], ids=["trace", "export"])
+def test_the_model_is_exported_and_not_its_training(export):
+    (x, y), model = batch(torch.float32), mlp(torch.float32)
+    with pytest.raises(RuntimeError, match="the model itself"):
+        export(pc.FreeEnergy(model), (x, y))
+    torch.testing.assert_close(export(model, (x,))(x), model(x))
+
+
+@pytest.mark.parametrize("layer", [pc.Linear(4, 4), pc.Attention(4, 2)], ids=["linear", "attention"])
+def test_traced_layers(layer):
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))
+    with pytest.raises(TypeError, match=r"torch\.jit\.script takes no value nodes"):
+        torch.jit.script(layer)
+
+
+@pytest.mark.parametrize("kinds", [{nn.Linear}, {nn.Linear, pc.Linear}], ids=["linear", "both"])
+def test_quantisation_that_would_pass_over_layers_is_refused(kinds):
+    model = mlp(torch.float32)
+    with pytest.raises(TypeError, match="plain layers, which loads its state dict"):
+        torch.ao.quantization.quantize_dynamic(model, kinds)
+    plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    plain.load_state_dict(model.state_dict())
+    assert "DynamicQuantizedLinear" in repr(torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}))

@@ -528,7 +528,11 @@ def test_report_leaves_out_a_node_that_does_not_reach_the_output():
 
 
 def test_settled_is_the_fraction_of_the_reachable_fall():
-    report = pc.Report((), (10.0, 9.0, 8.5), 8.0, 0.1, 0.9, 0.8)
+    nodes = (pc.NodeReport("a", "Gaussian", 1.0, 0.5, 0.1),)
+    report = pc.Report(nodes, (10.0, 9.0, 8.5), 8.0, 0.1, 0.9, 0.8)
     assert report.settled == pytest.approx(0.75)
     assert "explains 15.00% of F" in report.regime
-    assert pc.Report((), (10.0, 10.0), 10.0, 0.0, 1.0, 1.0).settled == 1.0
+    assert pc.Report(nodes, (10.0, 10.0), 10.0, 0.0, 1.0, 1.0).settled == 1.0
+    nothing = pc.Report((), (10.0, 10.0), 10.0, 0.0, 1.0, 1.0)
+    assert nothing.settled == 0
+    assert nothing.regime.startswith("backpropagation: the model's forward visits no free value node")

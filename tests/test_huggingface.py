@@ -105,6 +105,21 @@ def test_inference_lowers_the_free_energy(kind, monkeypatch):
     assert all(0 < node.residual < 1 for node in report.nodes)
 
 
+def test_a_new_bert_is_settled():
+    """Its attention is all but uniform: F hardly depends on queries and keys, and they are held by more than that."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 16}
+    model = hf.BertForMaskedLM(hf.BertConfig(**SIZES, **sizes, hidden_dropout_prob=0.0, pad_token_id=0)).train()
+    pc.convert(model)
+    x = torch.randint(1, 32, (8, 16))
+    report = pc.FreeEnergy(model).report({"input_ids": x}, x)
+    precisions = [node.precision for node in report.nodes if node.precision]
+    assert min(precisions) > 5e-4 * sum(precisions) / len(precisions)
+    assert report.settled > 0.9
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_padding_counts_nothing(kind):
     """A padded sequence settles where it does alone; its states give no weight to keys behind a mask."""

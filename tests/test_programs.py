@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -59,7 +61,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:no free value node")
 @pytest.mark.parametrize("how", CHANGED)
 def test_attention_that_another_library_changed(how):
     """It gets its nodes, or is left by name; either way it is the model that it was."""
@@ -275,30 +277,63 @@ def test_nothing_is_switched_off_where_nothing_is_converted():
     assert model[0].inplace
 
 
-class Functional(nn.Module):
-    """Attention by functions, as nanoGPT, timm and diffusers write it, with a layer that the forward never visits."""
+HIDDEN = torch.ones(5, 5, dtype=torch.bool).triu(1)
 
-    def __init__(self, how: str) -> None:
+
+class Functional(nn.Module):
+    """Attention as nanoGPT, timm and diffusers write it, in several ways, and a layer that is never visited."""
+
+    def __init__(self, how: str, heads: int = 2) -> None:
         super().__init__()
         self.qkv, self.proj, self.spare, self.head = (nn.Linear(8, n) for n in (24, 8, 5, 3))
-        self.how = how
+        self.how, self.heads = how, heads
+        if how == "module":
+            self.weigh = nn.Softmax(-1)
 
-    def weights(self, q, k):
-        return F.softmax(q @ k.mT / 8**0.5, -1)
+    def weights(self, mu):
+        if self.how == "helper":
+            return helper(mu)
+        if self.how == "module":
+            return self.weigh(mu)
+        return torch.softmax(mu, dim=3) if self.how == "torch" else F.softmax(mu, -1, dtype=torch.float32)
+
+    def attention(self, q, k, v):
+        visible, bias = ~HIDDEN, torch.zeros(5, 5).masked_fill(HIDDEN, -torch.inf)
+        if self.how == "sdpa, causal":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if self.how == "sdpa, bool":
+            return F.scaled_dot_product_attention(q, k, v, visible)
+        if self.how == "sdpa, float":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(q), 1, 5, 5), scale=0.5)
+        if self.how == "sdpa, no heads":
+            return F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias).view_as(q)
+        mu = q @ k.mT * (0.5 if self.how == "module, scaled" else 4**-0.5)
+        hidden = -1e9 if self.how == "finite" else -torch.inf
+        return self.weights(mu + bias if self.how == "added" else mu.masked_fill(HIDDEN, hidden)) @ v
 
     def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, -1)
-        if self.how == "sdpa":
-            out = F.scaled_dot_product_attention(q, k, v)
-        elif self.how == "method":
-            out = self.weights(q, k) @ v
-        else:
-            out = helper(q, k) @ v
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        out = self.attention(q, k, v).transpose(1, 2).flatten(2)
         return self.head(x + self.proj(out))
 
 
-def helper(q, k):
-    return (q @ k.mT).softmax(-1)
+def helper(mu):
+    return mu.softmax(-1)
+
+
+class Deep(nn.Module):
+    """Its softmax lies two functions deep, where only a run finds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(deep(self.a(x)))
+
+
+def deep(mu):
+    return helper(mu)
 
 
 class WithModule(nn.Module):
@@ -312,36 +347,115 @@ class WithModule(nn.Module):
         return self.softmax(self.layer(x))
 
 
-def test_functions_in_the_place_of_a_node_are_named():
-    model = nn.Sequential(Functional("sdpa"), WithModule())
+class Mixed(nn.Module):
+    """A softmax of parameters, one over another axis, and one of fewer rows than samples: no node is meant by these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.mix = nn.Linear(8, 8), nn.Linear(8, 3), nn.Parameter(torch.randn(2, 2))
+
+    def forward(self, x):
+        mix = F.softmax(self.mix, -1).sum() + F.softmax(self.mix[:1], -1).sum() + F.softmax(self.mix[0], -1).sum()
+        return self.b(mix * F.softmax(self.a(x), 1))
+
+
+WAYS = ["sdpa, causal", "sdpa, bool", "sdpa, float", "sdpa, no heads", "function", "helper", "torch", "added", "finite"]
+
+
+@pytest.mark.parametrize("order", ["error", "sweep"])
+@pytest.mark.parametrize("how", WAYS)
+def test_attention_by_functions_has_its_node(how, order):
+    """It infers as the same network does whose softmax is a module, and is the same network outside inference."""
+    torch.manual_seed(0)
+    model, wanted = Functional(how), Functional("module")
+    wanted.load_state_dict(model.state_dict())
+    x, y = torch.randn(2, 5, 8), torch.randint(3, (2, 5))
+    truth = model(x)
     _, changes = pc.convert(model)
-    assert "calls scaled_dot_product_attention" in changes["0"]
-    assert "pc.Attention" in changes["0"]
-    assert "1" not in changes
-    assert changes["1.softmax"] == "Softmax -> pc.Categorical"
+    pc.convert(wanted)
+    assert changes[""].endswith("in Functional -> pc.Categorical")
+    close(model(x), truth)
+    close(copy.deepcopy(model)(x), truth)
+    trains(model, x, y)
+    options = {"order": order, "steps": 4}
+    a, b = (pc.FreeEnergy(m, **options).infer(x, y) for m in (model, wanted))
+    close(a.free_energy, b.free_energy)
+    close(a.output, b.output)
+    (name,) = a.states.keys() - b.states.keys()
+    close(a.states[name].reshape(2, 2, 5, 5), b.states["weigh"])
+    model.zero_grad()
+    for m in (model, wanted):
+        pc.FreeEnergy(m, **options)(x, y).backward()
+    for p, q in zip(model.parameters(), wanted.parameters()):
+        close(p.grad, q.grad)
+    assert pc.convert(model)[1][""] == "has its node already"
 
 
-@pytest.mark.parametrize("how", ["sdpa", "method", "helper"])
+def test_functions_that_are_no_node():
+    model, x, y = nn.Sequential(Mixed()), torch.randn(4, 5, 8), torch.randint(3, (4, 5))
+    pc.convert(model)
+    assert set(trains(model, x, y).infer(x, y).states) == {"0.a"}
+    nested = nn.Sequential(WithModule(), nn.MultiheadAttention(8, 2, kdim=4, vdim=4))
+    _, changes = pc.convert(nested)
+    assert "0" not in changes
+    assert changes["0.softmax"] == "Softmax -> pc.Categorical"
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_functional_attention_in_a_checkpoint_and_in_a_compiled_model():
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(Functional("function"), nn.Linear(3, 3)), torch.randn(2, 5, 8), torch.randint(3, (2, 5))
+    pc.convert(model)
+    pc.FreeEnergy(model)(x, y).backward()
+    wanted = [p.grad for p in model.parameters()]
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            from torch.utils.checkpoint import checkpoint
+
+            h = checkpoint(model[0], x, use_reentrant=False, context_fn=pc.checkpoint_contexts)
+            return model[1](h)
+
+    for other in (Checkpointed(), torch.compile(model, backend="eager")):
+        model.zero_grad()
+        pc.FreeEnergy(other)(x, y).backward()
+        for p, grad in zip(model.parameters(), wanted):
+            assert (p.grad is None) == (grad is None)
+            if grad is not None:
+                close(p.grad, grad)
+
+
+@pytest.mark.parametrize("how", ["sdpa, causal", "function"])
 def test_a_first_batch_completes_the_table(how):
-    """Nodes that the forward never visits, the output's, and functions that only a run finds."""
+    """Nodes that the forward never visits, and the output's."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Dropout(0.1), Functional(how))
     _, changes = pc.convert(model)
-    before, x, y = dict(changes), torch.randn(2, 4, 8), torch.randint(3, (2, 4))
+    before, x, y = dict(changes), torch.randn(2, 5, 8), torch.randint(3, (2, 5))
     assert changes.share == 1.0
     random = torch.get_rng_state()
     assert changes.visit(pc.FreeEnergy(model), x, y) is changes
     assert torch.equal(random, torch.get_rng_state())
-    function = "scaled_dot_product_attention" if how == "sdpa" else "softmax"
-    assert f"calls {function}," in changes["1"]
-    assert changes == {**before, "1": changes["1"]}
+    assert changes == before
     assert changes.visits == {
-        "1.qkv": "visited", "1.proj": "visited", "1.spare": "not visited", "1.head": "the output"
+        "1": "visited", "1.qkv": "visited", "1.proj": "visited", "1.spare": "not visited", "1.head": "the output"
     }  # fmt: skip
     assert changes.share == pytest.approx(32 / 40)  # of outputs, each with 9 parameters
     shown = str(changes).splitlines()
     assert [line.split()[0] for line in shown[1:-1]] == list(changes)
     assert shown[-1].startswith("80.0% of the parameters")
+
+
+def test_functions_that_only_a_run_finds_are_named():
+    _, changes = pc.convert(model := nn.Sequential(Deep()))
+    assert "0" not in changes
+    changes.visit(pc.FreeEnergy(model), torch.randn(2, 8), torch.tensor([0, 1]))
+    assert changes["0"].startswith("left as it is: its forward calls softmax")
+    assert changes.visits == {"0.a": "visited", "0.b": "the output"}
 
 
 def test_the_table_says_where_nothing_is_left_for_inference():
@@ -358,3 +472,275 @@ def test_attention_and_its_projection_count_as_one_entry_of_the_table():
     assert changes.share == 1.0
     changes.visit(pc.FreeEnergy(model), torch.randn(2, 4, 8), torch.randint(3, (2, 4)))
     assert changes.visits == {"attn": "visited", "head": "the output"}
+
+
+class Constant(nn.Module):
+    """A node that the output does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = pc.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x):
+        self.a(x)
+        return self.b(x)
+
+
+WITHOUT = {
+    "recurrent": lambda: pc.convert(nn.Sequential(Recurrent(), nn.Identity()))[0],
+    "the output alone": lambda: pc.Linear(8, 3),
+    "unused": Constant,
+}
+
+
+@pytest.mark.parametrize("order", ["error", "sweep", "simultaneous", "incremental"])
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_a_model_in_which_nothing_moves_is_told_so_once(kind, order, recwarn):
+    torch.manual_seed(0)
+    model, x, y = WITHOUT[kind](), torch.randn(2, 5, 8), torch.randint(3, (2, 5))
+    free_energy = pc.FreeEnergy(model, order=order)
+    for _ in range(2):
+        for loss in free_energy.incremental(x, y) if order == "incremental" else [free_energy(x, y)]:
+            loss.backward()
+    report = free_energy.report(x, y)
+    (warning,) = [str(w.message) for w in recwarn if "no free value node" in str(w.message)]
+    assert "pc.Gaussian() after a hidden layer" in warning
+    assert report.settled == 0
+    assert "visits no free value node" in str(report)
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "sweep"}, {"order": "incremental"}, {"precision": 1.0}])
+def test_no_such_warning_where_something_moves_or_nothing_should(options, recwarn):
+    model, x, y = Attend(), torch.randn(2, 5, 8), torch.randint(3, (2, 5))
+    pc.convert(model)
+    free_energy = pc.FreeEnergy(model, **options)
+    for _ in free_energy.incremental(x, y) if "incremental" in options.values() else [free_energy(x, y)]:
+        pass
+    free_energy.infer(x)
+    pc.FreeEnergy(pc.Linear(8, 3)).infer(x)
+    pc.FreeEnergy(pc.Linear(8, 3), steps=1)(x, y).backward()
+    assert not [w for w in recwarn if "value node" in str(w.message)]
+
+
+@dataclasses.dataclass
+class Answer:
+    """As transformers' outputs, but no mapping."""
+
+    logits: torch.Tensor
+    other: torch.Tensor | None = None
+
+
+class Loss(NamedTuple):
+    """As a tuple, with names."""
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+class Returns(nn.Module):
+    """A network that returns more than a tensor."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.a, self.b, self.form = pc.Linear(8, 6), pc.Linear(6, 3), form
+
+    def forward(self, x):
+        return self.form(self.b(self.a(x).tanh()))
+
+
+FORMS = {
+    "tuple": (lambda out: (out, None), lambda out: out[0]),
+    "loss first": (lambda out: [out.mean(), {"scores": out}], lambda out: out[1]["scores"]),
+    "dict": (lambda out: {"scores": out}, lambda out: out["scores"]),
+    "squeezed": (lambda out: (out[..., None],), lambda out: out[0].squeeze(-1)),
+    "logits of a dataclass": (Answer, None),
+    "logits of a named tuple": (Loss, None),
+    "logits of a mapping": (lambda out: {"logits": out, "loss": None}, None),
+}
+
+
+@pytest.mark.parametrize("order", ["error", "sweep"])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_model_returns(form, order):
+    """The tensor that is clamped, found by the user's function; the node that emits it is the output and not free."""
+    make, logits = FORMS[form]
+    torch.manual_seed(0)
+    model, plain, x, y = Returns(make), Returns(lambda out: out), torch.randn(4, 8), torch.arange(4) % 3
+    plain.load_state_dict(model.state_dict())
+    free_energy, wanted = pc.FreeEnergy(model, logits=logits, order=order), pc.FreeEnergy(plain, order=order)
+    loss, truth = free_energy(x, y), wanted(x, y)
+    close(loss, truth)
+    loss.backward()
+    truth.backward()
+    for p, q in zip(model.parameters(), plain.parameters()):
+        close(p.grad, q.grad)
+    settled = free_energy.infer(x, y)
+    close(settled.output, wanted.infer(x, y).output)
+    assert set(settled.states) == {"a"}
+    if logits is not None and form != "squeezed":
+        with pytest.raises(TypeError, match=r"FreeEnergy\(model, logits=lambda out: out\[0\]\)"):
+            pc.FreeEnergy(model)(x, y)
+
+
+class Spans(nn.Module):
+    """As a head that answers questions: where the answer starts and ends in ``[B, N]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = pc.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        start, end = self.b(self.a(x).tanh()).split(1, -1)
+        return start.squeeze(-1), end.squeeze(-1)
+
+
+def test_two_outputs_are_clamped_as_one_tensor():
+    torch.manual_seed(0)
+    model, x, y = Spans(), torch.randn(3, 5, 8), torch.randint(5, (3, 2))
+    free_energy = pc.FreeEnergy(model, logits=lambda out: torch.stack(out, 1), steps=1)
+    close(free_energy(x, y), sum(F.cross_entropy(logits, y[:, i]) for i, logits in enumerate(model(x))) / 2)
+    model = pc.FreeEnergy(model, logits=lambda out: torch.stack(out, 1))
+    assert set(model.infer(x, y).states) == {"a"}
+
+
+def test_a_function_of_the_output_is_not_left_out_by_a_faster_path():
+    """A chain of layers in one launch, and a step that is one graph."""
+    from pc_triton.chain import _plain
+
+    model = nn.Sequential(pc.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    assert _plain(pc.FreeEnergy(model, step=0.25))
+    free_energy = pc.FreeEnergy(model, step=0.25, logits=lambda out: 2 * out)
+    assert not _plain(free_energy)
+    before = free_energy.settings
+    free_energy.logits = None
+    assert free_energy.settings != before
+
+
+class Masked(nn.Module):
+    """Its mask comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, mask, x):
+        return self.head(x + self.attn(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+MASKS = {
+    "bool": HIDDEN,
+    "float": torch.zeros(5, 5).masked_fill(HIDDEN, -torch.inf),
+    "per head": HIDDEN.expand(6, 5, 5),
+    "scalar": torch.tensor(0.5),
+}
+
+
+@pytest.mark.parametrize("given", ["tuple", "dict"])
+@pytest.mark.parametrize("kind", MASKS)
+def test_another_argument_before_the_samples(kind, given):
+    torch.manual_seed(0)
+    model, mask, x, y = Masked(), MASKS[kind], torch.randn(3, 5, 8), torch.randint(3, (3, 5))
+    if kind == "scalar":
+        model.forward = lambda mask, x: model.head(model.attn(x, x, x * mask, need_weights=False)[0])
+    pc.convert(model)
+    arguments = (mask, x) if given == "tuple" else {"mask": mask, "x": x}
+    close(pc.FreeEnergy(model, steps=1)(arguments, y), F.cross_entropy(model(mask, x).flatten(0, 1), y.flatten()))
+    assert pc.FreeEnergy(model).infer(arguments, y).free_energy.shape == (3,)
+    if kind in ("bool", "float"):
+        with pytest.raises(ValueError, match=r"x's first tensor|masks go after the data"):
+            pc.FreeEnergy(model).infer(arguments)
+    assert pc.FreeEnergy(model).infer({"x": x, "mask": mask}).free_energy.shape == (3,)
+
+
+def test_y_of_another_length_than_x():
+    model = nn.Sequential(pc.Linear(8, 6), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=r"labels have shape \(2,\): logits \(4, 3\)"):
+        pc.FreeEnergy(model)(torch.randn(4, 8), torch.tensor([0, 1]))
+
+
+class TimeFirst(nn.Module):
+    """Takes samples first, and turns them for a module of torch's, whose default has time first; ``self.inner``."""
+
+    def __init__(self, kind: str, batch_first: bool) -> None:
+        super().__init__()
+        sizes = {"dim_feedforward": 16, "dropout": 0.0, "batch_first": batch_first}
+        self.kind, self.turns, self.head = kind, not batch_first, nn.Linear(8, 3)
+        if kind == "transformer":
+            self.inner = nn.Transformer(8, 2, 1, 1, **sizes)
+        elif kind == "encoder":
+            self.inner = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, **sizes), 2)
+        elif kind == "decoder layer":
+            self.inner = nn.TransformerDecoderLayer(8, 2, **sizes)
+        else:
+            self.inner = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.turns else x
+        padding = PADDING if self.kind == "encoder" else None
+        if self.kind == "transformer":
+            out = self.inner(x, tgt=x.flip(2), tgt_mask=HIDDEN)
+        elif self.kind == "encoder":
+            out = self.inner(x, src_key_padding_mask=padding)
+        elif self.kind == "decoder layer":
+            out = self.inner(x, memory=x.flip(2), tgt_mask=HIDDEN)
+        else:
+            out = self.inner(x, x, value=x, attn_mask=HIDDEN)[0]
+        return self.head(out.transpose(0, 1) if self.turns else out)
+
+
+PADDING = torch.zeros(3, 5, dtype=torch.bool)
+PADDING[1, 3:] = True
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["transformer", "encoder", "decoder layer", "attention"])
+def test_torch_s_default_of_time_first(kind):
+    """Converted, it does what the same weights with ``batch_first=True`` do, and is the same module outside."""
+    torch.manual_seed(0)
+    model, wanted = TimeFirst(kind, False), TimeFirst(kind, True)
+    wanted.load_state_dict(model.state_dict())
+    x, y = torch.randn(3, 5, 8), torch.randint(3, (3, 5))
+    truth = model(x)
+    _, changes = pc.convert(model)
+    pc.convert(wanted)
+    assert "transposes within" in changes["inner"]
+    assert sum("transposes within" in change for change in changes.values()) == 1
+    for training in (True, False):
+        close(model.train(training)(x), truth)
+    close(copy.deepcopy(model)(x), truth)
+    a, b = (pc.FreeEnergy(m).infer(x, y) for m in (model, wanted))
+    assert list(a.states) == list(b.states)
+    for name in a.states:
+        close(a.states[name], b.states[name])
+    close(a.free_energy, b.free_energy)
+    trains(model, x, y)
+    pc.convert(model)
+    close(model(x), truth)
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.Transformer, nn.TransformerEncoder, nn.MultiheadAttention], ids=lambda k: k.__name__
+)
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_time_first_from_outside_is_refused_by_name(kind):
+    """The model's own input has time first: no sample has a row of it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16)
+            self.turned = kind(layer, 1) if kind is nn.TransformerEncoder else kind(8, 2)
+
+        def forward(self, x):
+            out = self.turned(*[x] * {nn.Transformer: 2, nn.TransformerEncoder: 1}.get(kind, 3))
+            return out[0] if isinstance(out, tuple) else out
+
+    model, _ = pc.convert(Net())
+    with pytest.raises(ValueError, match=r"'turned' has batch_first=False and is given \(5, 3, 8\)"):
+        pc.FreeEnergy(model)(torch.randn(5, 3, 8), torch.randn(5, 3, 8))
+
+
+def test_one_sequence_without_samples_is_refused():
+    model, _ = pc.convert(Attend())
+    with pytest.raises(ValueError, match=r"query has shape \(5, 8\)"):
+        pc.FreeEnergy(model)(torch.randn(5, 8), torch.randint(3, (5,)))

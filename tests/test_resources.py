@@ -13,6 +13,7 @@ import triton
 
 AOT = Path(__file__).with_name("aot.py")
 SHARED = {"cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "hip:gfx942": 65_536}
+SHARED |= dict.fromkeys(("cuda:86", "cuda:89", "cuda:120"), 101_376)
 REGISTERS = {"cuda": 254, "hip": 512}  # at 255 ptxas has run out of them
 SPILLS = 32  # bytes a thread: below the registers' limit ptxas trades a few for occupancy, differently in each version
 SLACK = (8, 8, 0)  # what a kernel may grow beyond its record: registers, spilled bytes, shared bytes
@@ -38,7 +39,8 @@ def compiled(*arguments: str) -> dict:
 def test_within_the_limits(target, kernels):
     """No kernel runs out of registers or of shared memory."""
     limits = REGISTERS[target.split(":")[0]], SPILLS, SHARED[target]
-    needs = {name: by_target[target] for name, by_target in kernels.items()}
+    needs = {name: by_target[target] for name, by_target in kernels.items() if target in by_target}
+    assert needs
     over = {name: need for name, need in needs.items() if any(map(int.__gt__, need, limits))}
     assert not over, f"{over} over {limits}"
 

@@ -686,6 +686,42 @@ def test_a_record_leaves_random_numbers_as_they_were(order):
 # Noise.
 
 
+@pytest.mark.parametrize("order", ["error", "simultaneous"])
+@pytest.mark.parametrize("draws", ["start", "step", "precision", "order", "stop"])
+def test_rules_that_draw_get_new_numbers(draws, order):
+    """The passes go back to the batch's numbers, for dropout; what is drawn between them must not come again."""
+    drawn = []
+
+    def draw():
+        drawn.append(float(torch.rand(())))
+
+    class Step(pc.Constant):
+        def next(self, nodes, free_energy):
+            draw()
+            return super().next(nodes, free_energy)
+
+    def settle(batch, rules, moves, start=None):
+        draw()
+        return orders.simultaneous(batch, rules, moves, start)
+
+    rules = {
+        "start": {},
+        "step": {"step": Step(0.1)},
+        "precision": {"precision": lambda node, squared, free_energy, nodes: (draw(), torch.ones_like(free_energy))[1]},
+        "order": {"order": settle},
+        "stop": {"stop": lambda energies: draw() is not None},
+    }[draws]
+    torch.manual_seed(0)
+    model = nn.Sequential(pc.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))  # draws nothing itself
+    free_energy = pc.FreeEnergy(model, steps=3, **{"order": order, **rules})
+    x, y = torch.randn(5, 3), torch.randint(2, (5,))
+    for _ in range(2):
+        free_energy(x, y, start=(lambda predictions: (draw(), predictions)[1]) if draws == "start" else None)
+    draw()
+    assert len(drawn) >= 3
+    assert len(set(drawn)) == len(drawn)
+
+
 class Langevin(torch.optim.Optimizer):
     """u <- u - lr grad + sqrt(2 lr) xi, xi standard normal of torch's own generator: samples exp(-F) at precision 1."""
 
@@ -923,3 +959,60 @@ def test_a_fixed_precision_of_ones_own(order):
         for precision in (Doubled(1.0), pc.Fixed(2.0))
     )
     torch.testing.assert_close(found.free_energy, wanted.free_energy, rtol=1e-12, atol=0)
+
+
+# Rules that are set later, and arguments that are none.
+
+
+def test_float32_states_may_be_set_later():
+    model, x, y = deep()
+    free_energy = pc.FreeEnergy(model, steps=3)
+    free_energy.state_dtype = torch.float32
+    assert free_energy(x, y) == pc.FreeEnergy(model, steps=3)(x, y)
+
+
+@pytest.mark.parametrize("clamp", [None, 1, [True], torch.tensor(True), torch.ones(4, 4)])
+def test_what_is_no_clamp_is_refused(clamp):
+    """Nothing but False frees the whole input."""
+    model, x, y = deep()
+    with pytest.raises(ValueError, match=r"clamp_input is .*: give a bool"):
+        pc.FreeEnergy(model).infer(x, y, clamp_input=clamp)
+
+
+def test_what_is_no_mask_and_no_start_is_refused():
+    model, x, y = deep()
+    with pytest.raises(ValueError, match="mask is list: give a bool tensor"):
+        pc.FreeEnergy(model)(x, y, mask=[True] * len(y))
+    for start in ([x], x, lambda predictions: None):
+        with pytest.raises(TypeError, match=r"start is .*: give a dict"):
+            pc.FreeEnergy(model)(x, y, start=start)
+
+
+def test_an_order_of_the_wrong_form_is_refused():
+    """Its states would be read as what they are not."""
+    model, x, y = deep()
+    with pytest.raises(ValueError, match="form='error'"):
+        pc.FreeEnergy(model, order=orders.error)(x, y)
+    with pytest.raises(ValueError, match="form='state'"):
+        pc.FreeEnergy(model, order=pc.Order(orders.simultaneous, form="error"), steps=3)(x, y)
+    with pytest.raises(ValueError, match="'state', if a state holds u"):
+        pc.Order(orders.error, form="errors")
+
+
+@pytest.mark.parametrize("order", [orders.incremental, lambda batch, rules, moves, start=None: None])
+def test_an_order_that_returns_no_step_rule_is_refused(order):
+    model, x, y = deep()
+    with pytest.raises(TypeError, match="must return the step rule"):
+        pc.FreeEnergy(model, order=order)(x, y)
+
+
+@pytest.mark.parametrize("pi", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("order", ["error", "simultaneous"])
+def test_a_precision_that_is_none_is_refused(order, pi):
+    model, x, y = deep()
+
+    def rule(node, squared, free_energy, nodes):
+        return torch.full_like(free_energy, pi)
+
+    with pytest.raises(ValueError, match="not positive and finite"):
+        pc.FreeEnergy(model, order=order, precision=rule, steps=3)(x, y)

@@ -6,6 +6,7 @@ import json
 import lzma
 import shutil
 import sys
+import time
 
 import pytest
 import torch
@@ -17,13 +18,13 @@ import datasets
 from test_cli import command, failure, interrupt_at
 
 from pc_triton import checkpoint, parallel, report, stream
+from pc_triton.build import load
 from pc_triton.cli import main
-from pc_triton.data import StreamData
+from pc_triton.data import AHEAD, Ahead, StreamData, TextData
 from pc_triton.evaluate import generate
 from pc_triton.settings import Settings
 from pc_triton.stream import Documents, Reader, is_held_out
 from pc_triton.text import InputError, train_tokenizer
-from pc_triton.train import load
 
 TEXTS = [f"document {k} of the {'long' if k % 3 else 'short'} ones{', and so on' * (k % 7)}" for k in range(90)]
 TOKENIZER = train_tokenizer("\n".join(TEXTS), 280)
@@ -200,6 +201,28 @@ def test_a_source_that_cannot_be_used(tmp_path, monkeypatch, source, message):
         list(Documents(source, "text"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "one\ntwo\n"),
+        ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n'),
+        ("a.csv", "text,n\none,1\ntwo,2\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert list(Documents(str(tmp_path / name), "text")) == ["one", "two"]
+    (tmp_path / name).write_text(content, encoding="utf-16")
+    with pytest.raises(InputError, match="cannot read"):
+        list(Documents(str(tmp_path / name), "text"))
+
+
+def test_the_remedy_for_another_encoding(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n", encoding="utf-16")
+    with pytest.raises(InputError, match="convert its files to UTF-8"):
+        list(Documents(str(tmp_path / "a.txt"), "text"))
+
+
 def test_documents_without_text_are_left_out(tmp_path):
     (tmp_path / "a[1].jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": " "}\n{"text": "two"}\n')
     assert list(Documents(str(tmp_path / "a[1].jsonl"), "text")) == ["one", "two"]
@@ -256,6 +279,7 @@ def run(tmp_path_factory, source):
 def same(one, other):
     """Whether two checkpoints hold the same, bit for bit."""
     (tensors, record), (others, record_of_other) = checkpoint.load(one), checkpoint.load(other)
+    del record["speed"], record_of_other["speed"]
     return record == record_of_other and all(torch.equal(t, others[name]) for name, t in tensors.items())
 
 
@@ -296,12 +320,10 @@ def test_the_same_batches_in_any_number_of_processes(source, tmp_path, monkeypat
         return StreamData(settings, tmp_path, tensors, record)
 
     both = [at(rank, 2, {}, {}) for rank in range(2)]
-    monkeypatch.setattr(
-        parallel, "gathered", lambda rows: [reader.state() for data in both for reader in data._readers]
-    )
+    monkeypatch.setattr(parallel, "gathered", lambda rows: [row for data in both for row in data.place()])
     for data in both:
         data.batch()
-    tensors, record = both[0].state()
+    tensors, record = both[0].state(both[0].place())
     tensors = {name: t.clone() for name, t in tensors.items()}
     tensors |= {"held_out": both[0].held_out, "unigram": both[0].counts}
     record = json.loads(json.dumps(record)) | {"tokenizer": both[0].tokenizer.to_str()}
@@ -313,6 +335,49 @@ def test_the_same_batches_in_any_number_of_processes(source, tmp_path, monkeypat
         assert torch.equal(rows[1], second.batch()[0])
     with pytest.raises(InputError, match="begun by 2 processes: go on with a number that divides it"):
         at(0, 4, tensors, record)
+
+
+@pytest.mark.parametrize("kind", ["text", "stream"])
+def test_batches_made_ahead(tmp_path, source, kind):
+    """They are those of the data, in order; the place is after those that were taken, however many were made."""
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS * 3), encoding="utf-8")
+    kinds = {"text": (TextData, {"data": str(tmp_path / "text.txt")}), "stream": (StreamData, {"stream": source})}
+    make, options = kinds[kind]
+    settings = Settings(context=16, vocabulary=281, batch=4, pool=8, **options)
+    straight, data = (make(settings, tmp_path, {}, {}) for _ in range(2))
+    ahead = Ahead(data, torch.device("cpu"))
+    for step in range(8):
+        tensors, record = straight.state(straight.place())
+        tensors = {name: t.clone() for name, t in tensors.items()}
+        while len(ahead._made.queue) < AHEAD:  # until it is as far ahead as it gets
+            time.sleep(0.001)
+        found, record_of_found = data.state(ahead.place)
+        assert record_of_found == record, step
+        assert all(torch.equal(t, found[name]) for name, t in tensors.items()), step
+        assert all(map(torch.equal, straight.batch(), ahead.batch()))
+    ahead.close()
+
+
+def test_a_fault_in_a_batch_made_ahead():
+    """It is raised where that batch is asked for, and not before."""
+
+    class Data:
+        left = 2
+
+        def place(self):
+            return self.left
+
+        def batch(self):
+            if not self.left:
+                raise InputError("no more: give more")
+            self.left -= 1
+            return torch.zeros(1, 2), torch.ones(1, 2)
+
+    ahead = Ahead(Data(), torch.device("cpu"))
+    assert [ahead.place, ahead.batch() and ahead.place, ahead.batch() and ahead.place] == [2, 1, 0]
+    with pytest.raises(InputError, match="no more"):
+        ahead.batch()
+    ahead.close()
 
 
 def test_two_processes(tmp_path, source):

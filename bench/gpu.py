@@ -101,7 +101,8 @@ def training_cases(options: argparse.Namespace) -> Iterator[Case]:
     default, base = "PC, T=3", "BP, eager" if options.quick else "BP, torch.compile"
     first = [(base, False), (default, False), (default, True)]
     others = [("BP, eager", False), *((f"{default}, {how}", False) for how in ("torch.compile", "compile()"))]
-    others += [("PC, T=1", False), ("PC, T=2", False), ("PC by plain autograd, T=3", False), ("PC, T=1", True)]
+    others += [("PC, T=1", False), ("PC, T=2", False), ("PC, T=2, inference in 8 bits", False)]
+    others += [("PC by plain autograd, T=3", False), ("PC, T=1", True)]
     todo = [(size, *case) for size in sizes for case in first]
     if not options.quick:
         todo += [(size, *case) for size in sizes for case in others]

@@ -107,9 +107,12 @@ def methods(size: Size, device: str, steps: list[int], state: bool) -> dict[str,
     def bp(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, y: F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
-    def free_energy(t: int, how: str = "") -> Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]]:
+    def free_energy(
+        t: int, how: str = "", inference_dtype: torch.dtype | None = None
+    ) -> Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]]:
         def make(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-            loss = pc.FreeEnergy(torch.compile(model) if how == "torch.compile" else model, steps=t)
+            whole = torch.compile(model) if how == "torch.compile" else model
+            loss = pc.FreeEnergy(whole, steps=t, inference_dtype=inference_dtype)
             if how == "compile()":
                 loss.compile()
             return loss
@@ -125,6 +128,10 @@ def methods(size: Size, device: str, steps: list[int], state: bool) -> dict[str,
         found[f"PC, T={t}"] = (products, train(free_energy(t)))
         for how in ("torch.compile", *(["compile()"] if device == "cuda" else [])):
             found[f"PC, T={t}, {how}"] = (products, train(free_energy(t, how)))
+        if device == "cuda" and t > 1:
+            for how in ("", "compile()"):
+                name = f"PC, T={t}, inference in 8 bits" + (f", {how}" if how else "")
+                found[name] = (products, train(free_energy(t, how, torch.float8_e4m3fn)))
         if not state:
             found[f"PC by plain autograd, T={t}"] = (products, train(lambda model, t=t: Autograd(model, t)))
     return found

@@ -81,9 +81,9 @@ def product(a: Tensor, dtype: torch.dtype, b: Rounded, out: torch.dtype, bias: T
     """a b' + bias ``[..., N]`` in the dtype ``out``, of a ``[..., K]``, rounded to ``dtype`` here, and b ``[N, K]``."""
     values, scale = rounded(a, dtype)
     bias = None if bias is None else bias.to(out)
-    if not has_products(a.device):
+    if out == torch.float64 or not has_products(a.device):
         return F.linear((values.float() * scale).to(out), (b.values.float() * b.scale).to(out), bias)
-    rows, adds = values.reshape(-1, a.shape[-1]), None if out == torch.float32 else bias
+    rows, adds = values.reshape(-1, a.shape[-1]).contiguous(), None if out == torch.float32 else bias
     # The fast sum keeps some 14 bits, more than either operand has.
     y = torch._scaled_mm(rows, b.values.t(), scale, b.scale, adds, out_dtype=out, use_fast_accum=True)
     y = y if adds is bias or bias is None else y + bias
@@ -137,7 +137,7 @@ class FewDigits(TorchFunctionMode):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.linear``."""
-        if not takes(input, weight):
+        if not takes(input, weight, bias):
             return F.linear(input, weight, bias)
         device = input.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -153,14 +153,15 @@ class FewDigits(TorchFunctionMode):
         return self.weights[key][1]
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether x W' is made in 8 bits: W a parameter that states do not reach, in sizes that GPUs multiply."""
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether x W' + b is made in 8 bits: W and b parameters, which no state reaches, in sizes that GPUs multiply."""
     owner = _owner(weight)
     plain = type(weight) in (Tensor, torch.nn.Parameter) and type(x) in (Tensor, torch.nn.Parameter)
     if not plain or weight.dim() != 2 or any(size % MULTIPLE for size in weight.shape):
         return False
     some = x.dim() > 1 and x.numel() > 0 and x.is_floating_point()
-    return some and owner.is_leaf and any(pays(x.device, size) for size in weight.shape)
+    leaves = owner.is_leaf and (bias is None or _owner(bias).is_leaf)
+    return some and leaves and any(pays(x.device, size) for size in weight.shape)
 
 
 def _owner(weight: Tensor) -> Tensor:

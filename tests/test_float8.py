@@ -129,7 +129,17 @@ def test_float16_gradients_far_below_its_range_of_scales():
     assert (below - wanted).norm() < 0.15 * wanted.norm()
 
 
-@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_small_gradients_beside_large_ones():
+    """Some reach a millionth of others, as of the logits of a large vocabulary: e4m3 would have none of them."""
+    x, weight = torch.randn(2, 16, requires_grad=True), torch.rand(16, 16)
+    with FewDigits():
+        y = F.linear(x, weight)
+    grad = torch.tensor([[1.0], [2.0**-24]]).expand(2, 16)
+    (below,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(below, grad @ weight, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("out", DTYPES, ids=str)
 def test_emulation_is_the_product_of_hardware(out, monkeypatch):
     """torch's own product of float8, on whatever this runs on: where a CPU has it, that; bias or none."""
     x, weight = numbers(41, 48, dtype=out).requires_grad_(), nn.Parameter(numbers(80, 48, dtype=out, seed=1))
@@ -151,6 +161,24 @@ def test_emulation_is_the_product_of_hardware(out, monkeypatch):
             )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_multiplies_what_a_cpu_emulates(dtype, monkeypatch):
+    monkeypatch.setattr(float8, "PAYS", 0)
+    found = []
+    for device in ("cpu", "cuda"):
+        x, weight = numbers(41, 48, dtype=dtype).to(device).requires_grad_(), numbers(80, 48, dtype=dtype, seed=1)
+        weight, bias = (t.to(device) for t in (weight, numbers(80, dtype=dtype, seed=2)))
+        grad = numbers(41, 80, dtype=dtype, seed=3).to(device)
+        with FewDigits():
+            y = F.linear(x, weight, bias)
+        found.append([t.detach().cpu().double() for t in (y, *torch.autograd.grad(y, x, grad))])
+    for emulated, made in zip(*found):  # a GPU's fast sum keeps 14 bits
+        rtol = max(4 * torch.finfo(dtype).eps, 2.0**-10)
+        torch.testing.assert_close(made, emulated, rtol=rtol, atol=rtol * float(emulated.abs().max()))
+
+
 # Where they are made.
 
 
@@ -170,6 +198,8 @@ def test_what_else_stays_as_it_is():
         x = torch.randn(3, 16)
         assert torch.equal(F.linear(x, made), x @ made.t())
         assert torch.equal(x @ layer.weight, x @ layer.weight.detach())
+        y = F.linear(x, layer.weight, layer.bias * 1.0)
+        assert torch.equal(y, x @ layer.weight.t() + layer.bias)
         assert not few.weights
         assert not torch.equal(layer(x), F.linear(x, made, layer.bias))
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))

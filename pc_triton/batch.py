@@ -115,7 +115,7 @@ class Batch(Nodes):
                 out = self.calls.run(self.model, *args, **self.kwargs)
                 self.out = self.logits(out)
                 if self.looks and first:
-                    refuse_own_loss(out, self.output.target)
+                    refuse_own_loss(out, self.out, self.output.target)
                 here.check(self.out)
                 energy = torch.stack([here.output_energy(self.out), *here.added, *here.energies], -1).sum(-1)
         except BaseException:

@@ -107,12 +107,12 @@ def refuse_classes_first(labels: Tensor, logits: Tensor) -> None:
         )
 
 
-def refuse_own_loss(returned: Any, y: Tensor | None) -> None:
+def refuse_own_loss(returned: Any, logits: Any, y: Tensor | None) -> None:
     """Raise ValueError where a model made a loss of its own of labels in its arguments, and they are not in y.
 
     Or where they are, as they are, and the model shifts them: a language model predicts the token after each.
     """
-    loss = returned.get("loss") if isinstance(returned, Mapping) else None
+    loss = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
     if not isinstance(loss, Tensor):
         return
     if y is None:
@@ -120,7 +120,6 @@ def refuse_own_loss(returned: Any, y: Tensor | None) -> None:
             "x holds labels, of which the model made a loss of its own, and y is not given: take them out of x and "
             "give them as y; a causal language model's one token on, " + SHIFTED
         )
-    logits = returned.get("logits")
     if y.is_floating_point() or y.dim() < 2 or not isinstance(logits, Tensor) or logits.shape[:-1] != y.shape:
         return
     logits, own = logits.detach().float(), float(loss.detach())

@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 import warnings
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -597,18 +598,19 @@ def test_compile_refuses_other_generators(name):
 class Loss(nn.Module):
     """A model that makes a loss of its own where its arguments hold labels, as Hugging Face's do."""
 
-    def __init__(self, shifts) -> None:
+    def __init__(self, shifts, returns=dict) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.returns = returns
         self.body = nn.Sequential(nn.Embedding(7, 5), pc.Linear(5, 5), nn.Tanh(), nn.Linear(5, 7))
         self.shifts = shifts
 
     def forward(self, input_ids, labels=None):
         logits = self.body(input_ids)
         if labels is None:
-            return {"logits": logits}
+            return self.returns(logits=logits)
         a, b = (logits[:, :-1], labels[:, 1:]) if self.shifts else (logits, labels)
-        return {"loss": F.cross_entropy(a.flatten(0, 1), b.flatten()), "logits": logits}
+        return self.returns(loss=F.cross_entropy(a.flatten(0, 1), b.flatten()), logits=logits)
 
 
 def tokens():
@@ -619,18 +621,20 @@ def tokens():
     return {"input_ids": x, "labels": y}
 
 
+@pytest.mark.parametrize("returns", [dict, SimpleNamespace])
 @pytest.mark.parametrize("shifts", [False, True])
-def test_labels_among_the_arguments_alone(shifts):
-    free_energy = pc.FreeEnergy(Loss(shifts))
+def test_labels_among_the_arguments_alone(shifts, returns):
+    free_energy = pc.FreeEnergy(Loss(shifts, returns))
     with pytest.raises(ValueError, match=r"x holds labels.*give them as y"):
         free_energy(tokens())
 
 
-def test_labels_that_the_model_shifts():
+@pytest.mark.parametrize("returns", [dict, SimpleNamespace])
+def test_labels_that_the_model_shifts(returns):
     """As they are, they train each token on itself: refused; shifted, or where the model does not shift, they train."""
     given = tokens()
     with pytest.raises(ValueError, match=r"which it shifts before its loss: y = torch\.nn\.functional\.pad"):
-        pc.FreeEnergy(Loss(True))(given, given["labels"])
+        pc.FreeEnergy(Loss(True, returns))(given, given["labels"])
     model = Loss(True)
     y = torch.nn.functional.pad(given["labels"][:, 1:], (0, 1), value=-100)
     torch.testing.assert_close(pc.FreeEnergy(model, steps=1)(given, y), model(**given)["loss"])

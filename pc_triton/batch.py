@@ -26,7 +26,7 @@ from .output import Output
 from .passes import ModelPass, Nodes
 from .plumbing import Calls, RandomState, hold_weights, ones, refuse_second_derivative, sharded_modules
 from .returned import refuse_own_loss, refuse_own_tokens
-from .rules import Precision, precisions
+from .rules import Displacement, Precision, precisions
 
 
 class Batch(Nodes):
@@ -264,13 +264,17 @@ class Batch(Nodes):
         measures = torch.stack([node.measure(grad, self.samples) for node, grad in reached]).to(f0.dtype)
         units2, falls = measures.unbind(1)  # [nodes, S] each
         in_units = getattr(precision, "in_units", True)
-        scaled = [in_units and node.family.measured for node, _ in reached]
+        # What is free is to be inferred, and not predicted: it is N(x, 1), since a displacement would keep it at x.
+        priors = [type(precision) is Displacement and node.family is self.input_node for node, _ in reached]
+        scaled = [in_units and node.family.measured and not prior for (node, _), prior in zip(reached, priors)]
         if any(scaled):
             units = units2.sqrt()
             for (node, _), own, unit in zip(reached, scaled, units):
                 node.unit = unit if own else None
         squared = torch.stack([a if own else b for own, a, b in zip(scaled, falls * units2, falls)])
         pi = precisions(precision, [node for node, _ in reached], squared, f0)
+        if any(priors):
+            pi = torch.stack([torch.ones_like(row) if prior else row for row, prior in zip(pi, priors)])
         absolute = pi / units2.clamp_min(1e-30)  # where the unit is 0 the state stays at mu
         for row, (node, _) in enumerate(reached):
             node.precision = pi[row]

@@ -76,7 +76,7 @@ def load(path: str | Path, device: str = "auto") -> Run:
     place = parallel.choose_device(device)
     tensors, record = checkpoint.load(path)
     model, free_energy = build(stored_settings(path, record))
-    restore(path, tensors, model, None if free_energy is None else free_energy.tracker)
+    restore(path, tensors, record, model, None if free_energy is None else free_energy.tracker)
     with checkpoint.fitting(path):
         tokenizer, held_out = Tokenizer.from_str(record["tokenizer"]), tensors["held_out"].to(torch.int64)
         return Run(model.to(place), free_energy, tokenizer, tensors["unigram"], held_out, record)

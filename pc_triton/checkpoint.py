@@ -57,6 +57,11 @@ def load_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         return json.loads(metadata["record"])
 
 
+def folder_of(path: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint that is given as that, or as its file."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
 class _Damaged(InputError):
     pass
 

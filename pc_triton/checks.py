@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ def check_batch(inputs: Any, target: Any = None) -> tuple[tuple[Any, ...], dict[
 
 def _refuse_transforms() -> None:
     """Raise RuntimeError within what would transform, or record, all of inference."""
-    functorch = getattr(torch._C, "_functorch", None)
-    if functorch is not None and functorch.peek_interpreter_stack() is not None:
+    transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    if transforms is not None and transforms() is not None:
         raise RuntimeError(
             "FreeEnergy within torch.func (grad, vmap, jvp, jacrev, ...): inference is made of gradients of its own. "
             "Take loss.backward() or torch.autograd.grad of what it returns, and loop in place of vmap"
@@ -157,7 +158,7 @@ def check_options(
     output_weight: Any,
 ) -> None:
     """Raise ValueError for an option out of range, or for two that do not go together."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"steps={steps!r}: the number of inference steps is a whole number of at least 1")
     if optimizes and order in ("sweep", "incremental"):
         raise ValueError(f"order={order!r} moves its states within the backward pass: leave state_optimizer=None")
@@ -180,7 +181,7 @@ def check_options(
             f"inference_dtype with order={order!r}, whose states are u: by predictions of more digits u - mu would "
             "be the rounding; use order='error', or inference_dtype=None"
         )
-    number = isinstance(output_weight, (int, float)) and not isinstance(output_weight, bool)
+    number = isinstance(output_weight, Real) and not isinstance(output_weight, bool)
     if not (number and math.isfinite(output_weight)):
         raise ValueError(f"output_weight={output_weight!r}: give a finite number; a negative one nudges away")
 

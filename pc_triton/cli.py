@@ -122,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     train.add_argument("--tensorboard", action="store_true", help="write event files for TensorBoard to --out too")
+    train.add_argument(
+        "--shard", action="store_true", help="split the model among the processes, by FSDP2; else each has all of it"
+    )
     train.add_argument("--profile", action="store_true", help="write a trace of a few steps to --out, trace.json")
     train.add_argument("--quiet", action="store_true", help="print the result only")
 
@@ -182,6 +185,7 @@ def _train(arguments: argparse.Namespace) -> None:
             quiet=arguments.quiet,
             tensorboard=arguments.tensorboard,
             profile=arguments.profile,
+            shard=arguments.shard,
         )
         writes = parallel.rank() == 0
     if not writes:

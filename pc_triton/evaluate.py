@@ -42,14 +42,19 @@ def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
 def perplexity(model: Transformer, tokens: Tensor) -> float:
     """Perplexity per token, by plain forward passes over the `windows` of a text; tokens int64 ``[L]``, on the CPU.
 
-    In a group of processes each measures a part, so all of them must call it. Raises InputError for L <= context.
+    In a group of processes each measures a part, so all of them must call it. Each makes as many passes as the others,
+    since a sharded model is gathered in every one. Raises InputError for L <= context.
     """
     device = model.head.weight.device
     total = torch.zeros((), dtype=torch.float64)
     x, y = windows(tokens, model.context)
     size = min(64, max(1, LOGITS // (model.context * (model.head.out_features + model.context))))
-    for some_x, some_y in zip(parallel.part(x).split(size), parallel.part(y).split(size)):
+    parts = list(zip(parallel.part(x).split(size), parallel.part(y).split(size))) if len(parallel.part(x)) else []
+    for k in range(max(parallel.gathered([len(parts)]))):
+        some_x, some_y = parts[k] if k < len(parts) else (x[:1], None)
         logits = model(some_x.to(device))
+        if some_y is None:
+            continue
         total += F.cross_entropy(logits.flatten(0, 1), some_y.to(device).flatten(), reduction="sum").cpu()
     return float((parallel.total(total) / y.numel()).exp())
 

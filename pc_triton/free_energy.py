@@ -122,8 +122,6 @@ class FreeEnergy(nn.Module):
     ) -> None:
         super().__init__()
         self._names = check_model(model, order)
-        if output is not None and not isinstance(output, Distribution):
-            raise ValueError(f"output={output!r}: give a pc_triton Distribution, for example pc_triton.Categorical()")
         self.model, self.output, self.input_node = model, output, Gaussian()
         self._names[self.input_node] = "input"
         self.tracker = StepTracker()
@@ -160,6 +158,10 @@ class FreeEnergy(nn.Module):
     def rules(self) -> Rules:
         """The rules of inference as objects: what the arguments say, or what was set since. Raises ValueError."""
         order, optimizes = as_order(self.order), self.state_optimizer is not None
+        if not (self.output is None or isinstance(self.output, Distribution)):
+            raise ValueError(
+                f"output={self.output!r}: give a pc_triton Distribution, for example pc_triton.Categorical()"
+            )
         state_dtype = None if self.state_dtype == torch.float32 else self.state_dtype  # None: that of the arithmetic
         dtypes = state_dtype, self.inference_dtype
         check_options(self.steps, self.order, order.form, optimizes, *dtypes, self.output_weight)
@@ -257,11 +259,11 @@ class FreeEnergy(nn.Module):
 
         tracks: whether the batches that follow learn their step from this one.
         """
-        batch = self.batch(x, y, mask=mask)
+        batch, rules = self.batch(x, y, mask=mask), self.rules  # which are refused before anything moves
         if self.moves == 0 and start is None and not self.local:
             return self._per_item(batch, batch.at_prediction(learns=True, fuses=True)), batch
         with hold_gathered(self):
-            steps = self.settle(batch, self.moves, start)
+            steps = self.settle(batch, self.moves, start, rules)
         energy = batch.learn(local=self.local)
         if tracks and isinstance(steps, Tracked):
             self.tracker.shared |= self.sharded
@@ -289,7 +291,8 @@ class FreeEnergy(nn.Module):
         place in memory (as optimisers that work in place leave it). options: inductor's on a CPU, such as
         ``{"max_autotune": True}``.
 
-        The model's forward must not depend on the values of its inputs. A call with ``mask`` or ``start`` is computed
+        The model's forward must not depend on the values of its inputs. Give a rule's new values by a new object: a
+        rule that is changed in place is not looked at again. A call with ``mask`` or ``start`` is computed
         as before, without the graph. Raises ValueError here for ``order="incremental"``, a state_optimizer or a model
         that FSDP2 shards, at the first batch for dropout or, on a GPU, any random numbers.
         """
@@ -338,9 +341,10 @@ class FreeEnergy(nn.Module):
         """Inference alone: T moves of every state (in error order one more than before learning), no learning.
 
         x, y, mask, start: as in a call. ``clamp_input=False`` frees the input: x is then the prediction of a Gaussian
-        input node, and is inferred from y together with the hidden states. A bool tensor of x's shape frees it where it
-        is False. With y None too, the model generates from x: the states stay at their predictions (GaussianLogVar
-        nodes at a sample). watch: called with the `Batch` before every move and after the last, as `record` does.
+        input node, of variance 1 where the precision is "auto", and is inferred from y together with the hidden states.
+        A bool tensor of x's shape frees it where it is False. With y None too, the model generates from x: the states
+        stay at their predictions (GaussianLogVar nodes at a sample). watch: called with the `Batch` before every move
+        and after the last, as `record` does.
         Raises ValueError as a call does, and where a free input is no floating-point tensor.
         """
         if clamp_input is not True:

@@ -24,6 +24,8 @@ class Settled(NamedTuple):
     """F per sample ``[S]`` in nats."""
     states: dict[str, Tensor]
     """What each free node emits, by its name in the model (a module visited again has ``#2`` added)."""
+    u: dict[str, Tensor]
+    """The state u of each free node, as ``start=`` takes it: the logits of a Categorical or Bernoulli."""
 
 
 def infer(batch: Batch, settle: Callable[[], Constant]) -> Settled:
@@ -36,10 +38,9 @@ def infer(batch: Batch, settle: Callable[[], Constant]) -> Settled:
             energy = batch.probe()
     nodes = batch.named_nodes()
     states = {name: node.emission.detach() for name, node in nodes.items() if node.emission is not None}
+    u = {name: node.u for name, node in nodes.items() if node.state is not None and node.u is not None}
     clamped = batch.clamp_input
-    if clamped is True:
-        return Settled(batch.inputs, batch.out.detach(), energy, states)
-    x = batch.args[0]
     if isinstance(clamped, Tensor):
-        states["input"] = torch.where(clamped, x, states["input"])
-    return Settled(states["input"], batch.out.detach(), energy, states)
+        states["input"] = torch.where(clamped, batch.args[0], states["input"])
+    x = batch.inputs if clamped is True else states["input"]
+    return Settled(x, batch.out.detach(), energy, states, u)

@@ -51,7 +51,7 @@ def _gigabytes(size: float) -> str:
     return f"{float(f'{size / 1e9:.2g}'):g}"
 
 
-def step_memory(settings: Settings, processes: int = 1, *, triton: bool = False) -> Memory:
+def step_memory(settings: Settings, processes: int = 1, *, triton: bool = False, shard: bool = False) -> Memory:
     """The `Memory` of a training step, without evaluations, Python and its libraries, and fragmentation.
 
     processes: how many share a batch. triton: True for Triton's kernels, as on a GPU; False for plain torch.
@@ -136,3 +136,13 @@ def free_memory(place: torch.device) -> int | None:
     except (OSError, StopIteration):
         return None
     return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def warning(needs: Memory, settings: Settings, place: torch.device, processes: int) -> str | None:
+    """A line that says what to do if a step needs more memory than is free; None if it does not, or that is unknown."""
+    free = free_memory(place)
+    if free is None or free >= needs.total:
+        return None
+    whole = settings.order == "incremental" or settings.at_once(processes) == 1
+    remedy = "--batch, --context, --width or --blocks" if whole else "--micro-batch"
+    return f"warning: that is more than the {free / 1e9:.2g} GB free on {place.type}: give a smaller {remedy}"

@@ -55,6 +55,8 @@ class Node:
     """The prediction, between the first pass and the backward pass through it; then None."""
     fused: AtPrediction | None = None
     """What stands for `mu` where a kernel takes prediction and node in one; `emission` is then what that computes."""
+    u: Tensor | None = None
+    """The state u, kept by a pass that shows its nodes."""
     emission: Tensor | None = None
     """What its children see; kept where `mu` is, and by a pass that shows its nodes."""
     energy: Tensor | None = None

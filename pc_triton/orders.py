@@ -205,7 +205,7 @@ def _start_at(batch: Batch, start: Start | None) -> None:
         if not isinstance(u, Tensor) or u.shape != mu.shape:
             given = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
             raise ValueError(f"start: the state of {name!r} is {given}: give a tensor {tuple(mu.shape)}")
-        check_finite(f"start[{name!r}]", u)
+        check_finite(f"start[{name!r}]", u.masked_fill(mu == -torch.inf, 0.0))
         states[free[name]] = u.detach().to(mu.device, wide(mu).dtype)
     batch.place(states)
 

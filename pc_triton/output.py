@@ -38,8 +38,10 @@ class Output:
         self.items: Tensor | None = None  # what the loss is a mean over
 
     def _apply_mask(self) -> None:
-        if self.mask is None or self.target is None:
+        if self.mask is None:
             return
+        if self.target is None:
+            raise ValueError("mask says where y is clamped, and y is None: give y, or leave the mask out")
         mask: Any = self.mask
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != self.target.shape:
             raise ValueError(

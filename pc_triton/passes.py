@@ -107,6 +107,8 @@ class ModelPass:
         if node.state is None:
             return self._record(node, self._at_prediction(node, mu))
         node.state = as_state(node.state)  # an order or a rule of the user's may have permuted it
+        if self.shows:
+            node.u = wide(mu.detach()) + node.state if self.form == "error" else node.state.clone()
         if batch.places is not None:
             emission = self._placed(node, mu, batch.places.get(node))
             return self._record(node, emission, wide(mu.detach()).new_zeros(batch.samples))
@@ -205,7 +207,8 @@ class ModelPass:
         assert node.state is not None
         prediction = wide(mu.detach())
         u = prediction if u is None else u
-        node.state = as_state((u - prediction if self.form == "error" else u.clone()).to(node.state.dtype))
+        error = (u - prediction).masked_fill(prediction == -torch.inf, 0.0)  # a masked logit has no state
+        node.state = as_state((error if self.form == "error" else u.clone()).to(node.state.dtype))
         node.displaced = True
         return node.family.emission(u, **node.frozen).to(mu.dtype)
 

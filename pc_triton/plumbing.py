@@ -85,14 +85,16 @@ class Buffers:
 
     def note(self, everything: bool) -> Noted:
         """What they are now, with copies of those that may move, or of all."""
-        everything = everything or self.moving is None
-        return Noted(
-            [
-                (slot, b, _version(b), b.detach().clone() if everything or slot in (self.moving or ()) else None)
-                for slot in self.slots
-                if (b := slot[0]._buffers.get(slot[1])) is not None
-            ]
-        )
+        copies: dict[int, Tensor] = {}  # one of each: modules may share a buffer
+        noted: list[tuple[Slot, Tensor, int, Tensor | None]] = []
+        for slot in self.slots:
+            b = slot[0]._buffers.get(slot[1])
+            if b is None:
+                continue
+            if id(b) not in copies and (everything or self.moving is None or slot in self.moving):
+                copies[id(b)] = b.detach().clone()
+            noted.append((slot, b, _version(b), copies.get(id(b))))
+        return Noted(noted)
 
 
 class Noted:

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -241,8 +242,8 @@ class Rules:
 
 
 def is_number(x: Any) -> bool:
-    """Whether x is an int or a float; a bool is not meant to be one."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    """Whether x is a real number, Python's or NumPy's; a bool is not meant to be one."""
+    return isinstance(x, Real) and not isinstance(x, bool)
 
 
 def as_precision(given: Any, displacement: float) -> Precision:

@@ -1,8 +1,9 @@
-"""What a training run needs around it: its folder, the tensors to save, a status line, Ctrl-C and SIGTERM."""
+"""What a training run needs around it: its folder, what it saves, its status and its faults, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, shards
 from .text import InputError
 
 try:
@@ -22,6 +23,9 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+RISE = 10
+"""A run diverges if a loss is above so many times its first loss, which is about that of a model that knows nothing. It
+also diverges if the held-out cross-entropy is above so many times the logarithm of the vocabulary."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -37,28 +41,43 @@ def status(losses: list[float], evaluations: list[dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def state(model: nn.Module, tracker: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What changes in training: weights, the tracked step, optimiser state and torch's random generator."""
-    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+def state(
+    model: nn.Module, tracker: nn.Module | None, optimizer: torch.optim.Optimizer, sharded: bool = False
+) -> dict[str, Tensor]:
+    """What changes in training: weights, the tracked step, optimiser state and torch's random generator.
+
+    sharded: leave out the weights and the optimiser's state, which are in shards.
+    """
+    tensors = {"rng.torch": torch.get_rng_state()}
     if tracker is not None:
         tensors |= {f"tracker.{name}": t for name, t in tracker.state_dict().items()}
+    if sharded:
+        return tensors
+    tensors |= {f"model.{name}": t for name, t in model.state_dict().items()}
     for number, entries in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": t for name, t in entries.items()}
-    return tensors | {"rng.torch": torch.get_rng_state()}
+    return tensors
 
 
 def restore(
     path: str | Path,
     tensors: dict[str, Tensor],
+    record: dict[str, Any],
     model: nn.Module,
     tracker: nn.Module | None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Put back what `state` saved. Raises InputError if it does not fit the model."""
+    """Put back what `state` saved, and the shards if there are. Raises InputError if it does not fit the model."""
     with checkpoint.fitting(path):
-        model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
         if tracker is not None:
             tracker.load_state_dict({name[8:]: t for name, t in tensors.items() if name.startswith("tracker.")})
+        if optimizer is not None:
+            torch.set_rng_state(tensors["rng.torch"])
+    if "shards" in record:
+        shards.load(checkpoint.folder_of(path) / record["shards"], model, optimizer)
+        return
+    with checkpoint.fitting(path):
+        model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
         if optimizer is not None:
             state: dict[int, dict[str, Tensor]] = {}
             for name, t in tensors.items():
@@ -66,7 +85,6 @@ def restore(
                     _, number, entry = name.split(".")
                     state.setdefault(int(number), {})[entry] = t
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-            torch.set_rng_state(tensors["rng.torch"])
 
 
 @contextlib.contextmanager
@@ -146,3 +164,23 @@ def stops() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in zip(SIGNALS, before):
             signal.signal(number, handler)
+
+
+def summary_writer() -> Any:
+    """TensorBoard's writer of event files. Raises InputError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise InputError("tensorboard is not installed: pip install tensorboard") from None
+    return SummaryWriter
+
+
+def fault_of(loss: float, norm: float, earlier: list[float]) -> str | None:
+    """What is wrong with a step's loss or its gradient's norm, given the earlier losses; None if nothing is."""
+    if not math.isfinite(loss):
+        return f"loss is not finite ({loss})"
+    if not math.isfinite(norm):
+        return f"gradient's norm is not finite ({norm})"
+    if earlier and loss > RISE * earlier[0]:
+        return f"loss is {loss:.4g}, over {RISE} times the first ({earlier[0]:.4g})"
+    return None

@@ -16,26 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoint, parallel, reference
+from . import checkpoint, parallel, reference, shards
 from .build import adamw, build, compiled, schedule
 from .data import Ahead, StreamData, TextData
 from .dispatch import backend
 from .evaluate import perplexity, plot, regime, target, unigram_perplexity
 from .free_energy import FreeEnergy
 from .hardware import card, peak, settled_dtype, tf32
-from .memory import free_memory, step_memory
+from .memory import step_memory, warning
 from .report import Report
 from .rules import Precision
-from .run_files import locked, restore, state, status, stops
+from .run_files import RISE, fault_of, locked, restore, state, status, stops, summary_writer
 from .settings import Settings, check_resumed, stored_settings
 from .speed import Clock, told, trace
 from .text import InputError
 
 BACKPROPAGATION = "backpropagation: no inference"
+UNREPORTED = "no report of a sharded model: `pc-triton eval` makes one"
 TRACE = "trace.json"
-RISE = 10
-"""A run diverges if a loss is above so many times its first loss, which is about that of a model that knows nothing. It
-also diverges if the held-out cross-entropy is above so many times the logarithm of the vocabulary."""
 
 
 class Diverged(InputError):
@@ -114,6 +112,7 @@ def train(
     quiet: bool = False,
     tensorboard: bool = False,
     profile: bool = False,
+    shard: bool = False,
     precision: Precision | None = None,
 ) -> dict[str, Any]:
     """Train a transformer on text. Leaves ``checkpoint.safetensors`` and ``curves.png`` in the folder ``out``.
@@ -125,6 +124,8 @@ def train(
         quiet: print nothing.
         tensorboard: also write the losses and evaluations to event files in ``out``.
         profile: also write a trace of a few steps to ``trace.json`` in ``out``, by ``torch.profiler``.
+        shard: split the parameters among the processes, by FSDP2. The checkpoint is then in shards, too, and any number
+            of processes can go on with it, without ``shard`` as well. Its inference has no report.
         precision: a rule of your own, used instead of the settings' precision. A checkpoint does not keep it.
 
     In a group of processes (`parallel.joined`, or one that you made) each process calls this. Each takes its part of
@@ -146,13 +147,17 @@ def train(
     if settings.batch % parallel.processes():
         remedy = "use a number of processes that divides it" if resume else "give a --batch that is"
         raise InputError(f"batch={settings.batch} is no multiple of the {parallel.processes()} processes: {remedy}")
-    writer = _summary_writer() if tensorboard else None
+    if shard and not parallel.together():
+        raise InputError("shard: there is one process alone: start several by torchrun, or leave --shard out")
+    if shard and settings.compile:
+        raise InputError("shard and compile are both given: leave one out")
+    writer = summary_writer() if tensorboard else None
     with locked(path.parent) if parallel.rank() == 0 else contextlib.nullcontext(True) as locks:
         parallel.wait()  # until the folder is ours
         if path.exists() and not (resume or overwrite):
             raise InputError(f"{path.parent} already holds a run: add --resume or --overwrite, or choose another --out")
         shows = parallel.rank() == 0 and not quiet
-        run = _Training(settings, path, place, resume, precision, shows and sys.stderr.isatty())
+        run = _Training(settings, path, place, resume, precision, shows and sys.stderr.isatty(), shard)
         if run.writes and writer is not None:
             run.events = writer(path.parent, purge_step=run.done + 1)
         if shows and not locks:
@@ -173,13 +178,16 @@ def _run(run: _Training, say: Callable[[str], Any], tick: Callable[[], None]) ->
     kind = f"{settings.method} in {settings.dtype} on {parallel.processes()} x {card(place)}"
     say(f"{kind}: {parameters:,} parameters, {run.data.about}")
     say(f"held-out perplexity of the unigram model: {run.unigram:.1f} per token")
-    needs = step_memory(settings, parallel.processes(), triton=backend(run.model.head.weight) is not reference)
+    needs = step_memory(
+        settings,
+        parallel.processes(),
+        triton=backend(run.model.head.weight) is not reference,
+        shard=run.sharded,
+    )
     say(f"memory of a step: {needs}")
-    free = free_memory(place)
-    if free is not None and free < needs.total:
-        whole = settings.order == "incremental" or settings.at_once(parallel.processes()) == 1
-        remedy = "--batch, --context, --width or --blocks" if whole else "--micro-batch"
-        say(f"warning: that is more than the {free / 1e9:.2g} GB free on {place.type}: give a smaller {remedy}")
+    scarce = warning(needs, settings, place, parallel.processes())
+    if scarce is not None:
+        say(scarce)
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
 
@@ -232,18 +240,10 @@ def _run(run: _Training, say: Callable[[str], Any], tick: Callable[[], None]) ->
         "evaluations": run.evaluations,
         "speed": run.speed,
         "report": report,
-        "regime": report.regime if report is not None else BACKPROPAGATION,
+        "regime": report.regime if report is not None else UNREPORTED if run.free_energy else BACKPROPAGATION,
         "checkpoint": path,
         "curves": curves,
     }
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        raise InputError("tensorboard is not installed: pip install tensorboard") from None
-    return SummaryWriter
 
 
 class _Training:
@@ -260,11 +260,14 @@ class _Training:
         resume: bool,
         precision: Precision | None,
         shows: bool,
+        shard: bool,
     ) -> None:
-        self.path, self.place, self.shows = path, place, shows
+        self.path, self.place, self.shows, self.sharded = path, place, shows, shard
         tensors, record = checkpoint.load(path) if resume else ({}, {})
         if resume:
             check_resumed(path, settings, record)
+            if shard and "shards" not in record:
+                raise InputError(f"{path} was made without --shard: leave it out, or train in another --out")
             settings = dataclasses.replace(settings, dtype=stored_settings(path, record).dtype)
         self.settings = settings = settled_dtype(settings, place)
         self.data = (TextData if settings.stream is None else StreamData)(settings, path, tensors, record, shows)
@@ -273,11 +276,14 @@ class _Training:
         self.model, self.free_energy = build(settings) if precision is None else build(settings, precision)
         self.tracker = None if self.free_energy is None else self.free_energy.tracker
         self.model.to(place)
+        if shard:
+            shards.shard(self.model, place)
         self.optimizer = adamw(self.model, settings.lr)
         if resume:
-            restore(path, tensors, self.model, self.tracker, self.optimizer)
+            restore(path, tensors, record, self.model, self.tracker, self.optimizer)
+        self.shards: str | None = record.get("shards")
         del tensors  # as large as the model and AdamW's state
-        self.learner = parallel.replicate(self.model, self.free_energy)
+        self.learner = (self.free_energy or self.model) if shard else parallel.replicate(self.model, self.free_energy)
         if settings.compile:
             part = settings.batch // parallel.processes()
             self.learner = compiled(self.learner, self.free_energy, settings.at_once(parallel.processes()) == part)
@@ -306,6 +312,7 @@ class _Training:
             group["lr"] = settings.lr * schedule(self.done, settings.steps, settings.warmup)
         for loss in backward(self.learner, self.free_energy, x, y, settings.micro_batch, settings.dtype):
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            norm = norm.full_tensor() if self.sharded else norm  # type: ignore[attr-defined]
             both = torch.stack([loss, norm])
             if self.often == 1 and not norm.isfinite():
                 break  # before the update, so that the faulty weights can be inspected
@@ -318,7 +325,7 @@ class _Training:
         """Add the unread losses to the record. Raises Diverged at the first faulty one."""
         rows = parallel.mean(torch.stack(self.unread)).tolist()
         for k, (value, norm) in enumerate(rows, self.done - len(self.unread) + 1):
-            fault = _fault(value, norm, self.losses)
+            fault = fault_of(value, norm, self.losses)
             if fault is not None:
                 finite = math.isfinite(value + norm)
                 raise self.diverged(k, fault + ("" if finite else self.faulty_node(x, y)))
@@ -334,7 +341,11 @@ class _Training:
 
     def faulty_node(self, x: Tensor, y: Tensor) -> str:
         """For an error message: the first node of the forward pass whose prediction is not finite; else empty."""
-        if self.free_energy is None or not all(p.isfinite().all() for p in self.free_energy.parameters()):
+        if (
+            self.free_energy is None
+            or self.sharded
+            or not all(p.isfinite().all() for p in self.free_energy.parameters())
+        ):
             return ""  # with weights that are not finite the first such node says nothing
         for piece, labels in micro_batches(x, y, self.settings.micro_batch):
             batch = self.free_energy.batch(piece, target(self.free_energy, labels))
@@ -347,8 +358,8 @@ class _Training:
         return ""
 
     def report(self, sequences: int) -> Report | None:
-        """The report on the first so many held-out sequences; None for backpropagation."""
-        if self.free_energy is None:
+        """The report on the first so many held-out sequences; None for backpropagation and for a sharded model."""
+        if self.free_energy is None or self.sharded:
             return None
         return regime(self.free_energy, self.data.held_out, self.settings.context, sequences)
 
@@ -365,22 +376,14 @@ class _Training:
     def save(self) -> None:
         """Write the checkpoint."""
         tensors, record = self.data.state(self.batches.place)  # every process takes part, rank 0 writes
+        self.shards = shards.save(self.path.parent, self.shards, self.model, self.optimizer) if self.sharded else None
         if self.writes:
-            tensors |= state(self.model, self.tracker, self.optimizer)
+            tensors |= state(self.model, self.tracker, self.optimizer, self.sharded)
+            record |= {} if self.shards is None else {"shards": self.shards}
             tensors |= {"unigram": self.data.counts, "held_out": self.data.held_out.to(torch.int32)}
             record |= {"settings": dataclasses.asdict(self.settings), "step": self.done, "losses": self.losses}
             record |= {"evaluations": self.evaluations, "speed": self.speed, "tokenizer": self.data.tokenizer.to_str()}
             checkpoint.save(self.path, tensors, record)
+            shards.remove_others(self.path.parent, self.shards)
         if self.events is not None:
             self.events.flush()
-
-
-def _fault(loss: float, norm: float, earlier: list[float]) -> str | None:
-    """What is wrong with a step's loss or its gradient's norm, given the earlier losses; None if nothing is."""
-    if not math.isfinite(loss):
-        return f"loss is not finite ({loss})"
-    if not math.isfinite(norm):
-        return f"gradient's norm is not finite ({norm})"
-    if earlier and loss > RISE * earlier[0]:
-        return f"loss is {loss:.4g}, over {RISE} times the first ({earlier[0]:.4g})"
-    return None

@@ -18,7 +18,7 @@ pytest.importorskip("tokenizers", reason="the command line's extras: pip install
 
 from safetensors.torch import load_file, save_file
 
-from pc_triton import build, checkpoint, evaluate, orders, report, run_files
+from pc_triton import build, checkpoint, evaluate, memory, orders, report, run_files
 from pc_triton import train as training
 from pc_triton.cli import EXTRAS, main
 from pc_triton.settings import Settings
@@ -747,6 +747,54 @@ def test_two_processes_one_of_which_is_killed(tmp_path, data, monkeypatch):
     assert main([*resume, str(tmp_path / "two"), "--steps", str(record_of_two["step"] + 1)]) == 0
 
 
+@pytest.mark.skipif(os.name != "posix", reason="gloo")
+@pytest.mark.parametrize("more", ["", "--method bp --micro-batch 1", "--order incremental"])
+def test_a_sharded_run(tmp_path, data, capsys, more):
+    """Two processes train as one does, and two, or one with the whole model, go on with their checkpoint."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def two(*arguments):
+        _, stderr = command(*arguments, launcher=launcher).communicate(timeout=200)
+        return stderr
+
+    options = f"--steps 3 --eval-every 2 {more}"
+    assert main(train_arguments(data, tmp_path / "one", options)) == 0
+    expected = checkpoint.load(tmp_path / "one")[1]
+    shutil.copytree(tmp_path / "one", tmp_path / "whole")
+    stderr = two(*train_arguments(data, tmp_path / "two", f"{options} --shard"))
+    tensors, record = checkpoint.load(tmp_path / "two")
+    assert record["step"] == 3, stderr
+    assert not [name for name in tensors if name.startswith(("model.", "optimizer."))]
+    assert sorted(os.listdir(tmp_path / "two")) == [checkpoint.NAME, "curves.png", record["shards"]], "and no older one"
+    shutil.copytree(tmp_path / "two", tmp_path / "alone")
+
+    resume = ["train", "--resume", "--device", "cpu", "--steps", "4", "--out"]
+    stderr = two(*resume, tmp_path / "two", "--shard")
+    assert main([*resume, str(tmp_path / "alone")]) == 0
+    assert sorted(os.listdir(tmp_path / "alone")) == [checkpoint.NAME, "curves.png"]
+    for folder in ("two", "alone"):
+        losses = checkpoint.load(tmp_path / folder)[1]["losses"]
+        assert len(losses) == 4 * len(expected["losses"]) // 3, stderr
+        assert losses[: len(expected["losses"])] == pytest.approx(expected["losses"], rel=1e-4)
+    assert checkpoint.load(tmp_path / "two")[1]["losses"] == pytest.approx(losses, rel=1e-5)
+    one, alone = (build.load(tmp_path / folder, "cpu").model for folder in ("two", "alone"))
+    for a, b in zip(one.parameters(), alone.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", str(tmp_path / "two" / checkpoint.NAME), "--device", "cpu"]) == 0
+    measured = capsys.readouterr().out.splitlines()[-1]
+    assert f"{checkpoint.load(tmp_path / 'two')[1]['evaluations'][-1]['perplexity']:.2f}" in measured
+    if not more:
+        assert "was made without --shard: leave it out" in two(*resume, tmp_path / "whole", "--shard")
+        shutil.rmtree(tmp_path / "two" / checkpoint.load_record(tmp_path / "two")["shards"])
+        assert "is damaged or of another run: restore it" in failure(capsys, ["eval", "--checkpoint", tmp_path / "two"])
+
+
+def test_one_process_has_no_shards(tmp_path, data, capsys):
+    line = failure(capsys, train_arguments(data, tmp_path / "run", "--shard"))
+    assert "there is one process alone: start several by torchrun, or leave --shard out" in line
+
+
 def test_a_batch_that_does_not_divide(tmp_path, data, run, capsys, monkeypatch):
     monkeypatch.setattr(training.parallel, "processes", lambda: 3)
     line = failure(capsys, train_arguments(data, tmp_path))
@@ -894,7 +942,7 @@ def test_states_in_bfloat16(tmp_path, data, run):
 
 
 def test_memory_is_told_before_the_first_step(tmp_path, data, capsys, monkeypatch):
-    monkeypatch.setattr(training, "free_memory", lambda place: 10**5)
+    monkeypatch.setattr(memory, "free_memory", lambda place: 10**5)
     assert main(train_arguments(data, tmp_path, "--steps 1")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("memory of a step: about 0.00")

@@ -436,6 +436,34 @@ def test_reconstruction():
     assert torch.equal(pc.FreeEnergy(model).infer(x, y).input, x)
 
 
+@pytest.mark.parametrize("start", [0.0, 0.7])
+def test_a_free_input_has_variance_1_by_default(start, device):
+    """Around what is given, also where that is 0 and has no scale of its own: the minimum of F, in closed form."""
+    torch.manual_seed(0)
+    model, y = nn.Sequential(pc.Linear(3, 5)).double().to(device), torch.randn(4, 5, dtype=torch.float64, device=device)
+    x = torch.full((4, 3), start, dtype=torch.float64, device=device)
+    w = model[0].weight.detach()
+    truth = x + (y - model(x).detach()) @ torch.linalg.solve(torch.eye(3).to(w) + w.T @ w, w.T).T
+    settled = pc.FreeEnergy(model, steps=60).infer(x, y, clamp_input=False)
+    assert_close([settled.input], [truth], 1e-6)
+
+
+def test_a_decoder_learns_more_than_the_mean_image():
+    """Inputs inferred from zeros tell the images apart, and the model learns to: by default."""
+    torch.manual_seed(0)
+    images = 2 * nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 12))(torch.randn(64, 2)).detach()
+    model = nn.Sequential(pc.Linear(2, 32), nn.Tanh(), nn.Linear(32, 12))
+    optimizer, free_energy = torch.optim.Adam(model.parameters(), 1e-2), pc.FreeEnergy(model)
+    for _ in range(150):
+        z = free_energy.infer(torch.zeros(64, 2), images, clamp_input=False).input
+        optimizer.zero_grad()
+        free_energy(z, images).backward()
+        optimizer.step()
+    z = free_energy.infer(torch.zeros(64, 2), images, clamp_input=False).input
+    with torch.no_grad():
+        assert (model(z) - images).norm() < 0.5 * (images - images.mean(0)).norm()
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("clamp_input", [True, False])
 def test_generation(order, clamp_input):

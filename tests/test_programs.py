@@ -744,3 +744,100 @@ def test_one_sequence_without_samples_is_refused():
     model, _ = pc.convert(Attend())
     with pytest.raises(ValueError, match=r"query has shape \(5, 8\)"):
         pc.FreeEnergy(model)(torch.randn(5, 8), torch.randint(3, (5,)))
+
+
+class NanoGPT(nn.Module):
+    """As nanoGPT: tied weights, attention by a function with dropout, logits and loss in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe, self.block, self.lm_head = (
+            nn.Embedding(11, 8), nn.Embedding(6, 8), NanoBlock(), nn.Linear(8, 11, bias=False)
+        )  # fmt: skip
+        self.wte.weight = self.lm_head.weight
+
+    def forward(self, idx, targets=None):
+        x = self.block(self.wte(idx) + self.wpe(torch.arange(idx.shape[1])))
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None
+        logits = self.lm_head(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+class NanoBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj, self.n_head, self.dropout = nn.Linear(8, 24), nn.Linear(8, 8), 2, 0.1
+        self.flash = hasattr(F, "scaled_dot_product_attention")
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in self.c_attn(x).split(8, dim=2))
+        if self.flash:
+            dropout = self.dropout if self.training else 0
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=dropout, is_causal=True)
+        else:
+            y = F.softmax(q @ k.transpose(-2, -1), dim=-1) @ v
+        return x + self.c_proj(y.transpose(1, 2).contiguous().flatten(2))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nano_gpt(training):
+    torch.manual_seed(0)
+    model, idx, targets = NanoGPT().train(training), torch.randint(11, (3, 6)), torch.randint(11, (3, 6))
+    _, changes = pc.convert(model)
+    free_energy = pc.FreeEnergy(model, logits=lambda out: out[0])
+    changes.visit(free_energy, (idx, targets), targets)
+    assert changes.visits == {
+        "block": "visited", "block.c_attn": "visited", "block.c_proj": "visited", "lm_head": "the output"
+    }  # fmt: skip
+    torch.manual_seed(1)
+    loss = pc.FreeEnergy(model, logits=lambda out: out[0], steps=1)((idx, targets), targets)
+    if not training:
+        close(loss, model(idx, targets)[1])
+    optimizer, losses = torch.optim.Adam(model.parameters(), 0.01), []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = free_energy((idx, targets), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert free_energy.report((idx, targets), targets).settled > 0.5
+
+
+def tiny_gpt2(**options):
+    hf = pytest.importorskip("transformers")
+    hf.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 4}
+    return hf, hf.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0, **options)
+
+
+def test_adapters_in_a_model_of_transformers():
+    """Of its own linear layer, and of the logits, which stay as they are."""
+    hf, config = tiny_gpt2()
+    model = hf.GPT2LMHeadModel(config)
+    attn = model.transformer.h[0].attn
+    attn.c_attn = Adapter(attn.c_attn, nn.Linear(16, 2, bias=False), nn.Linear(2, 48, bias=False))
+    head = Adapter(model.lm_head, nn.Linear(16, 2, bias=False), nn.Linear(2, 32, bias=False))
+    model.set_output_embeddings(head)
+    _, changes = pc.convert(model)
+    layer = "transformer.h.0"
+    with_node = {f"{layer}.attn", *(f"{layer}.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))}
+    assert set(changes) == {*with_node, "lm_head"}
+    tokens = torch.randint(32, (3, 6))
+    assert set(pc.FreeEnergy(model).infer(tokens, tokens.roll(-1, 1)).states) == with_node
+    assert pc.convert(model)[1].keys() == changes.keys()
+
+
+def test_a_head_of_transformers_that_answers_questions():
+    hf, config = tiny_gpt2(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    model, tokens, y = hf.GPT2ForQuestionAnswering(config), torch.randint(32, (3, 6)), torch.randint(6, (3, 2))
+    pc.convert(model)
+    spans = {"logits": lambda out: torch.stack([out.start_logits, out.end_logits], 1)}
+    own = model(tokens, start_positions=y[:, 0], end_positions=y[:, 1]).loss
+    close(pc.FreeEnergy(model, steps=1, **spans)(tokens, y), own)
+    free_energy = pc.FreeEnergy(model, **spans)
+    free_energy(tokens, y).backward()
+    with pytest.raises(TypeError, match="logits=lambda"):
+        pc.FreeEnergy(model)(tokens, y)

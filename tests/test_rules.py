@@ -244,6 +244,7 @@ def test_more_steps_from_where_others_ended(order, make):
     more = free_energy.infer(x, y, start=states)
     assert_close(more.states.values(), whole.states.values(), 1e-12)
     assert_close([more.free_energy], [whole.free_energy], 1e-12)
+    assert_close(free_energy.infer(x, y, start=half.u).u.values(), whole.u.values(), 1e-12)
     one_less = pc.FreeEnergy(model, steps=9 if order != "error" else 10, **options)
     one = pc.FreeEnergy(model, steps=4 if order != "error" else 5, **options)
     learned = gradients(model, one_less(x, y)), gradients(model, one(x, y, start=lambda predictions: states))
@@ -251,6 +252,19 @@ def test_more_steps_from_where_others_ended(order, make):
         assert_close(learned[1], learned[0], 1e-11)
     else:
         assert_close(learned[1], learned[0], 1e-11)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_more_steps_of_masked_attention(order):
+    """Hidden keys have logits of -inf, and no state."""
+    torch.manual_seed(0)
+    model = nn.Sequential(pc.Linear(4, 8), pc.Attention(8, 2, causal=True), nn.Linear(8, 3)).double()
+    x, y = torch.randn(2, 5, 4, dtype=torch.float64), torch.randint(3, (2, 5))
+    options = {"order": order, "precision": 2.0, "step": 0.2}
+    half, whole = (pc.FreeEnergy(model, steps=steps, **options).infer(x, y) for steps in (3, 6))
+    more = pc.FreeEnergy(model, steps=3, **options).infer(x, y, start=half.u)
+    assert_close(more.states.values(), whole.states.values(), 1e-12)
+    assert_close([more.free_energy], [whole.free_energy], 1e-12)
 
 
 def test_incremental_from_where_inference_ended():

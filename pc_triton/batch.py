@@ -89,52 +89,65 @@ class Batch(Nodes):
         emissions and energies. local: each node's weights see its own energy alone, whatever the order.
         """
         here = ModelPass(self, learns, moves, shows, local, None if learns or shows else self.few_digits)
-        first = here.first
-        # Dropout and noise are the same in every pass. What draws between the passes, such as a rule, a start or a
-        # state_optimizer of the user's, must not see the same numbers again: it goes on where it was.
-        now = RandomState(self.random.device, self.calls.draws_elsewhere or (first and self.looks))
-        if first:
-            self.random = now
-        else:
-            self.random.restore()
-        noted = self.calls.buffers.note(self.looks) if first else None
-        try:
-            with torch.enable_grad(), running(here), here.digits(), here.functions(), contextlib.ExitStack() as held:
-                if not first and (self.calls.norms or self.moved):
-                    held.enter_context(self.held())
-                if not learns and self.weights:
-                    held.enter_context(hold_weights(self.weights))
-                if self.calls.compiled:
-                    self._put_errors_in_the_graph(here, held)
-                    eager = first or local or self.places is not None or here.few_digits is not None
-                    eager |= self.calls.functions
-                    held.enter_context(self.calls.eager() if eager else self.calls.traced())
-                if self.looks and first and self.calls.time_first:
-                    held.enter_context(samples_first(self.calls.time_first, self.samples))
-                args = self.args if self.clamp_input is True else (self._free_input(), *self.args[1:])
-                out = self.calls.run(self.model, *args, **self.kwargs)
-                self.out = self.logits(out)
-                if self.looks and first:
-                    refuse_own_loss(out, self.out, self.output.target)
-                here.check(self.out)
-                energy = torch.stack([here.output_energy(self.out), *here.added, *here.energies], -1).sum(-1)
-        except BaseException:
-            self.random.restore()  # a batch that is refused draws nothing
-            if noted is not None:
-                noted.restore()
-            raise
-        if noted is not None:
-            self.moved = noted.moved()
-            self.calls.learn(self.moved, self.random.moved_elsewhere())
-        if not first:
-            now.restore()
-        if learns and (moves or not first) and energy.requires_grad:  # at the prediction it is plain backpropagation
+        with self._same_in_every_pass(here.first), running(here), self._as_this_pass_needs(here):
+            args = self.args if self.clamp_input is True else (self._free_input(), *self.args[1:])
+            out = self.calls.run(self.model, *args, **self.kwargs)
+            self.out = self.logits(out)
+            if self.looks and here.first:
+                refuse_own_loss(out, self.out, self.output.target)
+            here.check(self.out)
+            energy = torch.stack([here.output_energy(self.out), *here.added, *here.energies], -1).sum(-1)
+        at_prediction = here.first and not moves  # there learning is plain backpropagation
+        if learns and not at_prediction and energy.requires_grad:
             energy.register_hook(refuse_second_derivative)
         self.energies.append(energy.detach())
         self.awaits = (here, here.leaves) if moves else None
         here.close()
         self.out = self.out.detach()
         return energy
+
+    @contextlib.contextmanager
+    def _same_in_every_pass(self, first: bool) -> Iterator[None]:
+        """Within it the model draws the numbers, and finds the buffers, of the first pass.
+
+        What draws between the passes, such as a rule, a start or a state_optimizer of the user's, must not see the same
+        numbers again: after it the generators are where they were. A batch that is refused draws and moves nothing.
+        """
+        now = RandomState(self.random.device, self.calls.draws_elsewhere or (first and self.looks))
+        noted = None
+        if first:
+            self.random, noted = now, self.calls.buffers.note(self.looks)
+        else:
+            self.random.restore()
+        holds = not first and (self.calls.norms or self.moved)
+        try:
+            with self.held() if holds else contextlib.nullcontext():
+                yield
+        except BaseException:
+            self.random.restore()
+            if noted is not None:
+                noted.restore()
+            raise
+        if noted is None:
+            now.restore()
+        else:
+            self.moved = noted.moved()
+            self.calls.learn(self.moved, self.random.moved_elsewhere())
+
+    @contextlib.contextmanager
+    def _as_this_pass_needs(self, here: ModelPass) -> Iterator[None]:
+        """Within it torch, its compiler and the functions that a model calls do what this pass needs."""
+        with torch.enable_grad(), here.digits(), here.functions(), contextlib.ExitStack() as held:
+            if not here.learns and self.weights:
+                held.enter_context(hold_weights(self.weights))
+            if self.calls.compiled:
+                self._put_errors_in_the_graph(here, held)
+                eager = here.first or here.local or self.places is not None or here.few_digits is not None
+                eager |= self.calls.functions
+                held.enter_context(self.calls.eager() if eager else self.calls.traced())
+            if self.looks and here.first and self.calls.time_first:
+                held.enter_context(samples_first(self.calls.time_first, self.samples))
+            yield
 
     @contextlib.contextmanager
     def in_digits_of(self, dtype: torch.dtype | None) -> Iterator[None]:

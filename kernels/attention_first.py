@@ -15,20 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import (
-    by_token,
-    check_attention,
-    end_of,
-    keys_near,
-    load_rows,
-    mask_pointers,
-    packed_tokens,
-    place,
-    seen_keys,
-    segments_of,
-    shape_options,
-    visible,
-)
+from .attention import by_token, check_attention, mask_pointers, packed_tokens, shape_options
+from .attention_tiles import end_of, keys_near, load_rows, pairs, place, segments_of
 from .categorical import online_softmax, settle
 from .common import UNFUSED, cdiv, check, check_moves, new_state, on_device, sum_partials
 
@@ -85,10 +73,7 @@ def _fall(
         v = load_rows(v_ptr, cols, n_keys, v_stride, HEAD, DIM)
         mu = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         g = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-        seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
-        live = visible(rows[:, None], cols[None, :], seen[None, :], n_queries, n_keys, CAUSAL)
-        if SEGMENTS:
-            live = live & (own[:, None] == segments_of(cols, item, segments_ptr, n_keys)[None, :])
+        live = pairs(rows, cols, own, item, padding_ptr, segments_ptr, n_queries, n_keys, CAUSAL, PADDING, SEGMENTS)
         peak, total, weights, older = online_softmax(mu, live, peak, total)
         push = tl.where(live, g - mean_g, 0.0)
         squares = squares * older + tl.sum(weights * push * push, axis=1, keep_dims=True)
@@ -145,10 +130,7 @@ def _first_step(
         cols = start + tl.arange(0, COLS)
         v = load_rows(v_ptr, cols, n_keys, v_stride, HEAD, DIM)
         g = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-        seen = seen_keys(cols, item, padding_ptr, n_keys, PADDING)
-        live = visible(rows[:, None], cols[None, :], seen[None, :], n_queries, n_keys, CAUSAL)
-        if SEGMENTS:
-            live = live & (own[:, None] == segments_of(cols, item, segments_ptr, n_keys)[None, :])
+        live = pairs(rows, cols, own, item, padding_ptr, segments_ptr, n_queries, n_keys, CAUSAL, PADDING, SEGMENTS)
         new = tl.where(live, push * (mean_g - g), 0.0)
         pointers = state_ptr + (places[:, None] * n_keys + cols[None, :])
         tl.store(pointers, new, mask=inside[:, None] & (cols < n_keys)[None, :])

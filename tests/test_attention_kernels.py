@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import ON_CPU, assert_close, device, double, poison, spot  # noqa: F401
+from test_kernels import EMULATED, ON_CPU, assert_close, device, double, poison, spot  # noqa: F401
 from torch import nn
 
 import pc_triton as pc
 from pc_triton import dispatch, reference
-from pc_triton.kernels import attention
+from pc_triton.kernels import attention, attention_first
 
 HIDDEN = -torch.inf
 
@@ -197,6 +197,30 @@ def test_queries_that_see_no_key(device):  # noqa: F811
         for x in (got[0][0], got[1][:1], got[0][:, :, :4], grads[0][0], grads[0][:, :, :4], grads[1][0], grads[2][0]):
             assert (x == 0).all()
         assert moved[1:, :, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_products_in_tf32(dim, device):  # noqa: F811
+    """Asked for as torch's are, they are rounded to 11 bits, in tiles of their own.
+
+    The interpreter multiplies exactly all the same.
+    """
+    q, k, v, grad_out, state, c = problem((device, torch.float32), 2, 1, 40, 40, dim, size=0.1)
+    options = {"scale": dim**-0.5, "causal": True}
+    found = []
+    for word in ("highest", "high"):
+        torch.set_float32_matmul_precision(word)
+        try:
+            out, energy, facts = attention.attention_forward(q, k, v, state, c[0], **options)
+            moved, *grads = attention.attention_step(q, k, v, out, grad_out, state.clone(), *c, facts, **options)
+            fall = attention_first.attention_fall(q, k, v, out, grad_out, 2, **options)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        found.append([out, energy, fall, moved.tril(), *grads])  # what is masked may be left as it is
+    errors = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(*found)]
+    assert max(errors) <= 2.0**-8
+    compiled = EMULATED or (device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) and not torch.version.hip)
+    assert (min(errors) > 1e-5) == compiled
 
 
 @pytest.mark.parametrize("causal", [False, True])

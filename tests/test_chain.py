@@ -485,6 +485,7 @@ def arguments(**changes):
         ({"target": torch.zeros(3, 3)}, "target has shape"),
         ({"target": torch.zeros(2, dtype=torch.int64)}, "labels have shape"),
         ({"weight_of_item": torch.ones(2)}, "weight_of_item has shape"),
+        ({"tracked": torch.ones(1)}, "tracked has shape"),
     ],
 )
 def test_wrong_arguments(changes, words):

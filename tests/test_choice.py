@@ -50,6 +50,29 @@ def test_the_card_of_a_device(monkeypatch):
         dispatch.card_of.cache_clear()
 
 
+def test_a_tensor_on_a_cpu_asks_for_no_card():
+    x, weight = torch.zeros(16, 8), torch.zeros(8, 8)
+    assert not dispatch.may_chain(x)
+    assert not dispatch.fuses(x, weight)
+
+
+def test_a_tensor_on_a_gpu_asks_for_its_card(monkeypatch):
+    """What decides is the shape of the product, the chain's, and the precision of products."""
+    monkeypatch.setattr(dispatch, "card_of", lambda device: H100)
+    seen = []
+    monkeypatch.setattr(dispatch, "fused", lambda *a: seen.append(a) or choice.Choice(True, ""))
+    monkeypatch.setattr(dispatch, "chained", lambda *a: seen.append(a) or choice.Choice(False, ""))
+    on_gpu = SimpleNamespace(
+        is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda:0"), shape=(4, 32, 512), element_size=lambda: 2,
+        dim=lambda: 3, numel=lambda: 4 * 32 * 512,
+    )  # fmt: skip
+    assert dispatch.fuses(on_gpu, SimpleNamespace(dtype=torch.bfloat16, shape=(1024, 512)))
+    assert dispatch.may_chain(on_gpu)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+    assert not dispatch.fuses(on_gpu, SimpleNamespace(dtype=torch.bfloat16, shape=(1024, 512)))
+    assert seen == [(H100, 128, 1024, 512, "bfloat16")]
+
+
 # The linear layer and its node.
 
 

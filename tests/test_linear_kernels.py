@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import ON_GPU, double, poison, spots  # noqa: F401
+from test_kernels import EMULATED, ON_GPU, double, poison, spots  # noqa: F401
 from torch import nn
 
 import pc_triton as pc
@@ -124,6 +124,21 @@ def test_nothing_to_do_at_the_prediction(spot):
     assert (energy == 0).all()
     size = x.abs().double() @ weight.abs().double().t() + bias.abs()
     assert_close("u", u, nn.functional.linear(*map(double, (x, weight, bias))), size, 40, x.dtype)
+
+
+def test_products_in_tf32(device):
+    """Asked for as torch's are: rounded to 11 bits. The interpreter multiplies exactly all the same."""
+    x, weight, bias, state, pi = problem(130, 129, 100, 65, (device, torch.float32))
+    exact, _ = linear.linear_forward(x, weight, bias, state, pi)
+    torch.set_float32_matmul_precision("high")
+    try:
+        rounded, _ = linear.linear_forward(x, weight, bias, state, pi)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    error = (rounded - exact).abs()
+    assert (error <= 2.0**-9 * (x.abs() @ weight.abs().t()) + 1e-6).all()
+    compiled = EMULATED or (device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) and not torch.version.hip)
+    assert (error.max() > 1e-4) == compiled
 
 
 @pytest.mark.parametrize(("rows", "n"), [(0, 4), (4, 0)], ids=str)

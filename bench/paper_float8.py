@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from paper_lm import DEFAULT, PAPER, TINY
 from runs import Record, Settings, complete, markdown, mean_and_std, regime, score, spread
 
-from pc_triton import FreeEnergy, train
+from pc_triton import FreeEnergy, build
 
 CASES: dict[str, Settings] = {
     "2 blocks of width 128, 500 steps": {"steps": 500},
@@ -36,7 +36,7 @@ def run(settings: Settings, data: Path | None) -> Record:
     options = {name: value for name, value in settings.items() if name != "inference_dtype"}
     kind = settings["inference_dtype"]
     dtype = None if kind == KINDS[0] else getattr(torch, kind)
-    with patch.object(train, "FreeEnergy", partial(FreeEnergy, inference_dtype=dtype)):
+    with patch.object(build, "FreeEnergy", partial(FreeEnergy, inference_dtype=dtype)):
         return paper_lm.run(options, data)
 
 

@@ -208,7 +208,8 @@ class Ahead:
         self._data, self._device, self._closed = data, device, False
         self.place: Any = data.place()
         self._made: queue.Queue[Any] = queue.Queue(maxsize=AHEAD)
-        threading.Thread(target=self._make, daemon=True).start()
+        self._thread = threading.Thread(target=self._make, daemon=True)
+        self._thread.start()
 
     def _make(self) -> None:
         if self._device.type == "cuda":
@@ -232,11 +233,12 @@ class Ahead:
         return x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
 
     def close(self) -> None:
-        """Have the thread end."""
+        """Have the thread end: Python's own end must not meet it at work. A read that hangs is left alone."""
         self._closed = True
         with contextlib.suppress(queue.Empty):
             while True:
                 self._made.get_nowait()
+        self._thread.join(timeout=5)
 
 
 def encode(tokenizer: Tokenizer, text: str, separator: int | None = None, shows: bool = False) -> Tensor:

@@ -18,7 +18,7 @@ from .models import Transformer
 from .settings import STATE_DTYPES, Settings
 
 VALUE = 4
-"""Bytes of a value, except in states: the command line trains in float32."""
+"""Bytes of a value, except in states and in what autocast makes in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,28 @@ def _gigabytes(size: float) -> str:
 def step_memory(settings: Settings, processes: int = 1, *, triton: bool = False, shard: bool = False) -> Memory:
     """The `Memory` of a training step, without evaluations, Python and its libraries, and fragmentation.
 
-    processes: how many share a batch. triton: True for Triton's kernels, as on a GPU; False for plain torch.
+    processes: how many share a batch. triton: True for Triton's kernels, as on a GPU; False for plain torch. shard:
+    whether the processes share the parameters, by FSDP2.
     """
     s = settings
     with torch.device("meta"):
         sizes = [p.numel() for p in Transformer(s.vocabulary, s.width, s.heads, s.blocks, s.context).parameters()]
     p, sequences, state_bytes = sum(sizes), s.at_once(processes), STATE_DTYPES[s.state_dtype].itemsize
-    held = 3 * p + (p if processes > 1 else 0)  # DistributedDataParallel keeps a copy of what it sends
-    summed = p if sequences * processes < s.batch else 0  # the gradients of earlier micro-batches
-    roots = p if triton else 2 * max(sizes)  # AdamW's square roots: of all parameters at once, or one by one
+    narrow = 9 / 16 if s.dtype == "bfloat16" else 1.0  # norms, the residual stream and the losses stay float32
+    casts = p / 2 if s.dtype == "bfloat16" else 0.0  # of the weights, which autocast keeps through a step
+    own = p / processes if shard else p
+    held = 3 * own + (
+        p if processes > 1 else 0
+    )  # what FSDP2 gathers, or DistributedDataParallel's copy of what it sends
+    summed = own if sequences * processes < s.batch else 0  # the gradients of earlier micro-batches
+    roots = 0 if triton else 2 * max(sizes)  # AdamW's square roots, one by one; on a GPU its kernel needs none
 
-    moments = [Memory(VALUE * (held + p + roots), 0, 0)]
+    moments = [Memory(VALUE * (held + own + roots), 0, 0)]
     for activations, states, work, head in _moments(s, sequences * s.context, triton):
-        blocks = VALUE * (activations * s.blocks + work) + state_bytes * states * s.blocks
-        moments.append(Memory(VALUE * (held + summed), sequences * s.context * blocks, VALUE * head))
+        blocks = VALUE * (narrow * activations * s.blocks + work) + state_bytes * states * s.blocks
+        moments.append(Memory(VALUE * (held + summed + casts), sequences * s.context * blocks, VALUE * head))
         learned = sequences * s.context * s.blocks * state_bytes * states  # activations are freed, states are not yet
-        moments.append(Memory(VALUE * (held + p), learned, 0))
+        moments.append(Memory(VALUE * (held + own), learned, 0))
     return max(moments, key=lambda memory: memory.total)
 
 
@@ -79,8 +85,13 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
     Each is (activations, states, work, head). The first two are values a token in every block, work is what the block
     at work needs a token on top, and head is the values of the head for all tokens.
     """
+    half = s.dtype == "bfloat16"
     d, pairs = s.width, s.heads * s.context
     masks = 0 if s.stream is None else s.context  # document masks, shared by all heads
+    if s.method == "bp" and s.checkpointing:
+        yield d + masks, 0, 0, 3 * tokens * s.vocabulary + 2 * tokens * d
+        yield d + masks, 0, (14 if half else 20) * d, 0  # the block at work is computed again
+        return
     if s.method == "bp":
         yield 16 * d + s.heads + 4 + masks, 0, 0, 3 * tokens * s.vocabulary + 2 * tokens * d
         return
@@ -89,8 +100,14 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
     logits = rows_at_once(tokens) * s.vocabulary  # those that `Head` makes at once
     weight = s.vocabulary * d
     head: float = max((1 if triton else 2) * logits + weight, logits + 2 * weight) + 3 * tokens * d
+    if half:
+        head += (logits + weight) / 2
     if gaussian:
-        head = 7 * tokens * s.vocabulary + 3 * tokens * d
+        head = (4 if half else 7) * tokens * s.vocabulary + 3 * tokens * d
+
+    if s.checkpointing:
+        yield from _checkpointed(s, head)
+        return
 
     # The first pass, by autograd. With T = 1 it is the only one.
     learns = s.order == "error" and s.inference_steps == 1
@@ -103,7 +120,8 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
         work = 1.2 * pairs + 3 * d
     else:
         work = 4 * pairs if triton else 10.25 * pairs - 2 * d
-    yield plain, 0, work + masks / 2, 0
+    upcast = 0.6 * pairs if half else 0.0  # attention's own softmax is made in float32
+    yield plain, 0, work + masks / 2 + upcast, 0
     if learns:
         return
 
@@ -123,8 +141,34 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
             emissions = -3 * d
         if s.order == "incremental":
             activations, emissions = activations - 4 * d, 0
-    yield activations, states, work, 0
+    if half:
+        upcast = (2.3 if keeps_accepted else 1.0) * pairs
+    yield activations, states, work + upcast, 0
     yield activations + emissions, states, 0, head
+
+
+def _checkpointed(s: Settings, head: float) -> Iterator[tuple[float, float, float, float]]:
+    """The `_moments` of predictive coding where blocks are computed again: their inputs, states and emissions stay.
+
+    In plain torch; with the kernels it is an upper bound, since they keep no logits.
+    """
+    d, pairs, half = s.width, s.heads * s.context, s.dtype == "bfloat16"
+    if s.order == "error" and s.inference_steps == 1:
+        yield 4 * d + 3 * pairs, 0, 0, head
+        yield 4 * d + 3 * pairs, 0, 10 * d + 0.6 * pairs if half else 14 * d, 0
+        return
+    keeps_accepted = s.order in ("sweep", "simultaneous") or (s.order == "error" and s.inference_steps > 3)
+    states = (2 if keeps_accepted else 1) * (6 * d + pairs)
+    work = {"error": 15, "incremental": 29}.get(s.order, 22) * d  # states are moved in float32
+    if half and s.order == "error" and not keeps_accepted:
+        work = 9 * d
+    gaussian = s.method == "gaussian-pc"
+    yield 6 * d + (1 if gaussian else 2) * pairs, states, 0, head
+    if gaussian:
+        most = work + (2.5 if half else 1.3) * pairs
+    else:
+        most = max(work + 1.3 * pairs, 4 * d + 10.25 * pairs)
+    yield 6 * d + 2 * pairs, states, most, 0
 
 
 def free_memory(place: torch.device) -> int | None:

@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 
 from . import parallel
 from .text import InputError
@@ -46,6 +38,9 @@ def save(folder: Path, before: str | None, model: nn.Module, optimizer: torch.op
 
     before: the name of the last one, which stays as it is. Raises InputError if it cannot be written.
     """
+    import torch.distributed.checkpoint as dcp  # brings in much of torch that nothing else needs
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
     number = NAME.fullmatch(before or "shards-0")
     assert number is not None
     name = f"shards-{int(number[1]) + 1}"
@@ -63,6 +58,14 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
 
     Raises InputError if it is missing, damaged, or of another model.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_state_dict,
+        set_model_state_dict,
+        set_state_dict,
+    )
+
     with _faults(f"{folder} is damaged or of another run", "restore it from a copy, or train again"):
         if optimizer is None:
             state: dict[str, Any] = {"model": get_model_state_dict(model)}
@@ -83,6 +86,8 @@ def remove_others(folder: Path, kept: str | None) -> None:
 
 @contextlib.contextmanager
 def _faults(problem: str, remedy: str) -> Iterator[None]:
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")

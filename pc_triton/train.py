@@ -8,6 +8,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,13 @@ def train(
             run.events = writer(path.parent, purge_step=run.done + 1)
         if shows and not locks:
             tqdm.write(f"warning: {path.parent} has no locks: see that no other run writes there")
-        with (
-            tf32(place),
-            trace(run.path.parent / TRACE, settings.steps - run.done)
-            if profile and run.writes
-            else (contextlib.nullcontext(lambda: None)) as tick,
-        ):
-            return _run(run, tqdm.write if shows else lambda line: None, tick)
+        traced: AbstractContextManager[Callable[[], None]] = contextlib.nullcontext(lambda: None)
+        if profile and run.writes:
+            traced = trace(path.parent / TRACE, settings.steps - run.done)
+        with tf32(place), traced as tick:
+            result = _run(run, tqdm.write if shows else lambda line: None, tick)
+        parallel.wait()  # until rank 0 has written all: torchrun would end it if another process failed at its end
+        return result
 
 
 def _run(run: _Training, say: Callable[[str], Any], tick: Callable[[], None]) -> dict[str, Any]:

@@ -765,7 +765,7 @@ def test_a_sharded_run(tmp_path, data, capsys, more):
     tensors, record = checkpoint.load(tmp_path / "two")
     assert record["step"] == 3, stderr
     assert not [name for name in tensors if name.startswith(("model.", "optimizer."))]
-    assert sorted(os.listdir(tmp_path / "two")) == [checkpoint.NAME, "curves.png", record["shards"]], "and no older one"
+    assert sorted(os.listdir(tmp_path / "two")) == [checkpoint.NAME, "curves.png", record["shards"]], stderr
     shutil.copytree(tmp_path / "two", tmp_path / "alone")
 
     resume = ["train", "--resume", "--device", "cpu", "--steps", "4", "--out"]
@@ -937,7 +937,7 @@ def test_states_in_bfloat16(tmp_path, data, run):
     tensors, record = checkpoint.load(run)
     del record["settings"]["state_dtype"]
     checkpoint.save(tmp_path / checkpoint.NAME, tensors, record)
-    assert build.load(tmp_path, "cpu")[1].state_dtype is None
+    assert build.load(tmp_path, "cpu")[1].state_dtype in (None, torch.float32)
     assert main(["train", "--resume", "--out", str(tmp_path), "--steps", "21"]) == 0
 
 

@@ -134,10 +134,11 @@ def peak(settings, backend, replicate=lambda model, free_energy: free_energy or 
         model, free_energy = training.build(settings)
         learner = replicate(model, free_energy)
         optimizer = training.adamw(model, settings.lr)
-        optimizer.defaults["foreach"] = optimizer.param_groups[0]["foreach"] = backend == "triton"  # as on a GPU
+        optimizer.param_groups[0]["fused"] = backend == "triton"  # as on a GPU
+        optimizer.param_groups[0]["foreach"] = False
         for step in range(2):
             with torch.profiler.record_function(f"training step {step}"):
-                for _ in training.backward(learner, free_energy, x, y, settings.micro_batch):
+                for _ in training.backward(learner, free_energy, x, y, settings.micro_batch, settings.dtype):
                     optimizer.step()
                     optimizer.zero_grad()
     events = profile.profiler.kineto_results.events()
@@ -156,10 +157,10 @@ def no_launches(monkeypatch):
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *arguments, **options: None)
 
 
-def check(method, size, backend):
+def check(method, size, backend, **more):
     from pc_triton.settings import Settings
 
-    options = {**METHODS[method], **SIZES[size]}
+    options = {**METHODS[method], **SIZES[size], **more}
     if size == "micro-batches" and method != "incremental":
         options["micro_batch"] = 3
     settings = Settings(**options)
@@ -172,6 +173,26 @@ def check(method, size, backend):
 def test_what_a_step_is_told_to_need(method, size):
     """Within a tenth of what is measured."""
     check(method, size, "torch")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("size", ["pairs", "width", "logits"])
+@pytest.mark.parametrize("method", ["bp", "T = 1", "T = 3", "T = 5", "sweep", "incremental", "gaussian-pc"])
+def test_what_a_step_is_told_to_need_in_less(method, size, checkpointing, dtype):
+    """In bfloat16, with blocks computed again, and both."""
+    if checkpointing or dtype == "bfloat16":
+        check(method, size, "torch", dtype=dtype, checkpointing=checkpointing)
+
+
+def test_what_shards_need():
+    """Parameters, gradients and AdamW's state are shared; what is gathered is whole."""
+    from pc_triton.settings import Settings
+
+    settings = Settings(width=512, batch=4, context=1, vocabulary=300)
+    p = sum(x.numel() for x in Transformer(300, 512, 4, 2, 1).parameters())
+    copies = [memory.step_memory(settings, 4, triton=True, shard=shard).parameters / (4 * p) for shard in (False, True)]
+    assert copies == [5, 1 + 4 / 4]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPU tensors")

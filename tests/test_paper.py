@@ -187,3 +187,18 @@ def test_what_deep_pc_does_in_the_documentation_is_the_files(name, data, monkeyp
     text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     assert not [table for table in tables if table not in text]
     assert not [r for r in json.loads(out.read_text())["runs"] if r["commit"].endswith("-dirty")]
+
+
+def test_an_experiment_in_8_bits_makes_products_of_8_bits(monkeypatch):
+    """It patches what the trainer builds: the free energy of its runs has that dtype."""
+    paper_float8, build = pytest.importorskip("paper_float8"), pytest.importorskip("pc_triton.build")
+    seen = []
+
+    def lm(options, data):
+        seen.append(build.build(build.Settings(width=16, heads=2, blocks=1, vocabulary=300))[1].inference_dtype)
+        return {}
+
+    monkeypatch.setattr(paper_float8.paper_lm, "run", lm)
+    for kind in paper_float8.KINDS:
+        paper_float8.run({"inference_dtype": kind}, None)
+    assert seen == [None, torch.float8_e4m3fn]

@@ -611,9 +611,10 @@ def test_a_function_of_the_output_is_not_left_out_by_a_faster_path():
     from pc_triton.chain import _plain
 
     model = nn.Sequential(pc.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
-    assert _plain(pc.FreeEnergy(model, step=0.25))
+    free_energy = pc.FreeEnergy(model, step=0.25)
+    assert _plain(free_energy, free_energy.rules, torch.float32)
     free_energy = pc.FreeEnergy(model, step=0.25, logits=lambda out: 2 * out)
-    assert not _plain(free_energy)
+    assert not _plain(free_energy, free_energy.rules, torch.float32)
     before = free_energy.settings
     free_energy.logits = None
     assert free_energy.settings != before

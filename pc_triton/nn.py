@@ -253,8 +253,7 @@ def attend(
                 here = AttentionAtPrediction(q.detach(), k.detach(), v.detach(), out.detach(), scale, masks)
                 return out, masks, here
 
-            hides_rows = padding is not None or (causal and q.shape[2] > k.shape[2])  # of which torch may make NaN
-            out = here.emit_fused(node, attention, None if hides_rows else first)
+            out = here.emit_fused(node, attention, first)
             if out is not None:
                 return out, None
     groups = q.shape[1] // k.shape[1]
@@ -282,12 +281,17 @@ def _plain(
     scale: float | None,
     segments: Tensor | None,
 ) -> Tensor:
-    """`attend` without a node, by torch's own attention."""
+    """`attend` without a node, by torch's own attention. A query that sees no key has 0."""
+    blind = None
     if padding is not None or segments is not None or (causal and q.shape[2] != k.shape[2]):
         bias = mask_logits(q.new_zeros(len(q), 1, q.shape[2], k.shape[2]), causal, padding, segments)
+        if padding is not None or (causal and q.shape[2] > k.shape[2]):
+            blind = bias.amax(-1, keepdim=True) == -torch.inf
+            bias = bias.masked_fill(blind, 0.0)  # or torch makes NaN of it, and of every gradient
         causal = False
     shared = bool(q.shape[1] != k.shape[1])  # torch.jit.trace makes sizes tensors
-    return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=shared)
+    out = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=shared)
+    return out if blind is None else out.masked_fill(blind, 0.0)
 
 
 def _is_softmax(node: Distribution) -> bool:

@@ -420,13 +420,17 @@ class TwoAttentions(nn.Module):
 @ON_CPU
 @pytest.mark.parametrize("options", [{}, {"steps": 4}, {"precision": 3.0, "step": 0.3}], ids=str)
 def test_inference_is_the_same_fused(options, monkeypatch):
-    """Loss, gradients and states with the kernels and with torch; the fused step is the one that runs."""
+    """Loss, gradients and states with the kernels and with torch; the fused step is the one that runs.
+
+    The last sequence begins with padding: there a causal query sees no key.
+    """
     torch.manual_seed(0)
     model = TwoAttentions()
     x, y = torch.randint(1, 7, (3, 6)), torch.randint(7, (3, 6))
-    x[0, 4:], x[1, 3] = 0, 0
-    kernels, steps = dispatch.triton_kernels(), []
-    plain = kernels.attention_step
+    x[0, 4:], x[1, 3], x[2, :2] = 0, 0, 0
+    kernels, steps, begun = dispatch.triton_kernels(), [], []
+    plain, first = kernels.attention_step, kernels.attention_first_step
+    monkeypatch.setattr(kernels, "attention_first_step", lambda *a, **b: begun.append(1) or first(*a, **b))
     monkeypatch.setattr(kernels, "attention_step", lambda q, *a, **b: steps.append(q.shape) or plain(q, *a, **b))
 
     def run(backend):
@@ -442,6 +446,7 @@ def test_inference_is_the_same_fused(options, monkeypatch):
     whole = run("torch")
     assert set(steps) == {(3, 4, 6, 4), (3, 2, 6, 8)}
     assert len(steps) == taken
+    assert len(begun) == 2, "each attention's first move in learning; infer shows its nodes"
     torch.testing.assert_close(fused[:2], whole[:2], rtol=2e-5, atol=0.0)
     for a, b in zip(fused[2], whole[2]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())

@@ -195,7 +195,7 @@ def test_a_model_of_one_layer_is_its_output(order):
 
 
 def test_adam_on_the_states_with_a_precision_of_its_own():
-    """README's line: F falls at every step."""
+    """The line of docs/in_your_program.md: F falls at every step."""
     model, (x, y) = mlp(), batch()
     free_energies = (
         pc.FreeEnergy(

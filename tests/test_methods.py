@@ -98,3 +98,111 @@ def test_the_order_of_the_error_of_nudging(kind, order):
         return (torch.cat([g.flatten() for g in found]) - truth).norm().item()
 
     assert error(0.05) / error(0.025) == pytest.approx(2**order, rel=0.05)
+
+
+# A stop by the residual.
+
+
+def moves_until_settled(depth: int, form: str) -> int:
+    """How many moves a linear chain takes; its states there are checked by their gradients in plain torch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(pc.Linear(3, 3) for _ in range(depth)), nn.Linear(3, 3)).double()
+    with torch.no_grad():
+        for layer in model:
+            nn.init.orthogonal_(layer.weight)
+    x, y = torch.randn(2, 3, dtype=D), torch.randn(2, 3, dtype=D)
+    settle = {"state": pc.orders.simultaneous, "error": pc.orders.error}[form]
+    order = pc.Order(functools.partial(said("until_settled").until_settled, settle=settle), form)
+    options = {"order": order, "precision": 1.0, "step": 0.1}
+    free_energy = pc.FreeEnergy(model, steps=500, **options)
+    moves = len(free_energy.record(x, y)) - 1
+    for steps, reached in ((moves, True), (moves - 1, False)):
+        states = pc.FreeEnergy(model, steps=steps, **options).infer(x, y).u
+        leaves = [u.requires_grad_() for u in states.values()]
+        above = [*leaves, y]
+        energy = sum((b - layer(a)).square().sum() / 2 for a, b, layer in zip([x, *leaves], above, model))
+        assert (max(g.norm(dim=1).max() for g in torch.autograd.grad(energy, leaves)) < 1e-4) == reached
+    return moves
+
+
+def test_a_stop_by_the_residual():
+    """States take more moves in a deeper chain. Errors, each of whose steps reaches every depth, do not."""
+    states, errors = ([moves_until_settled(depth, form) for depth in (1, 3)] for form in ("state", "error"))
+    assert states[1] > 1.5 * states[0]
+    assert errors[1] <= errors[0]
+
+
+# Associative memory.
+
+
+def test_recall_from_a_half_of_the_pixels():
+    """The recalled half is near the stored one; and the states are those of the paper's energy, its free pixels too."""
+    torch.manual_seed(0)
+    patterns = torch.rand(4, 16, dtype=D).round()
+    seen = (torch.arange(16) < 8).expand(4, 16)
+    model = said("Memory").Memory(3, 16, 16).double()
+    model.store(patterns, updates=80, lr=0.03, precision=0.3, steps=8)
+    hidden = torch.where(seen, patterns, torch.nan)
+    momentum = {"state_optimizer": lambda states: torch.optim.SGD(states, lr=0.02, momentum=0.9)}
+    options = {"precision": 0.3, "steps": 300, **momentum}
+    recalled = model.recall(hidden, seen, **options)
+    wrong = (recalled - patterns)[~seen].square().mean()
+    assert wrong < 0.1 * patterns[~seen].square().mean()  # of an image with its half blacked out
+    assert wrong < 0.25 * (patterns.mean(0) - patterns)[~seen].square().mean()  # of the mean image
+
+    settled = pc.FreeEnergy(model, **options).infer(torch.zeros(4, 3, dtype=D), hidden, mask=seen)
+    pixels = torch.where(seen, patterns, recalled)
+    leaves = [u.detach().requires_grad_() for u in (settled.u["0"], settled.u["1"], pixels)]
+    z, h, image = leaves
+    energy = 0.3 / 2 * (z.square().sum() + (h - model[1](z)).square().sum())
+    energy = energy + 0.5 * (image - model[3](h.tanh())).square().sum()
+    latent, above, free = torch.autograd.grad(energy, leaves)
+    assert max(g.abs().max() for g in (latent, above, free[~seen])) < 1e-5
+
+
+# Hybrid and bidirectional PC.
+
+
+def test_hybrid_pc_by_hand():
+    """T steps of descent from what the amortised network proposes; both gradients at the states reached."""
+    torch.manual_seed(0)
+    model = nn.Sequential(pc.Gaussian(), pc.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    amortised = nn.Linear(4, 2).double()
+    images, prior = torch.randn(3, 4, dtype=D), torch.zeros(3, 2, dtype=D)
+    free_energy = pc.FreeEnergy(model, order="simultaneous", precision=1.0, steps=6, step=0.1)
+    loss = said("hybrid").hybrid(free_energy, amortised, prior, images)
+
+    def energy(z, h):
+        return (z.square().sum() + (h - model[1](z)).square().sum() + (images - model[3](h.tanh())).square().sum()) / 2
+
+    z = amortised(images).detach()
+    h = model[1](z).detach()
+    for _ in range(6):
+        leaves = [z.requires_grad_(), h.requires_grad_()]
+        z, h = (u.detach() - 0.1 * g for u, g in zip(leaves, torch.autograd.grad(energy(*leaves), leaves)))
+    truth = energy(z, h) / 3 + 0.5 * (amortised(images) - z).square().sum() / 3
+    assert_close([loss.detach()], [truth.detach()], 1e-12)
+    both = nn.ModuleList([model, amortised])
+    assert_close(gradients(both, loss), gradients(both, truth), 1e-12)
+
+
+def test_bidirectional_pc_by_hand():
+    """T steps of descent on the paper's energy, and its gradient in the weights of both directions."""
+    torch.manual_seed(0)
+    model = said("Bidirectional").Bidirectional(3, 5, 2, weight=0.7).double()
+    x, y = torch.randn(4, 3, dtype=D), torch.randn(4, 2, dtype=D)
+    loss = pc.FreeEnergy(model, order="simultaneous", precision=1.0, steps=6, step=0.1)((x, y), y)
+
+    def energy(h1, h2):
+        up = [h1 - model.up[0](x), h2 - model.up[1](h1.tanh()), y - model.up[2](h2.tanh())]
+        down = [x - model.down[0](h1.tanh()), h1 - model.down[1](h2.tanh()), h2 - model.down[2](y)]
+        return sum(e.square().sum() for e in up) / 2 + 0.7 / 2 * sum(e.square().sum() for e in down)
+
+    h1 = model.up[0](x).detach()
+    h2 = model.up[1](h1.tanh()).detach()
+    for _ in range(6):
+        leaves = [h1.requires_grad_(), h2.requires_grad_()]
+        h1, h2 = (u.detach() - 0.1 * g for u, g in zip(leaves, torch.autograd.grad(energy(*leaves), leaves)))
+    truth = energy(h1, h2) / 4
+    assert_close([loss.detach()], [truth.detach()], 1e-12)
+    assert_close(gradients(model, loss), gradients(model, truth), 1e-12)

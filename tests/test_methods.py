@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_inference import assert_close, gradients
+from test_rules import Langevin
 from torch import nn
 
 import pc_triton as pc
@@ -206,3 +207,162 @@ def test_bidirectional_pc_by_hand():
     truth = energy(h1, h2) / 4
     assert_close([loss.detach()], [truth.detach()], 1e-12)
     assert_close(gradients(model, loss), gradients(model, truth), 1e-12)
+
+
+# Temporal PC.
+
+
+def test_temporal_pc_is_a_kalman_filter():
+    """Every frame's settled state is the filter's estimate, with covariances that are no multiple of 1."""
+    torch.manual_seed(0)
+    transition, emission = nn.Linear(3, 3, bias=False).double(), nn.Linear(3, 2, bias=False).double()
+    a, c = transition.weight.detach(), emission.weight.detach()
+    roots = torch.randn(3, 3, dtype=D), torch.randn(2, 2, dtype=D)
+    q, r = (0.3 * root @ root.T + torch.eye(len(root), dtype=D) for root in roots)
+    ours, theirs, p = torch.zeros(1, 3, dtype=D), torch.zeros(3, dtype=D), torch.eye(3, dtype=D)
+    for y in torch.randn(4, 2, dtype=D):
+        predicted = a @ p @ a.T + q
+        gain = predicted @ c.T @ torch.linalg.inv(c @ predicted @ c.T + r)
+        theirs = a @ theirs + gain @ (y - c @ a @ theirs)
+        p = predicted - gain @ c @ predicted
+        ours = said("frame").frame(transition, emission, predicted, r, steps=150, step=0.5).infer(ours, y[None]).u["1"]
+        assert_close([ours[0]], [theirs], 1e-9)
+
+
+# Learnt precisions.
+
+
+def test_an_output_learns_its_variance():
+    """GaussianLogVar: mean and variance of the data are the maximum of the likelihood."""
+    torch.manual_seed(0)
+    model = nn.Sequential(pc.Linear(1, 1, bias=False), nn.Linear(1, 4)).double()
+    nn.init.zeros_(model[0].weight)  # so that the bias alone is fitted
+    y = torch.tensor([2.0, -1.0], dtype=D) + torch.tensor([0.5, 3.0], dtype=D) * torch.randn(200, 2, dtype=D)
+    free_energy = pc.FreeEnergy(model, pc.GaussianLogVar(), steps=1)
+    x = torch.zeros(200, 1, dtype=D)
+    mean, log_variance = model(x).chunk(2, -1)
+    likelihood = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    truth = -likelihood.log_prob(y).sum(1).mean()
+    assert_close(gradients(model, free_energy(x, y)), gradients(model, truth), 1e-12)
+    with torch.no_grad():
+        model[1].bias.copy_(torch.cat([y.mean(0), y.var(0, correction=0).log()]))
+    assert gradients(model, free_energy(x, y))[2].abs().max() < 1e-12
+
+
+def test_a_hidden_node_learns_its_variance_by_hand():
+    """T steps of descent on (u - mu)^2 / 2 var + log var / 2 + |y - W u|^2 / 2, and its gradients there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), said("Spread").Spread(4), nn.Linear(4, 2)).double()
+    x, y, s = torch.randn(5, 3, dtype=D), torch.randn(5, 2, dtype=D), model[1].log_variance
+    with torch.no_grad():
+        s.copy_(torch.randn(4))
+    loss = pc.FreeEnergy(model, order="simultaneous", precision=1.0, steps=6, step=0.1)(x, y)
+
+    def energy(u):
+        own = (u - model[0](x)).square() * torch.exp(-s) / 2 + s / 2
+        return own.sum() + (y - model[2](u)).square().sum() / 2
+
+    u = model[0](x).detach()
+    for _ in range(6):
+        u = u.requires_grad_()
+        u = u.detach() - 0.1 * torch.autograd.grad(energy(u), u)[0]
+    truth = energy(u) / 5
+    assert_close([loss.detach()], [truth.detach()], 1e-12)
+    assert_close(gradients(model, loss), gradients(model, truth), 1e-12)
+
+
+def test_a_hidden_variance_of_maximum_likelihood():
+    """u ~ N(0, v), y ~ N(u, 1): learning at Langevin's samples finds v = E y^2 - 1, but for the size of their steps.
+
+    A step of lr leaves a sample's mean y / r, and makes its variance 1 / r into 1 / (r - lr r^2 / 2), r = 1 + 1 / v.
+    """
+    torch.manual_seed(0)
+    lr = 0.1
+    model = nn.Sequential(said("Spread").Spread(1), nn.Linear(1, 1, bias=False)).double()
+    nn.init.ones_(model[1].weight).requires_grad_(False)
+    y = 3**0.5 * torch.randn(2000, 1, dtype=D)
+    free_energy = pc.FreeEnergy(
+        model, order="simultaneous", precision=1.0, steps=40, state_optimizer=lambda states: Langevin(states, lr)
+    )
+    optimizer = torch.optim.SGD(model[:1].parameters(), 1.0)
+    learned = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        free_energy(torch.zeros_like(y), y).backward()
+        optimizer.step()
+        learned.append(model[0].log_variance.exp().item())
+    square = y.square().mean().item()
+    v = 1.0
+    for _ in range(1000):
+        r = 1 + 1 / v
+        v = square / r**2 + 1 / (r - lr * r**2 / 2)
+    assert abs(v - (square - 1)) < 0.3
+    assert sum(learned[-15:]) / 15 == pytest.approx(v, rel=0.05)
+
+
+# muPC.
+
+
+def test_mupc_by_hand():
+    """T steps of descent on the paper's energy, with its factors, and the weights' gradients there."""
+    torch.manual_seed(0)
+    width, depth = 5, 4
+    model = said("mupc").mupc(3, width, 2, depth).double()
+    x, y = torch.randn(4, 3, dtype=D), torch.randn(4, 2, dtype=D)
+    weights = list(model.parameters())
+    a, top = (width * depth) ** -0.5, 1 / width
+
+    def predictions(states):
+        first = x @ weights[0].T / 3**0.5
+        return [first, *(z + a * z.relu() @ w.T for z, w in zip(states, weights[1:-1]))]
+
+    def energy(states):
+        terms = sum((z - mu).square().sum() for z, mu in zip(states, predictions(states)))
+        return (terms + (y - top * states[-1].relu() @ weights[-1].T).square().sum()) / 2
+
+    states = []
+    for _ in range(depth - 1):
+        states.append(predictions(states)[len(states)].detach())
+    for _ in range(6):
+        states = [z.requires_grad_() for z in states]
+        states = [z.detach() - 0.1 * g for z, g in zip(states, torch.autograd.grad(energy(states), states))]
+    loss = pc.FreeEnergy(model, order="simultaneous", precision=1.0, steps=6, step=0.1)(x, y)
+    truth = energy(states) / 4
+    assert_close([loss.detach()], [truth.detach()], 1e-12)
+    assert_close(gradients(model, loss), gradients(model, truth), 1e-12)
+
+
+def test_mupc_keeps_its_states_with_depth():
+    """Root mean squares are of order 1 from 8 layers to 128. Without the depth in the factor they are not."""
+    mupc, x = said("mupc").mupc, torch.randn(64, 16, dtype=D)
+
+    def size(depth, forget=False):
+        torch.manual_seed(0)
+        model = mupc(16, 32, 2, depth).double()
+        for block in model[2:-2]:
+            block.linear.scale *= depth**0.5 if forget else 1
+        with torch.no_grad():
+            return model[:-2](x).square().mean().sqrt().item()
+
+    assert all(0.5 < size(depth) < 3 for depth in (8, 32, 128))
+    assert size(32, forget=True) > 30
+
+
+def test_mupc_trains_64_layers():
+    torch.manual_seed(0)
+    model = said("mupc").mupc(4, 16, 2, 64).double()
+    x = torch.randn(16, 4, dtype=D)
+    y = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], -1)
+    free_energy = pc.FreeEnergy(model, precision=1.0, steps=3, step=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+
+    def loss():
+        with torch.no_grad():
+            return (model(x) - y).square().mean().item()
+
+    before = loss()
+    for _ in range(15):
+        optimizer.zero_grad()
+        free_energy(x, y).backward()
+        optimizer.step()
+    assert loss() < 0.5 * before

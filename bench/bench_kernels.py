@@ -140,6 +140,19 @@ def clamped(device: str, columns: int) -> Case:
     return Case(name, device, rows * columns, 3 * dtype.itemsize, 9, build)
 
 
+def guard(device: str) -> Case:
+    """The guard's memory where F rose in no sample; the rival is plain torch."""
+    elements = ELEMENTS[device]
+
+    def build() -> dict[str, Call]:
+        state, accepted = torch.randn(2, elements // 2**14, 2**14, device=device)
+        rose = torch.zeros(len(state), dtype=torch.bool, device=device)
+        calls: dict[str, Call] = {"pc_triton": partial(backend(state).guard_step, state, accepted, rose)}
+        return calls | ({"eager": partial(reference.guard_step, state, accepted, rose)} if device == "cuda" else {})
+
+    return Case("guard", device, elements, 8, 0, build)
+
+
 def language_head(device: str, rows: int, width: int, columns: int, learns: bool) -> Case:
     """`Head`'s energy with dE/dx, as an inference step needs them, or with dE/dW too, as learning does.
 
@@ -312,6 +325,7 @@ def cases(device: str) -> Iterator[Case]:
     yield from attention(device, n, 64, documents=4)
     for columns in (2**15, 2**18):
         yield clamped(device, columns)
+    yield guard(device)
     for samples, width in ((512, 128), (2048, 256)):
         yield chain(device, samples, width, 4)
     head = (16384, 2048, 32768) if device == "cuda" else (1024, 64, 2048)

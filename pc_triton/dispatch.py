@@ -51,6 +51,7 @@ def triton_kernels() -> Any:
                 fall,
                 gaussian,
                 gaussian_logvar,
+                guard,
                 laplace,
                 linear,
                 student_t,
@@ -58,8 +59,8 @@ def triton_kernels() -> Any:
         except ImportError as error:
             raise ImportError(f"the Triton kernels need triton: pip install 'pc_triton[gpu]' ({error})") from error
         launchers: dict[str, Any] = {}
-        attending = (attention, attention_first)
-        for module in (gaussian, gaussian_logvar, bernoulli, laplace, student_t, categorical, *attending, linear, fall):
+        nodes = (gaussian, gaussian_logvar, bernoulli, laplace, student_t, categorical, attention, attention_first)
+        for module in (*nodes, linear, fall, guard):
             launchers.update({k: v for k, v in vars(module).items() if k.endswith(ENDINGS)})
         more = {"WIDEST": attention.WIDEST, "product_precision": common.product_precision}
         _triton = SimpleNamespace(**launchers, **more)

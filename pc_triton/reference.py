@@ -63,6 +63,16 @@ def bernoulli_fall(mu: Tensor, grad: Tensor, samples: int) -> Tensor:
     return torch.stack([mean_square(mu, samples), sum_samples(p * (1 - p) * wide(grad) ** 2, samples)])
 
 
+# The guard, which takes back moves that raised F.
+
+
+def guard_step(state: Tensor, accepted: Tensor, rose: Tensor) -> tuple[Tensor, Tensor]:
+    """Where F rose ``[S]``, the state goes halfway back to the accepted one; elsewhere it is the accepted one now."""
+    rows = per_sample(rose, state)
+    state = torch.where(rows, 0.5 * (accepted + state), state)
+    return state, torch.where(rows, accepted, state)
+
+
 # Gaussian with a fixed variance: E = pi sum d^2 / 2, where pi holds 1 / sigma^2 as well.
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .arithmetic import per_sample, sum_of_nodes
 from .checks import check_positive
+from .dispatch import as_state, backend
 from .node import Node
 
 TRUST = 0.3
@@ -185,12 +186,13 @@ class Guarded(Constant):
         for node in nodes:
             if node.state is None:
                 continue
-            rows, accepted = per_sample(rose, node.state), self.remembered.get(node)
-            if accepted is not None:
-                node.state = torch.where(rows, 0.5 * (accepted + node.state), node.state)
+            if node in self.remembered:
+                state, accepted = as_state(node.state), self.remembered[node]
+                node.state, accepted = backend(state).guard_step(state, accepted, rose)
             else:
-                accepted = torch.zeros_like(node.state) if self.from_zero else node.state
-            self.remembered[node] = torch.where(rows, accepted, node.state)
+                begun = torch.zeros_like(node.state) if self.from_zero else node.state
+                accepted = torch.where(per_sample(rose, node.state), begun, node.state)
+            self.remembered[node] = as_state(accepted)
 
     def take_back(self, nodes: Sequence[Node], free_energy: Tensor) -> bool:
         rose = ~(free_energy <= self.accepted)  # or is no number

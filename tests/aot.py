@@ -128,6 +128,7 @@ def launches():
         fall,
         gaussian,
         gaussian_logvar,
+        guard,
         laplace,
         linear,
         student_t,
@@ -235,6 +236,8 @@ def launches():
     wide = tensor(512, 16384)
     yield "fall 512x16384 location", partial(fall.location_fall, wide, wide, 512)
     yield "fall 512x16384 bernoulli", partial(fall.bernoulli_fall, wide, wide, 512)
+    rose, states = tensor(512, dtype=torch.bool), tensor(512, 16384, dtype=torch.float32)
+    yield "guard 512x16384", partial(guard.guard_step, states, states, rose)
     for columns in (10, 131072):
         mu, labels, row = tensor(64, columns), tensor(64, dtype=torch.int64), tensor(64, dtype=torch.float32)
         backward = partial(categorical.clamped_categorical_backward, mu, labels, row, row, -100)

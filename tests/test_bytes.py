@@ -113,6 +113,16 @@ def test_what_causal_hides_is_not_read(moved):
     assert written * all_of_it <= moved.stored <= SLACK * written * all_of_it
 
 
+def test_guard(moved):
+    """Where F rose both states are read and one is written; elsewhere one is read, and the other written."""
+    state, accepted = torch.randn(2, ROWS, 2048)
+    rose = torch.arange(ROWS) < ROWS // 4
+    triton_kernels().guard_step(state, accepted, rose)
+    each = 4 * state.numel()
+    assert 1.25 * each <= moved.loaded <= SLACK * 1.25 * each
+    assert each <= moved.stored <= SLACK * each
+
+
 @pytest.mark.parametrize("columns", [512, 20_000])
 def test_clamped(columns, moved):
     """The forward pass reads mu; the backward reads it and writes dE/dmu; in place mu is read twice."""

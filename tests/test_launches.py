@@ -34,7 +34,8 @@ def test_error_order(steps, blocks, launches):
 
     Otherwise every node has two launches at the prediction, of which one sees how far F falls by it, and one moves it;
     one in each later forward pass, and one in each later backward pass that moves it; attention's step is two, and
-    learns too. It is counted in a batch after the first, whose step is known.
+    learns too. From T = 4 on the guard keeps states, by a launch a node for each move after the second. It is counted
+    in a batch after the first, whose step is known.
     """
     torch.manual_seed(0)
     model = Transformer(32, width=16, heads=2, blocks=blocks, context=4)
@@ -49,11 +50,13 @@ def test_error_order(steps, blocks, launches):
     if steps > 1:
         block = 2 * (gaussians + attentions) + (moves + 1) * (gaussians + attentions) + moves * gaussians
         block += 2 * attentions * (moves + 1)
+    if steps > 3:
+        block += (moves - 1) * (gaussians + attentions)
     assert len(launches) == blocks * block + steps, launches  # and the head, once a pass
     assert set(launches) <= {
         "elementwise._forward", "elementwise._step", "fall._fall", "categorical._clamped_gradient",
         "attention._forward", "attention._grad_queries", "attention._step_keys", "attention_first._fall",
-        "attention_first._first_step",
+        "attention_first._first_step", "guard._guard",
     }  # fmt: skip
 
 

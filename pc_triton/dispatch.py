@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .choice import Card, Choice, known
+from .cards import Card, known
+from .choice import Choice
 from .choice import chained as _chained
 from .choice import fused as _fused
 

@@ -8,21 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .cards import listed
 from .settings import Settings
-
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "MI300X": 1307e12,
-}
-"""Dense products in bfloat16, floating-point operations a second, by a part of the card's name: the makers' data
-sheets, as half of what they give for sparse matrices. In TF32 it is half of that."""
 
 
 def settled_dtype(settings: Settings, place: torch.device) -> Settings:
@@ -46,11 +33,9 @@ def tf32(place: torch.device) -> Iterator[None]:
 
 
 def peak(card: str, dtype: str) -> float | None:
-    """Floating-point operations a second that a card of that name can make in products; None if it is not known."""
-    known = [rate for name, rate in PEAKS.items() if name in card]
-    if not known:
-        return None
-    return known[0] if dtype == "bfloat16" else known[0] / 2
+    """Floating-point operations a second of a card's products, those in float32 by TF32; None if it is not known."""
+    found = listed(card)
+    return None if found is None else found.rate("bfloat16" if dtype == "bfloat16" else "tf32")
 
 
 def card(place: torch.device) -> str:

@@ -11,15 +11,11 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
-from unittest.mock import patch
 
 import paper_lm
-import torch
 from matplotlib.figure import Figure
 from paper_lm import DEFAULT, PAPER, TINY
 from runs import Record, Settings, complete, markdown, mean_and_std, regime, score, spread
-
-from pc_triton import FreeEnergy, build
 
 CASES: dict[str, Settings] = {
     "2 blocks of width 128, 500 steps": {"steps": 500},
@@ -33,11 +29,8 @@ LR = 4e-3
 
 def run(settings: Settings, data: Path | None) -> Record:
     """As `paper_lm.run`, with the dtype of inference."""
-    options = {name: value for name, value in settings.items() if name != "inference_dtype"}
     kind = settings["inference_dtype"]
-    dtype = None if kind == KINDS[0] else getattr(torch, kind)
-    with patch.object(build, "FreeEnergy", partial(FreeEnergy, inference_dtype=dtype)):
-        return paper_lm.run(options, data)
+    return paper_lm.run(settings | {"inference_dtype": "same" if kind == KINDS[0] else kind}, data)
 
 
 def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:

@@ -16,7 +16,7 @@ from .free_energy import FreeEnergy
 from .models import Transformer
 from .rules import Precision
 from .run_files import restore
-from .settings import STATE_DTYPES, Settings, stored_settings
+from .settings import INFERENCE_DTYPES, STATE_DTYPES, Settings, stored_settings
 from .text import InputError
 
 
@@ -50,6 +50,7 @@ def build(settings: Settings, precision: Precision | None = None) -> tuple[Trans
         options: dict[str, Any] = {"order": s.order, "displacement": s.displacement}
         options["precision"] = precision or (s.precision if s.precision == "auto" else float(s.precision))
         options["state_dtype"] = STATE_DTYPES[s.state_dtype]
+        options["inference_dtype"] = INFERENCE_DTYPES[s.inference_dtype]
         return model, FreeEnergy(whole, output, steps=s.inference_steps, **options)
     except ValueError as error:
         raise InputError(str(error)) from None

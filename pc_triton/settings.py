@@ -18,6 +18,7 @@ ORDERS = tuple(orders.ORDERS)
 OWN = ", ".join(f"{order.steps} ({name})" for name, order in orders.ORDERS.items())
 DTYPES = ("auto", "float32", "bfloat16")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+INFERENCE_DTYPES = {"same": None, "float8_e4m3fn": torch.float8_e4m3fn}
 MAY_CHANGE = (
     "data", "stream", "column", "held_out", "micro_batch", "checkpointing", "compile", "steps", "eval_every",
 )  # fmt: skip
@@ -65,6 +66,10 @@ class Settings:
     displacement: float = _setting(0.003, "fraction of the free energy that inference may explain away")
     precision: str = _setting("auto", "precision of the hidden nodes: auto, by the displacement, or a number")
     state_dtype: str = _setting("float32", "what the states of inference are kept in", tuple(STATE_DTYPES))
+    inference_dtype: str = _setting(
+        "same", "what products are made in where states move and no weight learns; same: as elsewhere",
+        tuple(INFERENCE_DTYPES),
+    )  # fmt: skip
     dtype: str = _setting(
         "auto",
         "what products are made in; parameters, losses and evaluations are float32. auto is bfloat16 on a GPU that has "
@@ -76,7 +81,8 @@ class Settings:
     eval_every: int = _setting(100, "training steps between evaluations, each of which saves a checkpoint")
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", METHODS), ("order", ORDERS), ("state_dtype", STATE_DTYPES), ("dtype", DTYPES)):
+        kinds = ("state_dtype", STATE_DTYPES), ("inference_dtype", INFERENCE_DTYPES), ("dtype", DTYPES)
+        for name, choices in (("method", METHODS), ("order", ORDERS), *kinds):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         if self.inference_steps is None:

@@ -283,6 +283,8 @@ def test_data_that_cannot_be_used(tmp_path, capsys, content, message):
         ("--compile --order incremental", "compile: leave out --checkpointing and --order incremental"),
         ("--profile --steps 3", "3 steps are left, and a trace needs 5: give more --steps"),
         ("--state-dtype bfloat16 --order sweep", "use order='error', or float32 states"),
+        ("--inference-dtype float8_e4m3fn --order sweep", "use order='error', or inference_dtype=None"),
+        ("--inference-dtype float8", "invalid choice"),
         ("--held-out missing.txt", "No such file"),
         ("--lr nan", "lr=nan"),
         ("--lr 0", "lr=0.0"),
@@ -927,6 +929,19 @@ def test_micro_batches_hold_fewer_sequences(tmp_path, data, monkeypatch):
     )
     assert main(train_arguments(data, tmp_path, "--micro-batch 3 --steps 2 --quiet")) == 0
     assert seen == [3, 1, 3, 1, 1, 1]
+
+
+def test_inference_in_8_bits(tmp_path, data):
+    """It trains, resumes, and is refused where states are u."""
+    given = train_arguments(data, tmp_path / "run", "--inference-dtype float8_e4m3fn --steps 2")
+    assert main(given) == 0
+    _, free_energy, *_ = build.load(tmp_path / "run", "cpu")
+    assert free_energy.inference_dtype == torch.float8_e4m3fn
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--steps", "3"]) == 0
+    plain = train_arguments(data, tmp_path / "plain", "--steps 2")
+    assert main(plain) == 0
+    perplexities = [checkpoint.load(tmp_path / name)[1]["evaluations"][0]["perplexity"] for name in ("run", "plain")]
+    assert perplexities[0] != perplexities[1]
 
 
 def test_states_in_bfloat16(tmp_path, data, run):

@@ -190,12 +190,13 @@ def test_what_deep_pc_does_in_the_documentation_is_the_files(name, data, monkeyp
 
 
 def test_an_experiment_in_8_bits_makes_products_of_8_bits(monkeypatch):
-    """It patches what the trainer builds: the free energy of its runs has that dtype."""
+    """The free energy of its runs has that dtype."""
     paper_float8, build = pytest.importorskip("paper_float8"), pytest.importorskip("pc_triton.build")
     seen = []
 
     def lm(options, data):
-        seen.append(build.build(build.Settings(width=16, heads=2, blocks=1, vocabulary=300))[1].inference_dtype)
+        settings = build.Settings(width=16, heads=2, blocks=1, vocabulary=300, **options)
+        seen.append(build.build(settings)[1].inference_dtype)
         return {}
 
     monkeypatch.setattr(paper_float8.paper_lm, "run", lm)

@@ -261,14 +261,14 @@ class FreeEnergy(nn.Module):
         """
         batch, rules = self.batch(x, y, mask=mask), self.rules  # which are refused before anything moves
         if self.moves == 0 and start is None and not self.local:
-            return self._per_item(batch, batch.at_prediction(learns=True, fuses=True)), batch
+            return batch.per_item(batch.at_prediction(learns=True, fuses=True)), batch
         with hold_gathered(self):
             steps = self.settle(batch, self.moves, start, rules)
         energy = batch.learn(local=self.local)
         if tracks and isinstance(steps, Tracked):
             self.tracker.shared |= self.sharded
             self.tracker.learn(steps, energy.detach())
-        return self._per_item(batch, energy), batch
+        return batch.per_item(energy), batch
 
     def settle(self, batch: Batch, moves: int, start: Start | None = None, rules: Rules | None = None) -> Constant:
         """Move every state of a batch ``moves`` times from the prediction, or from ``start``. Returns the step rule."""
@@ -324,7 +324,7 @@ class FreeEnergy(nn.Module):
         batch = self.batch(x, y, mask=mask)
         for energy in orders.incremental(batch, self.rules, self.steps, start):
             batch.warn_if_none_is_free()
-            yield self._per_item(batch, energy)
+            yield batch.per_item(energy)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -391,7 +391,3 @@ class FreeEnergy(nn.Module):
 
     def _first_loss(self, x: Any, y: Tensor | None) -> Tensor:
         return next(self.incremental(x, y)) if self.order == "incremental" else self.loss_and_batch(x, y)[0]
-
-    @staticmethod
-    def _per_item(batch: Batch, energy: Tensor) -> Tensor:
-        return energy.sum() / batch.items

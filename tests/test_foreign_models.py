@@ -807,3 +807,22 @@ def test_quantisation_that_would_pass_over_layers_is_refused(kinds):
     plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
     plain.load_state_dict(model.state_dict())
     assert "DynamicQuantizedLinear" in repr(torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}))
+
+
+@pytest.mark.parametrize("kind", ["move", "model"])
+def test_a_loss_that_is_not_finite_is_told_once(kind):
+    """A log variance that moves too far at a small precision; a model that overflows by itself."""
+    torch.manual_seed(0)
+    if kind == "move":
+        layers = [pc.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), pc.GaussianLogVar(prior=True), nn.Linear(2, 6)]
+        free_energy = pc.FreeEnergy(nn.Sequential(*layers), steps=4, precision=1e-4, step=1.0)
+        x = y = 10 * torch.randn(5, 6)
+    else:
+        model = nn.Sequential(pc.Linear(6, 8), nn.Linear(8, 6))
+        nn.init.constant_(model[1].weight, 1e30)
+        free_energy, x, y = pc.FreeEnergy(model, steps=1), torch.randn(5, 6), torch.randn(5, 6)
+    with pytest.warns(UserWarning, match="the free energy is not finite where the weights learn"):
+        assert not free_energy(x, y).isfinite()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not free_energy(x, y).isfinite()

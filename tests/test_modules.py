@@ -88,3 +88,33 @@ def test_a_file_that_is_not_there_is_seen():
     assert is_there(ROOT / "README.md", "orders.py")
     assert is_there(ROOT / "docs" / "kernel.md", "../kernels/gaussian.py")
     assert not is_there(ROOT / "README.md", "inference.py")
+
+
+PROGRAMS = (ROOT / "docs" / "programs.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| (.+?) \| .*`(test_\w+\.py)::(test_\w+)` \|$", PROGRAMS, re.MULTILINE)
+QUOTED = [message for start, *_ in ROWS for message in re.findall(r"^(?:Warning: )?`([^`]+)`$", start)]
+
+
+def texts(code: str) -> Iterator[str]:
+    """The strings of a file, with … for what is put into them."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_programs_names_tests_that_exist():
+    rows = [
+        row for row in PROGRAMS.splitlines() if row.startswith("|") and not re.match(r"\|(---| .*the test.* \|$)", row)
+    ]
+    assert len(ROWS) == len(rows), "each row of a table ends in its test"
+    for _, file, test in ROWS:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_programs_quotes_what_the_package_says():
+    """The start of each message, as it is in the package."""
+    said = [text for path in FILES for text in texts(path.read_text(encoding="utf-8"))]
+    assert len(QUOTED) > 40
+    assert not [message for message in QUOTED if not any(text.startswith(message) for text in said)]

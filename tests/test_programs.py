@@ -33,6 +33,34 @@ def trains(model, x, y, **options) -> pc.FreeEnergy:
     return free_energy
 
 
+def learns(free_energy, x, y, own_loss) -> set[str]:
+    """Two training steps: backpropagation's gradients at T = 1, others at T = 2. Returns the names of the free nodes.
+
+    own_loss: what backpropagation would train the model by, of its arguments and y.
+    """
+    model = free_energy.model
+    learned = [p for p in model.parameters() if p.requires_grad]
+    frozen = [(p, p.detach().clone()) for p in model.parameters() if not p.requires_grad]
+    optimizer = torch.optim.Adam(learned, 0.01)
+    plain = pc.FreeEnergy(model, steps=1, logits=free_energy.logits)
+    for _ in range(2):
+        wanted = torch.autograd.grad(own_loss(model), learned, materialize_grads=True)
+        for loss in (free_energy, plain):
+            optimizer.zero_grad()
+            loss(x, y).backward()
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in learned]
+            if loss is free_energy:
+                assert not all(torch.equal(a, b) for a, b in zip(grads, wanted))
+        for grad, truth in zip(grads, wanted):
+            close(grad, truth)
+        before = [p.detach().clone() for p in learned]
+        optimizer.step()
+        for p, old, grad in zip(learned, before, wanted):
+            assert torch.equal(p, old) == (not grad.any())
+    assert all(p.grad is None and torch.equal(p, old) for p, old in frozen)
+    return set(free_energy.infer(x, y).states)
+
+
 class Attend(nn.Module):
     """Attention by a module, with a head."""
 
@@ -809,6 +837,103 @@ def test_nano_gpt(training):
     assert free_energy.report((idx, targets), targets).settled > 0.5
 
 
+def test_nano_gpt_learns_as_by_backpropagation():
+    torch.manual_seed(0)
+    model, idx, targets = NanoGPT(), torch.randint(11, (3, 6)), torch.randint(11, (3, 6))
+    targets[1, 4:] = -1  # what nanoGPT leaves out of its loss
+    model.block.dropout = 0.0
+    pc.convert(model)
+    free_energy = pc.FreeEnergy(model, logits=lambda out: out[0])
+    y = targets.masked_fill(targets == -1, -100)
+    nodes = learns(free_energy, (idx, targets), y, lambda model: model(idx, targets)[1])
+    assert nodes == {"block", "block.c_attn", "block.c_proj"}
+    assert model.wte.weight is model.lm_head.weight
+
+
+class Patches(nn.Module):
+    """As timm's PatchEmbed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.norm = nn.Conv2d(1, 8, 4, 4), nn.Identity()
+
+    def forward(self, x):
+        return self.norm(self.proj(x).flatten(2).transpose(1, 2))
+
+
+class FusedAttention(nn.Module):
+    """As timm's Attention: q, k and v of one layer, norms on q and k, the function or its formula."""
+
+    def __init__(self, fused_attn: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale, self.fused_attn = 2, 4, 4**-0.5, fused_attn
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.q_norm, self.k_norm = nn.LayerNorm(4), nn.LayerNorm(4)
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            attn = (q * self.scale) @ k.transpose(-2, -1)
+            x = self.attn_drop(attn.softmax(dim=-1)) @ v
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
+
+
+class Scaled(nn.Module):
+    """As timm's LayerScale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(0.5 * torch.ones(8))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class ViTBlock(nn.Module):
+    """As timm's Block."""
+
+    def __init__(self, fused_attn: bool) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.ls1 = nn.LayerNorm(8), FusedAttention(fused_attn), Scaled()
+        self.norm2, self.ls2 = nn.LayerNorm(8), Scaled()
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """As timm's VisionTransformer: patches, a class token, positions, and the head on the class token."""
+
+    def __init__(self, fused_attn: bool) -> None:
+        super().__init__()
+        self.patch_embed, self.cls_token = Patches(), nn.Parameter(torch.randn(1, 1, 8))
+        self.pos_embed, self.blocks = nn.Parameter(torch.randn(1, 5, 8)), nn.Sequential(ViTBlock(fused_attn))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], 1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+@pytest.mark.parametrize("fused_attn", [True, False])
+def test_a_vision_transformer_learns_as_by_backpropagation(fused_attn):
+    torch.manual_seed(0)
+    model, x, y = ViT(fused_attn), torch.randn(4, 1, 8, 8), torch.arange(4) % 3
+    _, changes = pc.convert(model)
+    nodes = learns(pc.FreeEnergy(model), x, y, lambda model: F.cross_entropy(model(x), y))
+    block = ("attn", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+    assert nodes == {"patch_embed.proj", *(f"blocks.0.{name}" for name in block)}
+    assert set(changes) == {*nodes, "head"}
+
+
 def tiny_gpt2(**options):
     hf = pytest.importorskip("transformers")
     hf.logging.set_verbosity_error()
@@ -836,6 +961,25 @@ def test_adapters_in_a_model_of_transformers():
     _, changes = pc.convert(model)
     assert "convert after the adapters are there" in changes[f"{layer}.attn.c_proj"]
     assert f"{layer}.attn.c_proj.lora_A.default" not in changes
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["frozen base", "all parameters"])
+def test_adapters_in_a_model_of_transformers_learn_as_by_backpropagation(whole):
+    """As PEFT has them: on attention, with a base that does not learn, and an up-projection that begins at zero."""
+    hf, config = tiny_gpt2(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    model = hf.GPT2LMHeadModel(config).requires_grad_(whole)
+    attn = model.transformer.h[0].attn
+    attn.c_attn = Adapter(attn.c_attn, nn.Linear(16, 2, bias=False), nn.Linear(2, 48, bias=False))
+    nn.init.zeros_(attn.c_attn.lora_B["default"].weight)
+    pc.convert(model)
+    tokens = torch.randint(32, (3, 6))
+    tokens[1, 4:] = 31
+    labels = tokens.masked_fill(tokens == 31, -100)
+    y = F.pad(labels[:, 1:], (0, 1), value=-100)
+    free_energy = pc.FreeEnergy(model)
+    nodes = learns(free_energy, tokens, y, lambda model: model(tokens, labels=labels).loss)
+    names = ("attn", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert nodes == {f"transformer.h.0.{name}" for name in names}
 
 
 def test_a_head_of_transformers_that_answers_questions():

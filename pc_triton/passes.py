@@ -313,15 +313,15 @@ class ModelPass:
             output.shape = out.shape  # the model flattens or squeezes what its last node emits
 
     def _passed_on(self, out: Tensor) -> Node | None:
-        """The node of which the model returns values as they are, some of them or as log_softmax of labels' logits."""
+        """The one node of which the model returns values as they are, some of them or as log_softmax of logits."""
         output = self.batch.output
         found = made_of(out, [(node, emission) for node, emission, _ in self.seen if node.fused is None])
         if found is None:
             return None
-        node, names = found
+        node, names, alone = found
         labels = output.target is not None and not output.target.is_floating_point()
         same = names[1:] if labels and names and names[0] == "LogSoftmax" else names  # log_softmax of it is the same
-        if set(same) <= LAYOUT and type(node.family).emission is Distribution.emission:
+        if alone and set(same) <= LAYOUT and type(node.family).emission is Distribution.emission:
             return node
         last = next(name for name in names if name not in LAYOUT) if set(names) - LAYOUT else names[0]
         self.batch.calls.say(

@@ -16,24 +16,19 @@ T = TypeVar("T")
 LONGEST = 64
 """Operations that are looked at."""
 LAYOUT = {
-    *(
-        "Alias",
-        "AsStrided",
-        "Clone",
-        "Diagonal",
-        "Expand",
-        "Permute",
-        "ReshapeAlias",
-        "T",
-        "ToCopy",
-        "Transpose",
-        "UnsafeView",
-    ),
-    *("View", "Squeeze", "Unsqueeze", "Flip", "Gather", "Index", "IndexSelect", "Select", "Slice", "Split"),
-    *("SplitWithSizes", "Unbind", "UnsafeSplit"),
+    *("Alias", "AsStrided", "Cat", "Clone", "Diagonal", "Expand", "Flip", "Gather", "Index", "IndexSelect", "Permute"),
+    *("ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack", "T", "ToCopy", "Transpose"),
+    *("Unbind", "UnsafeSplit", "UnsafeView", "Unsqueeze", "View"),
 }
 """Operations after which a value is what it was: in another place or dtype, or left out."""
+JOINING = {"Add", "Cat", "Div", "Mul", "Rsub", "Stack", "Sub", "Where"}
+"""Operations of several inputs of which none need be a weight."""
+BOUNDS = {"Clamp", "ClampMin", "ClampMax", "NanToNum"}
+"""Operations that leave a probability a probability."""
 PROBABILITIES = {"Sigmoid", "Hardsigmoid", "LogSigmoid", "Softmax"}
+NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm"}
+MOVES = (LAYOUT - {"Alias", "Cat", "Clone", "Slice", "ToCopy"}) | {"Amax", "Amin", "Max", "Mean", "Min", "Prod", "Sum"}
+"""Operations after which an axis may be another one."""
 
 
 SHIFTED = "y = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)"
@@ -60,21 +55,57 @@ def operations_before(out: Tensor) -> Iterator[tuple[Any, int]]:
         edge = inputs[0]
 
 
-def made_of(out: Tensor, tensors: Sequence[tuple[T, Tensor]]) -> tuple[T, list[str]] | None:
-    """Of which of these ``out`` was made by operations of one input, and their names, the last one first; or None."""
-    of = {(tensor.grad_fn, tensor.output_nr): owner for owner, tensor in tensors}
+def made_of(out: Tensor, tensors: Sequence[tuple[T, Tensor]]) -> tuple[T, list[str], bool] | None:
+    """The last of these of which ``out`` was made by operations that learn nothing; or None.
+
+    With the names of those operations, the last one first, and whether no other of the tensors has a part in it.
+    """
+    of = {(tensor.grad_fn, tensor.output_nr): number for number, (_, tensor) in enumerate(tensors)}
+    waiting, seen = [(out.grad_fn, out.output_nr)], set()
     names: list[str] = []
-    for edge in operations_before(out):
+    found: list[int] = []
+    while waiting:
+        edge = waiting.pop(0)
+        if edge in seen or edge[0] is None:
+            continue
+        seen.add(edge)
         if edge in of:
-            return of[edge], names
-        names.append(_name(edge))
-    return None
+            found.append(of[edge])
+            continue
+        inputs, name = edge[0].next_functions, _name(edge)
+        if not inputs or len(seen) > LONGEST or (len(inputs) > 1 and name not in JOINING):
+            return None
+        names.append(name)
+        waiting.extend(inputs)
+    return (tensors[max(found)][0], names, len(set(found)) == 1) if found else None
 
 
 def last_activation(out: Tensor) -> str:
-    """The name of the last operation that made ``out``, but for those of `LAYOUT`; empty where there is none."""
-    names = map(_name, operations_before(out))
-    return next((name for name in names if name not in LAYOUT), "")
+    """The name of the last operation that made ``out``, but for `LAYOUT` and `BOUNDS`; empty where there is none."""
+    passed = LAYOUT | BOUNDS
+    names = [name for name in map(_name, operations_before(out)) if name not in passed]
+    if names[:1] == ["Exp"] and names[1:2] in (["LogSoftmax"], ["LogSigmoid"]):
+        return names[1].removeprefix("Log").capitalize()
+    return names[0] if names else ""
+
+
+def _classes_first(logits: Tensor) -> bool:
+    """Whether a convolution or a softmax over axis 1 made the logits, and no axis was moved since."""
+    waiting: list[Any] = [logits.grad_fn]
+    looked = 0
+    while waiting and looked < LONGEST:
+        operation, looked = waiting.pop(), looked + 1
+        if operation is None:
+            continue
+        name = _name((operation, 0))
+        if name.endswith("Convolution") or name.startswith("Upsample"):
+            return True
+        if name in ("LogSoftmax", "Softmax"):
+            return operation._saved_dim in (1, 2**64 + 1 - logits.dim())  # autograd keeps it unsigned
+        inputs = [function for function, _ in operation.next_functions]
+        if name not in MOVES and (len(inputs) == 1 or name in JOINING or name in NORMS):
+            waiting.extend(inputs)
+    return False
 
 
 def refuse_activation_twice(family: Distribution, mu: Tensor) -> None:
@@ -92,18 +123,15 @@ def refuse_activation_twice(family: Distribution, mu: Tensor) -> None:
 
 
 def refuse_classes_first(labels: Tensor, logits: Tensor) -> None:
-    """Raise ValueError where labels would fit logits of both layouts, and a convolution made those.
+    """Raise ValueError where labels would fit logits of both layouts, and their classes lie along axis 1.
 
-    Its channels lie along axis 1, and `Categorical` takes the last axis for the classes.
+    There lie the channels of a convolution, and `Categorical` takes the last axis for the classes.
     """
     fits_both = labels.shape == logits.shape[:-1] == torch.Size([*logits.shape[:1], *logits.shape[2:]])
-    if logits.dim() < 3 or not fits_both:
-        return
-    made = next((name for name in map(_name, operations_before(logits)) if name != "ToCopy"), "")
-    if made.endswith("Convolution") or made.startswith("Upsample"):
+    if logits.dim() >= 3 and fits_both and _classes_first(logits):
         raise ValueError(
-            f"logits {tuple(logits.shape)} come out of a convolution, with the classes along axis 1, and are read with "
-            "the classes along the last axis: return logits.movedim(1, -1)"
+            f"logits {tuple(logits.shape)} come out of a convolution or a softmax over axis 1, with the classes along "
+            "axis 1, and are read with the classes along the last axis: return logits.movedim(1, -1)"
         )
 
 

@@ -288,7 +288,11 @@ TWICE = {
     "sigmoid": (lambda z: z.sigmoid(), pc.Bernoulli(), probabilities),
     "sigmoid, then flattened": (lambda z: z.sigmoid().flatten(1).float(), pc.Bernoulli(), probabilities),
     "logsigmoid": (F.logsigmoid, pc.Bernoulli(), probabilities),
+    "sigmoid within bounds": (lambda z: z.sigmoid().clamp(1e-6, 1 - 1e-6).nan_to_num(), pc.Bernoulli(), probabilities),
     "softmax of a Bernoulli": (lambda z: z.softmax(-1), pc.Bernoulli(), probabilities),
+    "softmax above zero": (lambda z: z.softmax(-1).clamp_min(1e-9), None, lambda y: y),
+    "exp of log_softmax": (lambda z: z.log_softmax(-1).exp(), None, lambda y: y),
+    "exp of logsigmoid": (lambda z: F.logsigmoid(z).exp(), pc.Bernoulli(), probabilities),
     "softmax": (lambda z: z.softmax(-1), None, lambda y: y),
     "softmax, given": (nn.Softmax(-1), pc.Categorical(), probabilities),
     "a node on a sigmoid": (nn.Sequential(nn.Sigmoid(), pc.Bernoulli()), None, probabilities),
@@ -309,6 +313,8 @@ ONCE = {
     "sigmoid by squared error": (torch.sigmoid, None, probabilities),
     "softmax by squared error": (nn.Softmax(-1), pc.Gaussian(), probabilities),
     "log_softmax": (nn.LogSoftmax(-1), None, lambda y: y),
+    "log of softmax": (lambda z: z.softmax(-1).clamp_min(1e-9).log(), None, lambda y: y),
+    "exp": (torch.exp, None, lambda y: y),
     "sigmoid of labels": (torch.sigmoid, None, lambda y: y),
     "a node of the sigmoid": (pc.Bernoulli(), None, probabilities),
     "a node of the softmax": (pc.Categorical(), None, lambda y: y),
@@ -331,6 +337,8 @@ SAME = {
     "index": (lambda z: z[torch.arange(6), torch.arange(6) % 3], 6, True),
     "permuted": (lambda z: z.view(-1, 3, 2).transpose(1, 2), 6, True),
     "log_softmax": (nn.LogSoftmax(-1), 3, False),
+    "split and stacked": (lambda z: torch.stack([t.squeeze(1) for t in z[:, :3].split(1, 1)], 1), 6, False),
+    "a class of its own": (lambda z: torch.cat([z, torch.zeros(6, 1).double()], 1), 3, False),
     "log_softmax of a slice": (lambda z: z[:, 3:].log_softmax(-1), 6, False),
 }
 
@@ -360,6 +368,12 @@ AFTER = {
     "softplus": (F.softplus, probabilities),
     "mean": (lambda z: z.view(-1, 3, 1).mean(2), lambda y: y),
     "tanh of a slice": (lambda z: z[:, :2].tanh(), lambda y: torch.zeros(6, 2).double()),
+    "temperature": (lambda z: z / 2.0, lambda y: y),
+    "a cap": (lambda z: 3 * (z / 3).tanh(), lambda y: y),
+    "some hidden": (lambda z: torch.where(torch.tensor([True, True, False]), z, -9.0), lambda y: y),
+    "a gate": (lambda z: z * z.sigmoid(), lambda y: y),
+    "values without their mean": (lambda z: z - z.mean(1, keepdim=True), lambda y: y),
+    "two parts": (lambda z: torch.cat([z[:, :1], z[:, 1:].tanh()], 1), lambda y: y),
 }
 
 
@@ -374,6 +388,43 @@ def test_a_last_layer_with_something_after_it_is_told_of_once(name):
         warnings.simplefilter("error")
         free_energy(x, target(y))
         free_energy.infer(x, target(y))
+
+
+class Heads(nn.Module):
+    """Two last layers, joined."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.hidden, self.first, self.last, self.join = pc.Linear(4, 5), pc.Linear(5, 3), pc.Linear(5, 3), join
+        self.bias = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        h = self.hidden(x).tanh()
+        return self.join(self.first(h), self.last(h), self)
+
+
+JOINED = {
+    "cat": lambda a, b, model: torch.cat([a, b], 1),
+    "stack": lambda a, b, model: torch.stack([a, b], 1),
+    "mean": lambda a, b, model: (a + b) / 2,
+    "on the data": lambda a, b, model: model.data + b,
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_two_last_layers_are_told_of(name):
+    model, (x, _) = Heads(JOINED[name]).double(), batch()
+    model.data = x[:, :3]
+    with pytest.warns(UserWarning, match=r"last node, 'last', emits after.*nn\.Linear for pc\.Linear"):
+        pc.FreeEnergy(model)(x, torch.zeros_like(model(x)))
+
+
+def test_what_learns_after_the_last_node_is_nothing_to_tell(recwarn):
+    """A bias, and what the node's value joins that a plain layer makes of it."""
+    (x, y), plain = batch(), nn.Linear(3, 3).double()
+    for join in (lambda a, b, model: a + b + model.bias, lambda a, b, model: a + plain(b)):
+        pc.FreeEnergy(Heads(join).double())(x, y)
+    assert not [w for w in recwarn if "node" in str(w.message)]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -657,11 +708,38 @@ def test_a_language_model_on_its_own_tokens(form):
     assert pc.FreeEnergy(model)(ids[:, :-1], ids[:, 1:]).isfinite()
 
 
+class Last(nn.Module):
+    def forward(self, x):
+        return x.movedim(1, -1)
+
+
+class Part(nn.Module):
+    def forward(self, x):
+        return x[:, :5] / 2
+
+
+class Sum(nn.Module):
+    """Two convolutions side by side, as a network of several resolutions adds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(4, 5, 1), nn.Conv1d(4, 5, 3, padding=1)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
 LAST = {
     "convolution": nn.Conv1d(4, 5, 1),
     "a node on a convolution": nn.Sequential(nn.Conv1d(4, 5, 1), pc.Gaussian()),
     "upsampling": nn.Sequential(nn.Conv1d(4, 5, 1), nn.Upsample(scale_factor=1.0, mode="linear")),
     "transposed convolution": nn.ConvTranspose1d(4, 5, 1),
+    "batch normalisation": nn.Sequential(nn.Conv1d(4, 5, 1), nn.BatchNorm1d(5)),
+    "group normalisation": nn.Sequential(nn.Conv1d(4, 5, 1), nn.GroupNorm(1, 5), nn.ReLU()),
+    "a part, with dropout": nn.Sequential(nn.Conv1d(4, 6, 1), Part(), nn.Dropout(0.1)),
+    "a sum of two": Sum(),
+    "a softmax over the channels": nn.Sequential(Last(), nn.Linear(4, 5), Last(), nn.LogSoftmax(1)),
+    "the same, counted from the end": nn.Sequential(Last(), nn.Linear(4, 5), Last(), nn.LogSoftmax(-2)),
 }
 
 
@@ -674,13 +752,14 @@ def test_classes_along_the_channels_of_a_convolution(name):
         pc.FreeEnergy(model)(torch.randn(2, 3, 5), y)
 
 
-class Last(nn.Module):
-    def forward(self, x):
-        return x.movedim(1, -1)
-
-
 @pytest.mark.parametrize(
-    "last", [nn.Sequential(nn.Conv1d(4, 5, 1), Last()), nn.Sequential(Last(), nn.Linear(4, 5))], ids=["moved", "linear"]
+    "last",
+    [
+        nn.Sequential(nn.Conv1d(4, 5, 1), Last()),
+        nn.Sequential(Last(), nn.Linear(4, 5)),
+        nn.Sequential(nn.Conv1d(4, 5, 1), Last(), nn.LogSoftmax(-1)),
+    ],
+    ids=["moved", "linear", "log_softmax"],
 )
 def test_classes_along_the_last_axis(last):
     model = nn.Sequential(nn.Conv1d(3, 4, 1), pc.Gaussian(), nn.Tanh(), last)

@@ -53,7 +53,7 @@ class Batch(Nodes):
         self.args, self.kwargs, first = check_batch(inputs, target)
         clamped = Output(target, len(first), output, output_weight, mask)
         super().__init__(len(first), calls, names, form, clamped)
-        self.input_node, self.clamp_input = input_node, clamp_input
+        self.input_node, self.clamp_input, self.device = input_node, clamp_input, first.device
         self.shows = shows  # whether its nodes' emissions will be read after inference
         parameters = dict(model.named_parameters())
         check_devices(parameters, first.device)
@@ -70,7 +70,7 @@ class Batch(Nodes):
         self.looks = calls.looks_again(model.training) and not graph
         if self.looks:
             refuse_own_tokens(model, inputs, target)
-        self.random = RandomState(first.device, calls.draws_elsewhere or self.looks)  # as before the first pass
+        self.random = self._random_state(self.looks)  # as before the first pass
 
     @property
     def items(self) -> Tensor | int:
@@ -116,6 +116,9 @@ class Batch(Nodes):
         self.out = self.out.detach()
         return energy
 
+    def _random_state(self, looks: bool) -> RandomState:
+        return RandomState(self.device, self.model if looks or self.calls.draws_elsewhere else None)
+
     @contextlib.contextmanager
     def _same_in_every_pass(self, first: bool) -> Iterator[None]:
         """Within it the model draws the numbers, and finds the buffers, of the first pass.
@@ -123,7 +126,7 @@ class Batch(Nodes):
         What draws between the passes, such as a rule, a start or a state_optimizer of the user's, must not see the same
         numbers again: after it the generators are where they were. A batch that is refused draws and moves nothing.
         """
-        now = RandomState(self.random.device, self.calls.draws_elsewhere or (first and self.looks))
+        now = self._random_state(first and self.looks)
         noted = None
         if first:
             self.random, noted = now, self.calls.buffers.note(self.looks)

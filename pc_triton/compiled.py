@@ -129,7 +129,8 @@ class CompiledSteps:
             _, batch = owner.loss_and_batch(x, y)  # raises what there is to raise, with values to look at
         if batch.calls.draws_elsewhere:
             raise ValueError(
-                "compile() cannot hold random numbers of Python or NumPy that the model draws: leave it out"
+                "compile() cannot hold random numbers that the model draws from Python or NumPy, or from a generator "
+                "of its own: leave it out"
             )
         with _casts_anew():
             graph, example = trace(loss, self.whole, inputs)

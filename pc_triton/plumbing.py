@@ -21,12 +21,13 @@ from torch.nn.modules.batchnorm import _NormBase
 class RandomState:
     """The state of the generators that a model on a device draws from, as they are when this is made.
 
-    elsewhere: whether Python's and NumPy's are among them, which take longer to look at than a small layer does.
+    elsewhere: a model, whose own generators are then among them, with Python's and NumPy's. They take longer to look at
+    than a small layer does.
     """
 
-    def __init__(self, device: torch.device, elsewhere: bool = False) -> None:
+    def __init__(self, device: torch.device, elsewhere: nn.Module | None = None) -> None:
         self.device = device
-        self.elsewhere = _drawn_elsewhere() if elsewhere else None
+        self.elsewhere = [] if elsewhere is None else [(*g, g[0]()) for g in _generators_elsewhere(elsewhere)]
         self.cpu = torch.get_rng_state()
         self.cuda = None
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():  # a CUDA graph draws nothing
@@ -37,21 +38,33 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
-        if self.elsewhere is not None:
-            python, numpy = self.elsewhere
-            random.setstate(python)
-            if numpy is not None:
-                sys.modules["numpy"].random.set_state(numpy)
+        for _, set_state, state in self.elsewhere:
+            set_state(state)
 
     def moved_elsewhere(self) -> bool:
-        """Whether Python's or NumPy's generator has been drawn from since."""
-        return self.elsewhere is not None and pickle.dumps(self.elsewhere) != pickle.dumps(_drawn_elsewhere())
+        """Whether a generator that is not torch's default has been drawn from since."""
+        return any(pickle.dumps(get_state()) != pickle.dumps(state) for get_state, _, state in self.elsewhere)
 
 
-def _drawn_elsewhere() -> tuple[Any, Any]:
-    """The states of Python's generator, and of NumPy's where that is in use."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), None if numpy is None else numpy.random.get_state()
+Generator = tuple[Callable[[], Any], Callable[[Any], object]]
+"""How to get the state of a generator, and to set it."""
+
+
+def _generators_elsewhere(model: nn.Module) -> list[Generator]:
+    """Python's generator, NumPy's where that is in use, and those that are attributes of the model's modules."""
+    numpy = getattr(sys.modules.get("numpy"), "random", None)
+    found: list[Generator] = [(random.getstate, random.setstate)]
+    if numpy is not None:
+        found.append((numpy.get_state, numpy.set_state))
+    for g in {id(g): g for module in model.modules() for g in vars(module).values()}.values():
+        if isinstance(g, random.Random) and not isinstance(g, random.SystemRandom):  # which has no state
+            found.append((g.getstate, g.setstate))
+        elif isinstance(g, torch.Generator) or (numpy is not None and isinstance(g, numpy.RandomState)):
+            found.append((g.get_state, g.set_state))
+        elif numpy is not None and isinstance(g, numpy.Generator):
+            bits = g.bit_generator
+            found.append((functools.partial(getattr, bits, "state"), functools.partial(setattr, bits, "state")))
+    return found
 
 
 @contextlib.contextmanager
@@ -190,7 +203,7 @@ class Calls:
         self.functions = any(getattr(m, "has_function_node", None) is True for m in model.modules())
         self.buffers = Buffers(model)
         self.batches: Counter[bool] = Counter()
-        self.draws_elsewhere = False  # whether its forward was seen to draw from Python's or NumPy's generator
+        self.draws_elsewhere = False  # whether its forward was seen to draw from others than torch's default
         self.run: Callable[..., Any] = _call
         self.backend: Any = None  # torch.compile's, where inference alone compiles the model
         self.said: set[str] = set()

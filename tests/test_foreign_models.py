@@ -600,29 +600,40 @@ def test_a_part_that_is_computed_again_moves_a_statistic_once():
 class Draws(nn.Module):
     """Skips a layer at random, as many models do, by a generator that is not torch's."""
 
-    def __init__(self, draw) -> None:
+    def __init__(self, draw, generator=None) -> None:
         super().__init__()
-        self.draw, self.drawn = draw, []
+        self.draw, self.generator, self.drawn = draw, generator, []
         self.body = mlp()
         self.more = pc.Linear(4, 4).double()
 
     def forward(self, x):
-        self.drawn.append(self.draw())
+        self.drawn.append(self.draw(self.generator))
         return self.body(self.more(x) if self.drawn[-1] < 0.5 else x)
 
 
-GENERATORS = {"python": (random.random, random.seed), "numpy": (numpy.random.rand, numpy.random.seed)}
+def of_ones_own(generator, draw):
+    """That generator as an attribute of the module, begun by a seed, and what draws from it."""
+    return lambda: Draws(draw, generator(0))
+
+
+GENERATORS = {
+    "python": (lambda: random.seed(0) or Draws(lambda _: random.random())),
+    "numpy": (lambda: numpy.random.seed(0) or Draws(lambda _: numpy.random.rand())),
+    "a Random": of_ones_own(random.Random, lambda g: g.random()),
+    "a torch.Generator": of_ones_own(torch.Generator().manual_seed, lambda g: torch.rand((), generator=g).item()),
+    "a RandomState": of_ones_own(numpy.random.RandomState, lambda g: g.rand()),
+    "a NumPy Generator": of_ones_own(numpy.random.default_rng, lambda g: g.random()),
+}
 
 
 @pytest.mark.parametrize("options", [{}, {"order": "sweep"}, {"order": "incremental"}], ids=str)
 @pytest.mark.parametrize("name", GENERATORS)
 def test_other_generators_draw_once_in_a_batch(name, options):
     """The same in all its passes, and the next batch new ones: those that plain passes would have."""
-    (x, y), (draw, seed) = batch(), GENERATORS[name]
-    seed(0)
-    plain = [draw() for _ in range(6)]
-    seed(0)
-    model = Draws(draw)
+    (x, y), plain = batch(), GENERATORS[name]()
+    for _ in range(6):
+        plain(x)
+    model = GENERATORS[name]()
     free_energy = pc.FreeEnergy(model, **options)
     for number in range(6):
         model.drawn.clear()
@@ -632,12 +643,12 @@ def test_other_generators_draw_once_in_a_batch(name, options):
         else:
             free_energy(x, y).backward()
         assert len(model.drawn) > 1
-        assert set(model.drawn) == {plain[number]}
+        assert set(model.drawn) == {plain.drawn[number]}
 
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_compile_refuses_other_generators(name):
-    free_energy = pc.FreeEnergy(Draws(GENERATORS[name][0]))
+    free_energy = pc.FreeEnergy(GENERATORS[name]())
     free_energy.compile()
     with pytest.raises(ValueError, match="Python or NumPy"):
         free_energy(*batch())

@@ -24,7 +24,7 @@ from .float8 import FewDigits
 from .node import Gradient, Node, Response
 from .output import Output
 from .passes import ModelPass, Nodes
-from .plumbing import Calls, RandomState, hold_weights, ones, refuse_second_derivative, sharded_modules
+from .plumbing import Calls, RandomState, hold_weights, ones, refuse_second_derivative, sharded_modules, times_written
 from .returned import refuse_own_loss, refuse_own_tokens
 from .rules import Displacement, Precision, precisions
 
@@ -127,7 +127,10 @@ class Batch(Nodes):
         numbers again: after it the generators are where they were. A batch that is refused draws and moves nothing.
         """
         now = self._random_state(first and self.looks)
-        noted = None
+        noted, frozen = None, {}
+        if first and self.looks:
+            still = [(name, p) for name, p in self.model.named_parameters() if not p.requires_grad]
+            frozen = {name: (p, times_written(p)) for name, p in still}
         if first:
             self.random, noted = now, self.calls.buffers.note(self.looks)
         else:
@@ -145,6 +148,11 @@ class Batch(Nodes):
             now.restore()
         else:
             self.moved = noted.moved()
+            for name in [n for n, (p, before) in frozen.items() if times_written(p) != before]:
+                self.calls.say(
+                    f"the model's forward changes parameter {name!r}, which does not learn, and so at every inference "
+                    "step: make it a buffer (register_buffer), which moves once in a batch"
+                )
             self.calls.learn(self.moved, self.random.moved_elsewhere())
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@ import inspect
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -30,6 +31,9 @@ TRANSFORMERS = (
 TRANSPOSED = "transposes within, so that its nodes have their samples first (batch_first=False)"
 
 ADAPTED_LATER = "left as it is: its base_layer has a node already; convert after the adapters are there"
+SCRIPTED = (
+    "left as it is: torch.jit has its forward, where no node can be put; convert before torch.jit.script or trace"
+)
 OWN_NODE = "left as it is: it has an attribute `node` of its own, where its value node would be; rename that"
 
 
@@ -93,7 +97,7 @@ def convert(model: nn.Module) -> tuple[nn.Module, Changes]:
 
 def parts_of(module: nn.Module) -> set[nn.Module]:
     """The modules within this one that the node of the whole stands for, and that node."""
-    if base_layer(module) is not None:
+    if base_layer(module) is not None or isinstance(module, torch.jit.ScriptModule):
         return set(module.modules()) - {module}
     parts = set(module.out_proj.modules()) if isinstance(module, (Attention, MultiheadAttention)) else set()
     node = node_of(module)
@@ -102,6 +106,8 @@ def parts_of(module: nn.Module) -> set[nn.Module]:
 
 def _convert(module: Any) -> str | None:
     """Give one module its node. Returns what was done, or why nothing was; None for a module that needs no node."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return SCRIPTED
     kind = type_before_parametrizations(module)
     if isinstance(module, (Head, NonDynamicallyQuantizableLinear)):
         return None  # an output, or it belongs to an nn.MultiheadAttention that was left

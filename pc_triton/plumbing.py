@@ -106,7 +106,7 @@ class Buffers:
                 continue
             if id(b) not in copies and (everything or self.moving is None or slot in self.moving):
                 copies[id(b)] = b.detach().clone()
-            noted.append((slot, b, _version(b), copies.get(id(b))))
+            noted.append((slot, b, times_written(b), copies.get(id(b))))
         return Noted(noted)
 
 
@@ -121,20 +121,20 @@ class Noted:
         return [
             ((module, name), module._buffers[name].clone() if copy is None else copy)  # type: ignore[union-attr]
             for (module, name), b, version, copy in self.noted
-            if module._buffers[name] is not b or _version(b) != version
+            if module._buffers[name] is not b or times_written(b) != version
         ]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Make them what they were."""
         for (module, name), b, version, copy in self.noted:
-            if copy is not None and _version(b) != version:
+            if copy is not None and times_written(b) != version:
                 b.copy_(copy)
             module._buffers[name] = b
 
 
-def _version(buffer: Tensor) -> int:
-    """How often a buffer was changed in place."""
+def times_written(buffer: Tensor) -> int:
+    """How often a buffer or a parameter was changed in place."""
     return 0 if buffer.is_inference() else buffer._version
 
 

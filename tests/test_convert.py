@@ -268,6 +268,21 @@ def test_nothing_to_convert(model):
         pc.convert(model)
 
 
+@pytest.mark.parametrize("how", [torch.jit.script, lambda model: torch.jit.trace(model, torch.randn(2, 8))])
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripted_models_are_left_by_name(how):
+    """Whole, or a part of a model, which stays what it was."""
+    part = how(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match=r"\(the model\): left as it is: torch\.jit has its forward"):
+        pc.convert(part)
+    model, x = nn.Sequential(part, nn.Linear(8, 6), nn.Linear(6, 3)), torch.randn(4, 8)
+    truth = model(x)
+    _, changes = pc.convert(model)
+    assert set(changes) == {"0", "1", "2"}
+    close(model(x), truth)
+    assert set(pc.FreeEnergy(model).infer(x, torch.arange(4) % 3).states) == {"1"}
+
+
 def test_no_module():
     with pytest.raises(TypeError, match="not function"):
         pc.convert(lambda x: x)

@@ -597,6 +597,30 @@ def test_a_part_that_is_computed_again_moves_a_statistic_once():
     assert model.body[0].count == 2
 
 
+class Average(nn.Module):
+    """A running mean as a parameter that does not learn, as some codebooks have it; still where it learns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.body = nn.Parameter(torch.zeros(4, dtype=torch.float64), requires_grad=False), mlp()
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_(x.mean(0), 0.5)
+        return self.body(x - self.mean)
+
+
+def test_a_frozen_parameter_that_the_forward_changes_is_told_of():
+    (x, y), free_energy = batch(), pc.FreeEnergy(Average())
+    with pytest.warns(UserWarning, match=r"changes parameter 'mean', which does not learn.*register_buffer"):
+        free_energy(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        free_energy(x, y)
+        pc.FreeEnergy(Average().eval())(x, y)
+
+
 class Draws(nn.Module):
     """Skips a layer at random, as many models do, by a generator that is not torch's."""
 

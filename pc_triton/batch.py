@@ -24,7 +24,16 @@ from .float8 import FewDigits
 from .node import Gradient, Node, Response
 from .output import Output
 from .passes import ModelPass, Nodes
-from .plumbing import Calls, RandomState, hold_weights, ones, refuse_second_derivative, sharded_modules, times_written
+from .plumbing import (
+    Calls,
+    RandomState,
+    hold_weights,
+    ones,
+    refuse_second_derivative,
+    sharded_modules,
+    statistics_of,
+    times_written,
+)
 from .returned import refuse_own_loss, refuse_own_tokens
 from .rules import Displacement, Precision, precisions
 
@@ -66,8 +75,8 @@ class Batch(Nodes):
         self.few_digits: FewDigits | None = None
         self.watch: Callable[[Batch], None] | None = None  # called before every move, and after the last
         self.awaits: tuple[ModelPass, list[Tensor]] | None = None  # the last pass, until its response is known
-        graph = tracing.get() or (first.is_cuda and torch.cuda.is_current_stream_capturing())
-        self.looks = calls.looks_again(model.training) and not graph
+        self.makes_graph = tracing.get() or (first.is_cuda and torch.cuda.is_current_stream_capturing())
+        self.looks = calls.looks_again(model.training) and not self.makes_graph
         if self.looks:
             refuse_own_tokens(model, inputs, target)
         self.random = self._random_state(self.looks)  # as before the first pass
@@ -135,6 +144,7 @@ class Batch(Nodes):
             self.random, noted = now, self.calls.buffers.note(self.looks)
         else:
             self.random.restore()
+        statistics = statistics_of(self.calls.norms) if first and not self.makes_graph else []
         holds = not first and (self.calls.norms or self.moved)
         try:
             with self.held() if holds else contextlib.nullcontext():
@@ -143,6 +153,8 @@ class Batch(Nodes):
             self.random.restore()
             if noted is not None:
                 noted.restore()
+            for statistic, before in statistics:
+                statistic.copy_(before)
             raise
         if noted is None:
             now.restore()

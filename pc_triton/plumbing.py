@@ -80,6 +80,12 @@ def hold_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
             norm.track_running_stats = True
 
 
+def statistics_of(norms: Sequence[_NormBase]) -> list[tuple[Tensor, Tensor]]:
+    """The running statistics that a training pass will move, each with a copy: a batch that is refused moves none."""
+    moving = [norm for norm in norms if norm.training and norm.track_running_stats]
+    return [(b, b.clone()) for norm in moving for b in norm.buffers(recurse=False)]
+
+
 Slot = tuple[nn.Module, str]
 """A module and the name of a buffer in it."""
 

@@ -543,8 +543,9 @@ def test_what_trains_nothing_moves_no_statistic(make, call):
         assert sum(b.sum() for b in model.buffers()) != sum(b.sum() for b in before.values())
 
 
-def test_a_refused_batch_moves_no_statistic():
-    (x, y), model = batch(), with_statistic()
+@pytest.mark.parametrize("make", [with_statistic, lambda: nn.Sequential(nn.BatchNorm1d(4), mlp()).double()])
+def test_a_refused_batch_moves_no_statistic(make):
+    (x, y), model = batch(), make()
     before = buffers_of(model)
     y[0] = 9
     with pytest.raises(ValueError, match="label 9"):

@@ -90,7 +90,7 @@ class Batch(Nodes):
     def per_item(self, energy: Tensor) -> Tensor:
         """F ``[S]`` as a loss, its mean over the `items`. On a CPU, where a look is cheap, NaN is told of once."""
         loss = energy.sum() / self.items
-        if not (tracing.get() or loss.is_cuda) and not loss.detach().isfinite():
+        if loss.device.type == "cpu" and not tracing.get() and not loss.detach().isfinite():
             self.calls.say(
                 "the free energy is not finite where the weights learn: the model's output is not, or a move of the "
                 "states was too long. Give a smaller step or a larger precision; clip or skip such gradients"

@@ -133,7 +133,7 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
     if gaussian and not triton and s.order == "error" and s.inference_steps == 2:
         emissions -= pairs  # learning's is the only pass under states, and keeps no gradient of them
     if triton or gaussian:
-        work = 9 * d + 2 * pairs if keeps_accepted else 6 * d + (pairs if gaussian else 0)
+        work = 6 * d + (2 * pairs if keeps_accepted and not triton else pairs if gaussian else 0)
     else:
         mlp = {"error": 9, "incremental": 21}.get(s.order, 14) * d
         work = max(mlp, 9.25 * pairs - 17 * d)

@@ -190,8 +190,8 @@ class Guarded(Constant):
                 state, accepted = as_state(node.state), self.remembered[node]
                 node.state, accepted = backend(state).guard_step(state, accepted, rose)
             else:
-                begun = torch.zeros_like(node.state) if self.from_zero else node.state
-                accepted = torch.where(per_sample(rose, node.state), begun, node.state)
+                rows = per_sample(rose, node.state)
+                accepted = node.state.masked_fill(rows, 0.0) if self.from_zero else node.state.clone()
             self.remembered[node] = as_state(accepted)
 
     def take_back(self, nodes: Sequence[Node], free_energy: Tensor) -> bool:

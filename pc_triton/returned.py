@@ -150,6 +150,8 @@ def refuse_own_loss(returned: Any, logits: Any, y: Tensor | None) -> None:
         )
     if y.is_floating_point() or y.dim() < 2 or not isinstance(logits, Tensor) or logits.shape[:-1] != y.shape:
         return
+    if loss.numel() != 1:
+        return  # a loss of each sample is not what Hugging Face's models make
     logits, own = logits.detach().float(), float(loss.detach())
     plain, shifted = (
         float(F.cross_entropy(a.flatten(0, -2), b.flatten()))
@@ -161,8 +163,8 @@ def refuse_own_loss(returned: Any, logits: Any, y: Tensor | None) -> None:
 
 def refuse_own_tokens(model: Any, given: Any, y: Tensor | None) -> None:
     """Raise ValueError where a model that generates, of Hugging Face's, is to learn each token from itself."""
-    generates = getattr(model, "can_generate", None)
-    if y is None or y.is_floating_point() or generates is None or getattr(model.config, "is_encoder_decoder", False):
+    generates, config = getattr(model, "can_generate", None), getattr(model, "config", None)
+    if y is None or y.is_floating_point() or not callable(generates) or getattr(config, "is_encoder_decoder", False):
         return
     tokens = given.get("input_ids") if isinstance(given, Mapping) else given[0] if isinstance(given, tuple) else given
     if not isinstance(tokens, Tensor) or tokens.shape != y.shape or tokens.device != y.device or not generates():

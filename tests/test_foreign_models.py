@@ -941,3 +941,30 @@ def test_a_loss_that_is_not_finite_is_told_once(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not free_energy(x, y).isfinite()
+
+
+@pytest.mark.parametrize("generates", [lambda: True, lambda: False, True], ids=["yes", "no", "no method"])
+def test_a_model_that_only_looks_like_hugging_faces_trains(generates):
+    """``can_generate`` without a config, whatever it is, is a name of the user's own: y is not x here."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 8), pc.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5))
+    model.can_generate = generates
+    x = torch.randint(5, (3, 4))
+    assert pc.FreeEnergy(model)(x, (x + 1) % 5).isfinite()
+
+
+def test_a_loss_of_each_sample_beside_the_logits_is_no_hindrance():
+    """What a model returns beside its logits is its own affair."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Embedding(5, 8), pc.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5))
+
+        def forward(self, x):
+            logits = self.layers(x)
+            return {"logits": logits, "loss": logits.logsumexp(-1).mean(-1)}
+
+    torch.manual_seed(0)
+    x = torch.randint(5, (3, 4))
+    assert pc.FreeEnergy(Both())(x, (x + 1) % 5).isfinite()

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import flop_registry
 
 import pc_triton as pc
 from pc_triton import batch, dispatch, families, float8, head, nn
+from pc_triton.cards import listed
 from pc_triton.models import Transformer
 
 METHODS = {"bp": "", "pc": "error", "pc-sweep": "sweep", "pc-simultaneous": "simultaneous"}
@@ -76,15 +77,20 @@ class Card:
     """The same of a Triton launch: its just-in-time dispatch as profiled in meta-pytorch/tritonbench #1002."""
 
 
+def of_the_package(name: str) -> tuple[float, float]:
+    """Bandwidth and product rate in 16 bits, as `pc_triton.cards` has them."""
+    card = listed(name)
+    assert card is not None
+    return card.bandwidth, card.half
+
+
 # Their sheets' figures as llmbook.apartsin.com lists them (section G.1), rounded, and B200's glennklockwood.com too.
 CARDS = (
-    Card("A100 80GB SXM", 2.039e12, 312e12),  # NVIDIA A100 Tensor Core GPU data sheet, 2021: 2,039 GB/s, 312 TFLOPS
-    Card(
-        "H100 SXM", 3.35e12, 989e12, 1979e12
-    ),  # NVIDIA H100 data sheet: 3.35 TB/s, 1,979 TFLOPS sparse, 3,958 in 8 bits
-    Card("H200", 4.8e12, 989e12, 1979e12),  # NVIDIA H200 data sheet: 4.8 TB/s, 1,979 TFLOPS sparse, 3,958 in 8 bits
-    Card("B200", 8.0e12, 2250e12, 4500e12),  # DGX B200 data sheet, its 8 GPUs: 64 TB/s, 36 PFLOPS sparse, 72 in 8 bits
-    Card("MI300X", 5.3e12, 1307e12),  # AMD Instinct MI300X data sheet: 5.3 TB/s, 1,307.4 TFLOPS
+    Card("A100 80GB SXM", *of_the_package("A100")),  # NVIDIA's data sheet, 2021: 2,039 GB/s, 312 TFLOPS
+    Card("H100 SXM", *of_the_package("H100"), 1979e12),  # its sheet: 3.35 TB/s, 1,979 TFLOPS sparse, 3,958 in 8 bits
+    Card("H200", *of_the_package("H200"), 1979e12),  # its sheet: 4.8 TB/s, 1,979 TFLOPS sparse, 3,958 in 8 bits
+    Card("B200", *of_the_package("B200"), 4500e12),  # DGX B200's, of 8 GPUs: 64 TB/s, 36 PFLOPS sparse, 72 in 8 bits
+    Card("MI300X", 5.3e12, of_the_package("MI300X")[1]),  # AMD Instinct MI300X data sheet: 5.3 TB/s, 1,307.4 TFLOPS
 )
 
 LEFT_OUT = """\

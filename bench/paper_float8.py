@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from statistics import mean
-from typing import Any
 
 import paper_lm
-from matplotlib.figure import Figure
 from paper_lm import DEFAULT, PAPER, TINY
+from paper_states import plot
 from runs import Record, Settings, complete, markdown, mean_and_std, regime, score, spread
 
 CASES: dict[str, Settings] = {
@@ -60,25 +58,3 @@ def table(groups: dict[str, dict[str, list[Record]]]) -> str:
     seeds = sorted({r["settings"]["seed"] for by_kind in groups.values() for some in by_kind.values() for r in some})
     heads = ["training", "inference", *(f"seed {seed}" for seed in seeds), "mean ± std", "change by 8 bits", "regime"]
     return markdown(heads, rows)
-
-
-def plot(groups: dict[str, dict[str, list[Record]]], png: Path) -> None:
-    """Left held-out perplexity, means over the seeds; right how far the losses of a pair of runs part."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, (name, by_kind) in enumerate(groups.items()):
-        for (kind, some), style in zip(by_kind.items(), ("-", "--")):
-            each: list[Any] = [record["evaluations"] for record in some if "evaluations" in record]
-            values = [mean(row["perplexity"] for row in rows) for rows in zip(*each)]
-            label = f"{name}, {kind}"
-            left.plot([row["step"] for row in each[0]], values, style, color=f"C{number}", marker=".", label=label)
-        for seed, pair in enumerate(zip(*by_kind.values())):
-            a, b = (record["losses_every_10th"] for record in pair)
-            parts = [abs(x - y) / x for x, y in zip(a, b)]
-            label = None if seed else f"{name}, each seed"
-            right.plot([10 * k for k in range(len(parts))], parts, color=f"C{number}", label=label)
-    left.set(xlabel="training step", ylabel="held-out perplexity per token", yscale="log")
-    right.set(xlabel="training step", ylabel="relative difference of the loss to float32's", yscale="log")
-    left.legend()
-    right.legend()
-    figure.savefig(png, dpi=120)

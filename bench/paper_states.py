@@ -34,7 +34,8 @@ def reproduce(data: Path | None, quick: bool, out: Path, jobs: int) -> str:
         for kind in KINDS
     ]
     records = complete(out, wanted, partial(run, data=data), jobs)
-    plot(records, out.with_suffix(".png"))
+    groups = {f"T = {t}": {kind: of(records, t, kind) for kind in KINDS} for t in TRAINING}
+    plot(groups, out.with_suffix(".png"))
     return table(records)
 
 
@@ -60,19 +61,23 @@ def table(records: list[Record]) -> str:
     return markdown(heads, rows)
 
 
-def plot(records: list[Record], png: Path) -> None:
-    """Left held-out perplexity, means over the seeds; right how far the losses of a pair of runs part."""
+def plot(groups: dict[str, dict[str, list[Record]]], png: Path) -> None:
+    """Left held-out perplexity, means over the seeds; right how far the losses of a pair of runs part.
+
+    groups: by training and by dtype, float32's first, the runs by seed.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for number, t in enumerate(TRAINING):
-        for kind, style in zip(KINDS, ("-", "--")):
-            each: list[Any] = [record["evaluations"] for record in of(records, t, kind) if "evaluations" in record]
+    for number, (name, by_kind) in enumerate(groups.items()):
+        for (kind, some), style in zip(by_kind.items(), ("-", "--")):
+            each: list[Any] = [record["evaluations"] for record in some if "evaluations" in record]
             values = [mean(row["perplexity"] for row in rows) for rows in zip(*each)]
-            left.plot([row["step"] for row in each[0]], values, style, marker=".", label=f"T = {t}, {kind}")
-        for seed, pair in enumerate(zip(*(of(records, t, kind) for kind in KINDS))):
+            label = f"{name}, {kind}"
+            left.plot([row["step"] for row in each[0]], values, style, color=f"C{number}", marker=".", label=label)
+        for seed, pair in enumerate(zip(*by_kind.values())):
             a, b = (record["losses_every_10th"] for record in pair)
             parts = [abs(x - y) / x for x, y in zip(a, b)]
-            label = None if seed else f"T = {t}, each seed"
+            label = None if seed else f"{name}, each seed"
             right.plot([10 * k for k in range(len(parts))], parts, color=f"C{number}", label=label)
     left.set(xlabel="training step", ylabel="held-out perplexity per token", yscale="log")
     right.set(xlabel="training step", ylabel="relative difference of the loss to float32's", yscale="log")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .distributions import Distribution
+from .distributions import Distribution, node_of
+from .free_energy import FreeEnergy
 from .functions import ATTENTION, FunctionCalls
-
-if TYPE_CHECKING:
-    from .free_energy import FreeEnergy
 
 
 class Changes(dict[str, str]):
@@ -71,12 +69,6 @@ class Changes(dict[str, str]):
         if not self.nodes:
             last += ": nothing for inference to move, and training is backpropagation"
         return "\n".join([*lines, last])
-
-
-def node_of(module: nn.Module) -> Distribution | None:
-    """The value node of a module's output: the module itself, where it is a family."""
-    node = module if isinstance(module, Distribution) else getattr(module, "node", None)
-    return node if isinstance(node, Distribution) else None
 
 
 def base_layer(module: nn.Module) -> nn.Module | None:

@@ -13,8 +13,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from .changes import Changes, base_layer, node_of
-from .distributions import Distribution
+from .changes import Changes, base_layer
+from .distributions import Distribution, node_of
 from .families import Categorical, Gaussian
 from .functions import FUNCTIONS, give_node
 from .head import Head

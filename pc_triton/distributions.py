@@ -204,3 +204,9 @@ class Distribution(nn.Module):
 
     def _variance(self, mu: Tensor, unit: Tensor | None) -> Tensor | float:
         return self.variance(mu) if unit is None else self.variance(mu) * per_sample(unit, mu) ** 2
+
+
+def node_of(module: nn.Module) -> Distribution | None:
+    """The value node of a module's output: the module itself, where it is a family."""
+    node = module if isinstance(module, Distribution) else getattr(module, "node", None)
+    return node if isinstance(node, Distribution) else None

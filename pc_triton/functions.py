@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
-from .distributions import Distribution
+from .distributions import Distribution, node_of
 from .families import Categorical
 from .nn import attend, logit_bias
 
@@ -63,7 +63,7 @@ class FunctionCalls(TorchFunctionMode):
 
     def call(self, module: nn.Module, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What a function gives that the forward of ``module`` calls."""
-        if not isinstance(module, Distribution) and not isinstance(getattr(module, "node", None), Distribution):
+        if node_of(module) is None:
             self.found[module] = FUNCTIONS[func]
         return func(*args, **kwargs)
 
@@ -80,8 +80,8 @@ class FunctionNodes(FunctionCalls):
         self.samples = samples
 
     def call(self, module: nn.Module, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        node = getattr(module, "node", None) if getattr(module, "has_function_node", None) is True else None
-        if not isinstance(node, Distribution) or not torch.is_grad_enabled():  # no state could move there
+        node = node_of(module) if getattr(module, "has_function_node", None) is True else None
+        if node is None or not torch.is_grad_enabled():  # no state could move there
             return func(*args, **kwargs)
         value = _attention if func in ATTENTION else _softmax
         out = value(node, self.samples, *args, **kwargs)

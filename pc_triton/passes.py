@@ -207,8 +207,10 @@ class ModelPass:
         assert node.state is not None
         prediction = wide(mu.detach())
         u = prediction if u is None else u
-        error = (u - prediction).masked_fill(prediction == -torch.inf, 0.0)  # a masked logit has no state
-        node.state = as_state((error if self.form == "error" else u.clone()).to(node.state.dtype))
+        state = u.clone()
+        if self.form == "error":
+            state = (u - prediction).masked_fill(prediction == -torch.inf, 0.0)  # a masked logit has no state
+        node.state = as_state(state.to(node.state.dtype))
         node.displaced = True
         return node.family.emission(u, **node.frozen).to(mu.dtype)
 

@@ -1,5 +1,7 @@
 """A run's arithmetic and speed: the dtype of products, one graph, blocks computed again, tokens a second, a trace."""
 
+# ruff: noqa: F811 (a fixture is the argument of its name)
+
 import json
 import shutil
 
@@ -8,10 +10,10 @@ import torch
 
 pytest.importorskip("tokenizers", reason="the command line's extras: pip install 'pc_triton[train]'")
 
-from test_cli import TEXT, failure, train_arguments
+from test_cli import _fast, data, failure, train_arguments  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
-from pc_triton import build, checkpoint, hardware, report, speed
+from pc_triton import build, checkpoint, hardware, speed
 from pc_triton import train as training
 from pc_triton.cli import main
 from pc_triton.settings import Settings
@@ -26,23 +28,6 @@ WAYS = [
     {"order": "incremental"},
     {"method": "gaussian-pc"},
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "LONG_RUN", 3)
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
 
 
 def step(micro_batch=None, seen=None, **options):

@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "T = 5, displacement 0.003": {"steps": 5},
     "T = 5, precision 1, step 0.1": {"steps": 5, "precision": 1.0, "step": 0.1},
     "T = 5, precision 1, step 0.3": {"steps": 5, "precision": 1.0, "step": 0.3},
+    "T = 5, precision 1, step 1": {"steps": 5, "precision": 1.0, "step": 1.0},
+    "T = 5, precision 1, step 0.1, local learning": {"steps": 5, "precision": 1.0, "step": 0.1, "local": True},
     "T = 5, precision 1, guarded step": {"steps": 5, "precision": 1.0},
 }
 LAYERS, RATE, BATCH = 3, 3e-3, 128

@@ -135,15 +135,15 @@ METHODS: dict[str, Method] = {
         STATE_STEPS,
     ),
     "nudging, positive": Method(
-        "simultaneous order, T = 8, precision 1, step 0.3, the output's weight tuned",
+        "simultaneous order, T = 8, precision 1, step 0.1, the output's weight tuned",
         settled,
-        STATES | {"step": 0.3},
+        STATES | {"step": 0.1},
         WEIGHTS,
     ),
     "nudging, centred": Method(
         "the same at the weight and at its negative",
         centred,
-        STATES | {"step": 0.3},
+        STATES | {"step": 0.1},
         WEIGHTS,
     ),
     "Gaussian PC": Method(

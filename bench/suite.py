@@ -432,6 +432,12 @@ def by_method(runs: Sequence[Record], task: str) -> dict[str, list[Record]]:
     return {name: records for name, records in found.items() if records}
 
 
+def tuned(settings: Settings) -> str:
+    """The learning rate, and the method's own parameter."""
+    names = [name for name in ("lr", "step", "output_weight") if name in settings]
+    return ", ".join(f"{name.replace('_', ' ')} {settings[name]:g}" for name in names)
+
+
 def table(runs: Sequence[Record], task: str) -> str:
     """Markdown: a row for each method of a task."""
     costs = next((r["costs"] for r in runs if r["settings"].get("task") == task and "costs" in r), {})
@@ -441,18 +447,13 @@ def table(runs: Sequence[Record], task: str) -> str:
     rows = []
     for name, records in found.items():
         settings, method_cost = records[0]["settings"], costs.get(name)
-        own = [
-            f"{key.replace('_', ' ')} {settings[key]:g}" for key in ("lr", "step", "output_weight") if key in settings
-        ]
-        row = [name, ", ".join(own), str(len(records)), spread(records)]
+        row = [name, tuned(settings), str(len(records)), spread(records)]
         row.append("" if name == "bp" else minus(records, found.get("bp", [])))
         row += [f"{method_cost['products']:.2f}", f"{method_cost['time']:.2f}"] if method_cost else ["", ""]
         infers = [record for record in records if "settled" in record]
-        row += (
-            [f"{mean(r['settled'] for r in infers):.1%}", f"{mean(r['cosine'] for r in infers):.3f}"]
-            if infers
-            else ["", ""]
-        )
+        share = mean(record["settled"] for record in infers) if infers else 0.0
+        row.append(("F rose" if share < 0 else f"{share:.1%}") if infers else "")
+        row.append(f"{mean(record['cosine'] for record in infers):.3f}" if infers else "")
         rows.append(row)
     return markdown(heads, rows)
 
@@ -463,12 +464,7 @@ def tuning(runs: Sequence[Record], task: str) -> str:
     for record in runs:
         settings = record["settings"]
         if settings.get("task") == task and settings["tuning"] and settings["seed"] == TUNING_SEED:
-            own = [
-                f"{key.replace('_', ' ')} {settings[key]:g}"
-                for key in ("lr", "step", "output_weight")
-                if key in settings
-            ]
-            rows.setdefault(settings["method"], []).append(f"{', '.join(own)}: {spread([record])}")
+            rows.setdefault(settings["method"], []).append(f"{tuned(settings)}: {spread([record])}")
     width = max(map(len, rows.values()), default=0)
     heads = ["in tuning", *(f"trial {number}" for number in range(1, width + 1))]
     return markdown(heads, [[name, *cells, *[""] * (width - len(cells))] for name, cells in rows.items()])

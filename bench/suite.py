@@ -323,10 +323,14 @@ def run(settings: Settings, data: Path | None) -> Record:
 
 
 def cost(settings: Settings, data: Path | None) -> Record:
-    """Products and time of a training step of every method, relative to backpropagation's, in turns in this process."""
+    """Products and time of a training step of every method, relative to backpropagation's, in turns in this process.
+
+    On a CPU the time is that of this thread alone, so that other programs of the machine are not in it.
+    """
     task = TASKS[settings["task"]]
     found = find(task, settings, data)
-    sync = torch.cuda.synchronize if settings["device"] == "cuda" else lambda: None
+    gpu = settings["device"] == "cuda"
+    sync, clock = (torch.cuda.synchronize, time.perf_counter) if gpu else (lambda: None, time.thread_time)
     steps: dict[str, Callable[[], Tensor]] = {}
     flops: dict[str, int] = {}
     for name, method in METHODS.items():
@@ -344,10 +348,10 @@ def cost(settings: Settings, data: Path | None) -> Record:
     for _ in range(settings["turns"]):
         for name, step in steps.items():
             sync()
-            start = time.perf_counter()
+            start = clock()
             step()
             sync()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     ratios = {name: [a / b for a, b in zip(taken, seconds["bp"])] for name, taken in seconds.items()}
     return {
         "costs": {
@@ -460,11 +464,12 @@ def table(runs: Sequence[Record], task: str) -> str:
 
 def tuning(runs: Sequence[Record], task: str) -> str:
     """Markdown: the score of every trial; a diverged one says so."""
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, list[str]] = {name: [] for name in METHODS}
     for record in runs:
         settings = record["settings"]
         if settings.get("task") == task and settings["tuning"] and settings["seed"] == TUNING_SEED:
-            rows.setdefault(settings["method"], []).append(f"{tuned(settings)}: {spread([record])}")
+            rows[settings["method"]].append(f"{tuned(settings)}: {spread([record])}")
+    rows = {name: cells for name, cells in rows.items() if cells}
     width = max(map(len, rows.values()), default=0)
     heads = ["in tuning", *(f"trial {number}" for number in range(1, width + 1))]
     return markdown(heads, [[name, *cells, *[""] * (width - len(cells))] for name, cells in rows.items()])

@@ -140,7 +140,7 @@ def table(runs: Sequence[Record]) -> str:
 
 def plot(runs: Sequence[Record], png: Path) -> None:
     """Accuracy and curvature over the steps, the mean of the seeds that came so far; each seed a thin line."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     accuracy, curved = figure.subplots(1, 2)
     for number, (name, records) in enumerate(found_in(runs).items()):
         for axes, values in ((accuracy, "errors"), (curved, "curvatures")):
@@ -152,5 +152,5 @@ def plot(runs: Sequence[Record], png: Path) -> None:
             axes.plot(records[0]["steps"][:shortest], middle, color=f"C{number}", label=name)
     accuracy.set(xlabel="training step", ylabel="test accuracy, %")
     curved.set(xlabel="training step", ylabel="largest curvature of the output's energy", yscale="log")
-    curved.legend(fontsize=7)
+    figure.legend(*curved.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(png, dpi=100)

@@ -15,7 +15,6 @@ from pc_triton import orders
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "pc_triton").glob("*.py"))
-APART = {"convert", "huggingface"}
 LINE = ["free_energy", "orders", "batch", "node", "distributions", "context"]
 
 
@@ -32,10 +31,10 @@ def imported(code: str, modules: set[str]) -> Iterator[str]:
 
 
 def arrows() -> dict[str, set[str]]:
-    """What each module imports, convert and huggingface apart."""
+    """What each module imports."""
     modules = {path.stem for path in FILES} - {"__init__"}
     found = {path.stem: set(imported(path.read_text(encoding="utf-8"), modules)) for path in FILES}
-    return {name: (to & modules) - APART for name, to in found.items() if name not in {*APART, "__init__"}}
+    return {name: to & modules for name, to in found.items() if name != "__init__"}
 
 
 def test_no_import_circle():

@@ -1,0 +1,115 @@
+"""The numbers of other libraries of predictive coding, on the same weights and data, in float64.
+
+tests/data/libraries.json has them, with the library's version, the settings, and in words how each was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_inference import gradients
+from test_methods import said
+from torch import nn
+
+import pc_triton as pc
+
+D = torch.float64
+FILE = json.loads((Path(__file__).parent / "data" / "libraries.json").read_text(encoding="utf-8"))
+
+
+def records(library: str, **chosen: object) -> list[object]:
+    """The library's records whose settings are those chosen, as parameters of a test."""
+    found = [r for r in FILE["libraries"][library]["records"] if all(r.get(k) == v for k, v in chosen.items())]
+    assert found
+    return [pytest.param(record, id=record["case"]) for record in found]
+
+
+def data(record: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and what the output is clamped to: values, or labels."""
+    network = FILE["networks"][record["network"]]
+    y = torch.tensor(network["y"], dtype=D) if record["loss"] == "mse" else torch.tensor(network["labels"])
+    return torch.tensor(network["x"], dtype=D), y
+
+
+def load(model: nn.Module, record: dict) -> nn.Module:
+    """Put the record's weights, and its biases if it has any, into the linear layers of ``model``."""
+    network = FILE["networks"][record["network"]]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    with torch.no_grad():
+        for layer, weight in zip(layers, network["weights"], strict=True):
+            layer.weight.copy_(torch.tensor(weight, dtype=D))
+        for layer, bias in zip(layers, network.get("biases", []), strict=False):
+            layer.bias.copy_(torch.tensor(bias, dtype=D))
+    return model
+
+
+def mlp(record: dict, node: type[nn.Module] = pc.Gaussian) -> nn.Sequential:
+    """3-5-4-2, tanh, with a node on each hidden layer before its activation."""
+    hidden = [nn.Linear(3, 5), node(), nn.Tanh(), nn.Linear(5, 4), node(), nn.Tanh()]
+    return load(nn.Sequential(*hidden, nn.Linear(4, 2)).double(), record)
+
+
+def mlp_after(record: dict) -> nn.Sequential:
+    """The same layers, with each node after its activation."""
+    hidden = [nn.Linear(3, 5), nn.Tanh(), pc.Gaussian(), nn.Linear(5, 4), nn.Tanh(), pc.Gaussian()]
+    return load(nn.Sequential(*hidden, nn.Linear(4, 2)).double(), record)
+
+
+def theirs(record: dict, weights: str = "weight_gradients", biases: str = "bias_gradients") -> list[list]:
+    """Their gradients in the order of ours: weight and bias of each layer."""
+    if record.get(biases) is None:
+        return record[weights]
+    return [g for pair in zip(record[weights], record[biases], strict=True) for g in pair]
+
+
+def assert_same(ours, theirs, tolerance: float = 1e-10) -> None:
+    """Every number within ``tolerance`` of theirs, relative to the largest of its tensor."""
+    ours, theirs = list(ours), list(theirs)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        b = torch.as_tensor(b, dtype=D)
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-3)
+
+
+# jpc: F per sample, so that its rate in the states is ours times the batch.
+
+
+def residual(record: dict) -> nn.Module:
+    """muPC's network of docs/methods.md; in the NTP the output's factor is 1 / sqrt(width), not 1 / width."""
+    page = said("mupc")
+    if record["skip"]:
+        model = page.mupc(3, 5, 2, depth=4)
+    else:  # jpc has the depth in its factors without skip connections too
+        scales = 3**-0.5, 20**-0.5, 20**-0.5, 1 / 5
+        first, *others = (page.Scaled(m, n, s) for m, n, s in zip((3, 5, 5, 5), (5, 5, 5, 2), scales))
+        model = nn.Sequential(first)
+        for layer in others:
+            model.extend([pc.Gaussian(), nn.Tanh(), layer])
+    if record["param_type"] == "ntp":
+        model[-1].scale = 5**-0.5
+    return load(model.double(), record)
+
+
+@pytest.mark.parametrize("record", records("jpc"))
+def test_jpc(record):
+    """Activities, F of the whole and of each layer, and gradients: standard, muPC and NTP parametrisations."""
+    model = (mlp if record["param_type"] == "sp" else residual)(record)
+    x, y = data(record)
+    step = record["lr"] / len(x)
+    options = {"order": "simultaneous", "precision": 1.0, "step": step}
+    free_energy = pc.FreeEnergy(model, steps=record["steps"], **options)
+    settled = free_energy.infer(x, y)
+    assert_same(settled.u.values(), record["activities"])
+    for steps in (1, record["steps"]):
+        found = pc.FreeEnergy(model, steps=steps, **options).infer(x, y).free_energy.mean()
+        assert_same([found], [record["energies"][steps]])
+    last, *middle, first = record["layer_energies"]
+    nodes = free_energy.record(x, y)[-1].values()
+    assert_same(torch.stack([node.energy.mean() for node in nodes]), [first, *middle, last][: len(nodes)])
+    loss = free_energy(x, y)
+    assert_same([loss.detach()], [record["energies"][-1]])
+    assert_same(gradients(model, loss), theirs(record))

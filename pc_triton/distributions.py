@@ -98,7 +98,10 @@ class Distribution(nn.Module):
         return 1.0
 
     def frozen(self, mu: Tensor) -> dict[str, Any]:
-        """Random numbers drawn once per batch and held through its inference, as keyword arguments; by default none."""
+        """What a batch's first pass makes and inference holds, as keyword arguments of `emission`; by default none.
+
+        Such as random numbers, or the first prediction mu itself.
+        """
         return {}
 
     def check_target(self, target: Tensor, mu: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_inference import gradients
 from test_methods import said
 from torch import nn
@@ -113,3 +114,63 @@ def test_jpc(record):
     loss = free_energy(x, y)
     assert_same([loss.detach()], [record["energies"][-1]])
     assert_same(gradients(model, loss), theirs(record))
+
+
+# Torch2PC: everything is summed over the batch, and the errors that it learns from are those before its last move.
+
+
+def chain_predictions(model: nn.Sequential, x: torch.Tensor, states: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The predictions of the two hidden nodes and the output, each from the state below; ``model`` is an `mlp`."""
+    lower, upper = states
+    return [model[0](x), model[3](lower.tanh()), model[6](upper.tanh())]
+
+
+@pytest.mark.parametrize("record", records("torch2pc", kind="Modified"))
+def test_torch2pc_with_fixed_predictions(record):
+    """Beliefs, errors and gradients of FixedPred, settled and not."""
+    model = mlp(record, said("FixedPrediction").FixedPrediction)
+    x, y = data(record)
+    options = {"order": "simultaneous", "precision": 1.0, "step": float(record["eta"])}
+    beliefs = pc.FreeEnergy(model, steps=record["steps"], **options).infer(x, y).u
+    assert_same(beliefs.values(), record["beliefs"])
+    free_energy = pc.FreeEnergy(model, steps=record["steps"] - 1, **options)
+    with torch.no_grad():
+        lower = model[0](x)
+        forward = lower, model[3](lower.tanh())
+    errors = [mu - u for mu, u in zip(forward, free_energy.infer(x, y).u.values())]
+    assert_same(errors, record["errors"][:2])
+    assert_same([len(x) * g for g in gradients(model, free_energy(x, y))], theirs(record))
+
+
+@pytest.mark.parametrize("record", records("torch2pc", kind="Exact"))
+def test_torch2pc_exact(record):
+    """T = 1 in error order is backpropagation."""
+    model = mlp(record)
+    x, y = data(record)
+    loss = pc.FreeEnergy(model, steps=1)(x, y)
+    assert_same([len(x) * loss.detach()], [record["loss_value"]])
+    assert_same([len(x) * g for g in gradients(model, loss)], theirs(record))
+
+
+@pytest.mark.parametrize("record", records("torch2pc", kind="Strict"))
+def test_torch2pc_strict(record):
+    """This version's beliefs move up the loss: the output's weight is -1. It learns at the forward pass's inputs."""
+    model = mlp(record)
+    x, y = data(record)
+    options = {"order": "simultaneous", "precision": 1.0, "step": record["eta"], "output_weight": -1.0}
+
+    def states(steps: int) -> list[torch.Tensor]:
+        return list(pc.FreeEnergy(model, steps=steps, **options).infer(x, y).u.values())
+
+    assert_same(states(record["steps"]), record["beliefs"])
+    before = states(record["steps"] - 1)
+    with torch.no_grad():
+        *predicted, _ = chain_predictions(model, x, before)
+        lower = model[0](x)
+        at_forward = [lower, model[3](lower.tanh())]
+    output = chain_predictions(model, x, before)[-1]
+    loss = 0.5 * (output - y).square().sum() if record["loss"] == "mse" else F.cross_entropy(output, y, reduction="sum")
+    errors = [u - mu for u, mu in zip(before, predicted)] + [torch.autograd.grad(loss, output)[0]]
+    assert_same(errors, record["errors"])
+    learned = torch.autograd.grad(chain_predictions(model, x, at_forward), list(model.parameters()), errors)
+    assert_same(learned, theirs(record))

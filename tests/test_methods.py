@@ -67,8 +67,9 @@ def test_z_il_needs_its_sequence():
             assert (seen[turn + 1][pair][0] - wanted[pair][0]).abs().max() > 1e-3 * wanted[pair][0].abs().max()
 
 
-def test_fixed_predictions_learn_as_torch2pc_does():
-    """Rosenbaum's loop: e = v - v_hat, v <- v - eta (e - J'e above), v_hat and J of the forward pass, eta = 1."""
+@pytest.mark.parametrize(("moves", "step"), [(1, 0.3), (4, 0.3), (2, 1.0)])
+def test_fixed_predictions_by_hand(moves, step):
+    """Rosenbaum's loop: e = v - v_hat, v <- v - eta (e - J'e above), v_hat and J of the forward pass."""
     model, x, y = deep()
     h0 = model[0](x)
     h1 = model[2](h0.tanh())
@@ -76,12 +77,19 @@ def test_fixed_predictions_learn_as_torch2pc_does():
     derive = functools.partial(torch.autograd.grad, retain_graph=True)
     e0, e1 = torch.zeros_like(h0), torch.zeros_like(h1)
     (top,) = derive(loss, h1)
-    for _ in range(3):  # as many steps as layers
+    for _ in range(moves):
         (below,) = derive(h1, h0, e1)
-        e0, e1 = e0 - (e0 - below), e1 - (e1 - top)
+        e0, e1 = e0 - step * (e0 - below), e1 - step * (e1 - top)
     pairs = (h0, model[0], e0), (h1, model[2], e1), (loss, model[4], None)
     theirs = [g for of, layer, e in pairs for g in derive(of, list(layer.parameters()), e)]
-    assert_close(gradients(model, pc.FreeEnergy(model, steps=1)(x, y)), theirs, 1e-10)
+    backpropagation = gradients(model, pc.FreeEnergy(model, steps=1)(x, y))
+    model[0].node, model[2].node = (said("FixedPrediction").FixedPrediction() for _ in range(2))
+    free_energy = pc.FreeEnergy(model, order="simultaneous", precision=1.0, step=step, steps=moves)
+    assert_close(gradients(model, free_energy(x, y)), theirs, 1e-10)
+    if step == 1:  # as many as the first layer lies below the output: there it is backpropagation
+        assert_close(backpropagation, theirs, 1e-10)
+    else:
+        assert (backpropagation[0] - theirs[0]).abs().max() > 0.1 * backpropagation[0].abs().max()
 
 
 # Nudging.

@@ -174,3 +174,99 @@ def test_torch2pc_strict(record):
     assert_same(errors, record["errors"])
     learned = torch.autograd.grad(chain_predictions(model, x, at_forward), list(model.parameters()), errors)
     assert_same(learned, theirs(record))
+
+
+# PCX: F is summed over the batch. Its nudging clamps the output to a target on the way from the prediction to y.
+
+
+@pytest.mark.parametrize("record", [p for p in records("pcx") if "beta" in p.values[0]])
+def test_pcx(record):
+    """Target, activities, F and gradients: sPC, and with positive and negative nudging."""
+    model = mlp(record)
+    x, y = data(record)
+    if record["loss"] == "mse":
+        y = said("nudged_target").nudged_target(model, x, y, record["beta"])
+        assert_same([y], [record["target"]])
+    options = {"order": "simultaneous", "precision": 1.0, "step": record["lr"]}
+    settled = pc.FreeEnergy(model, steps=record["steps"], **options).infer(x, y)
+    assert_same(settled.u.values(), record["activities"])
+    for steps in (1, record["steps"]):
+        found = pc.FreeEnergy(model, steps=steps, **options).infer(x, y).free_energy.sum()
+        assert_same([found], [record["energies"][steps]])
+    loss = pc.FreeEnergy(model, steps=record["steps"], **options)(x, y)
+    assert_same([len(x) * g for g in gradients(model, loss)], theirs(record))
+
+
+def test_pcx_centred_nudging():
+    """The mean of both signs' gradients over beta, theirs and ours."""
+    positive, negative = (records("pcx", beta=beta)[0].values[0] for beta in (0.3, -0.3))
+    model = mlp(positive)
+    x, y = data(positive)
+    options = {"order": "simultaneous", "precision": 1.0, "step": 0.1, "steps": 8}
+    both = []
+    for beta in (0.3, -0.3):
+        target = said("nudged_target").nudged_target(model, x, y, beta)
+        both.append([g / beta for g in gradients(model, pc.FreeEnergy(model, **options)(x, target))])
+    pairs = zip(theirs(positive), theirs(negative))
+    recorded = [torch.tensor(p, dtype=D).sub(torch.tensor(n, dtype=D)) / (0.6 * len(x)) for p, n in pairs]
+    assert_same([(p + n) / 2 for p, n in zip(*both)], recorded)
+
+
+@pytest.mark.parametrize("record", [p for p in records("pcx") if "weight_lr" in p.values[0]])
+def test_pcx_incremental(record):
+    """iPC: F at each step, and the weights after the last."""
+    model = mlp(record)
+    x, y = data(record)
+    options = {"precision": 1.0, "step": record["lr"], "steps": record["steps"]}
+    free_energy = pc.FreeEnergy(model, order="incremental", **options)
+    optimizer = torch.optim.SGD(model.parameters(), record["weight_lr"])
+    energies = []
+    for loss in free_energy.incremental(x, y):
+        energies.append(len(x) * loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert_same([torch.stack(energies)], [record["energies"]])
+    assert_same(model.parameters(), theirs(record, "weights", "biases"))
+
+
+# FabricPC: F and gradients per sample, nodes after their activations; in state order F is that before its last move.
+
+
+@pytest.mark.parametrize("record", records("fabricpc"))
+def test_fabricpc(record):
+    """Activities, errors, F and local gradients, of its state and error orders."""
+    model = mlp_after(record)
+    x, y = data(record)
+    order = {"sPC": "simultaneous", "ePC": "error"}[record["kind"]]
+    options = {"order": order, "precision": 1.0, "step": record["lr"]}
+    moves = record["steps"]
+    settled = pc.FreeEnergy(model, steps=moves, **options).infer(x, y)
+    assert_same(settled.u.values(), record["activities"])
+    before = moves - (order == "simultaneous")
+    energy = pc.FreeEnergy(model, steps=before, **options).infer(x, y).free_energy.mean()
+    assert_same([energy], [record["energy"]])
+    steps = moves + (order == "error")
+    loss = pc.FreeEnergy(model, steps=steps, local=True, **options)(x, y)
+    assert_same(gradients(model, loss), theirs(record))
+
+
+# ePC of Goemaere et al.: the loss is the mean over the batch, divided by min(1, rate * steps).
+
+
+@pytest.mark.parametrize("record", records("pce"))
+def test_error_order_of_its_authors(record):
+    """Errors, F, their loss, and the gradients of E_local: ``local=True``, over their scale."""
+    model = mlp(record)
+    x, y = data(record)
+    options = {"order": "error", "precision": 1.0, "step": record["lr"]}
+    free_energy = pc.FreeEnergy(model, steps=record["steps"] + 1, local=True, **options)
+    settled = pc.FreeEnergy(model, steps=record["steps"], **options).infer(x, y)
+    states = list(settled.u.values())
+    with torch.no_grad():
+        predicted = [model[0](x), model[3](states[0].tanh())]
+    assert_same([u - mu for u, mu in zip(states, predicted)], record["errors"])
+    assert_same([settled.free_energy.sum()] * 2, [record["E"], record["E_local"]])
+    loss = free_energy(x, y) / record["energy_scale"]
+    assert_same([loss.detach()], [record["training_loss"]])
+    assert_same(gradients(model, loss), theirs(record))

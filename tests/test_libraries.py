@@ -270,3 +270,40 @@ def test_error_order_of_its_authors(record):
     loss = free_energy(x, y) / record["energy_scale"]
     assert_same([loss.detach()], [record["training_loss"]])
     assert_same(gradients(model, loss), theirs(record))
+
+
+# Deepity, in float32: nodes after their activations; learns from errors before the last move, at the states after it.
+
+
+@pytest.mark.parametrize("record", records("deepity"))
+def test_deepity_direct_kolen_pollack(record):
+    """Activities, weights and feedback after a batch. In inference its first layer is as before the direct update."""
+    hidden = [nn.Sequential(nn.Linear(m, n), nn.Tanh(), pc.Gaussian()) for m, n in ((3, 5), (5, 4))]
+    model = load(nn.Sequential(*hidden, nn.Linear(4, 2)).double(), record)
+    x, y = data(record)
+    feedback, rate = [torch.tensor(matrix, dtype=D) for matrix in record["feedback"]], record["feedback_lr"]
+    first = model[0][0].weight
+    old = first.detach().clone()
+    start = said("direct_update").direct_update(model, feedback, x, y, rate)
+    direct = first.detach() - old
+    with torch.no_grad():
+        first.copy_(old)
+
+    def states(steps: int) -> list[torch.Tensor]:
+        options = {"order": "simultaneous", "precision": 1.0, "step": record["lr"]}
+        free_energy = pc.FreeEnergy(model, steps=steps, **options)
+        return list(free_energy.infer(x, y, start=lambda predictions: dict(zip(predictions, start))).u.values())
+
+    settled = states(record["steps"])
+    before = states(record["steps"] - 1) if record["steps"] > 1 else start
+    assert_same(settled, record["activities"], 1e-6)
+    with torch.no_grad():
+        predicted = [part(below) for part, below in zip(model, [x, *before])]
+        first += direct
+    errors = [u - mu for u, mu in zip([*before, y], predicted)]
+    deltas = [e * (1 - mu**2) for e, mu in zip(errors[:2], predicted)] + errors[2:]
+    learned = [g for delta, below in zip(deltas, [x, *settled]) for g in (delta.T @ below, delta.sum(0))]
+    after = [p.detach() + record["weight_lr"] / len(x) * g for p, g in zip(model.parameters(), learned)]
+    assert_same(after, theirs(record, "weights", "biases"), 1e-6)
+    feedback = [matrix + rate / len(x) * u.T @ errors[-1] for matrix, u in zip(feedback, settled)]
+    assert_same(feedback, record["feedback_after"], 1e-6)

@@ -355,6 +355,26 @@ def test_bidirectional_pc_by_hand():
     assert_close(gradients(model, loss), gradients(model, truth), 1e-12)
 
 
+def test_bidirectional_pc_classifies_and_generates_digits():
+    """One network: upwards it names most digits that it has not seen, downwards it draws each class's mean image."""
+    torch.manual_seed(0)
+    (x, y), test = digits()
+    model = said("Bidirectional").Bidirectional(64, 32, 10)
+    free_energy = pc.FreeEnergy(model, order="simultaneous", precision=1.0, steps=8, step=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for batch in torch.arange(100 * 128).remainder(1500).split(128):
+        values = F.one_hot(y[batch], 10).float()
+        optimizer.zero_grad()
+        free_energy((x[batch], values), values).backward()
+        optimizer.step()
+    classes = torch.eye(10)
+    assert (model(test[0], torch.zeros(297, 10)).argmax(1) == test[1]).float().mean() > 0.7
+    means = torch.stack([x[y == k].mean(0) for k in range(10)])
+    drawn = model.generate(classes)
+    assert torch.equal(torch.cdist(drawn, means).argmin(1), torch.arange(10))
+    assert (drawn - means).square().mean() < 0.1 * means.var(0).mean()
+
+
 # Temporal PC.
 
 

@@ -262,6 +262,30 @@ def test_pcx_trains_with_centred_nudging():
     assert_same(model.parameters(), theirs(record, "weights", "biases"))
 
 
+def test_pcx_recalls_the_same_pixels():
+    """Settled: of a decoder whose latent state has no energy, that state, F, and the pixels that were not seen."""
+    record = records("pcx", case="recall of masked pixels")[0].values[0]
+
+    class Free(pc.Distribution):
+        def energy(self, u, mu):
+            return 0.0 * (u - mu)
+
+    hidden = [nn.Linear(2, 5), nn.Tanh(), pc.Gaussian(), nn.Linear(5, 4), nn.Tanh(), pc.Gaussian()]
+    model = load(nn.Sequential(Free(), *hidden, nn.Linear(4, 6)).double(), record)
+    x, y = data(record)
+    seen = (torch.arange(6) < record["seen"]).expand_as(y)
+    momentum = {"state_optimizer": lambda states: torch.optim.SGD(states, lr=0.2, momentum=0.9)}
+    free_energy = pc.FreeEnergy(model, precision=1.0, order="simultaneous", steps=600, **momentum)
+
+    def zeros(predictions):
+        return {name: torch.zeros_like(mu) for name, mu in predictions.items()}
+
+    settled = free_energy.infer(x, y, mask=seen, start=zeros)
+    assert_same([settled.u["0"]], [record["latent"]], 1e-6)
+    assert_same([torch.where(seen, y, settled.output)], [record["recalled"]], 1e-6)
+    assert_same([settled.free_energy.sum()], [record["energies"][-1]], 1e-6)
+
+
 # FabricPC: F and gradients per sample, nodes after their activations; in state order F is that before its last move.
 
 

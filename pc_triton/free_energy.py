@@ -368,11 +368,11 @@ class FreeEnergy(nn.Module):
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def report(self, x: Any, y: Tensor) -> Report:
+    def report(self, x: Any, y: Tensor, tick: Callable[[], Any] = lambda: None) -> Report:
         """Where inference stands on one batch: energy and residual per value node, and the regime. Trains nothing.
 
         x, y: as in a call. It compares the T steps with a long run of the same inference, and the weight gradient with
-        backpropagation's; it costs some 65 inference steps. See `Report`; print it for a table.
+        backpropagation's; it costs some 65 inference steps. See `Report`; print it. tick: called at each, for a bar.
         Raises ValueError as a call does.
         """
         if self.sharded:
@@ -387,6 +387,7 @@ class FreeEnergy(nn.Module):
                 rules=self.rules,
                 moves=self.moves,
                 parameters=[p for p in self.model.parameters() if p.requires_grad],
+                tick=tick,
             )
 
     def _first_loss(self, x: Any, y: Tensor | None) -> Tensor:

@@ -50,24 +50,26 @@ def curves(caption: str, lines: Sequence[Curve], xlabel: str, level: float | Non
 def heat_map(energies: Sequence[Sequence[float]]) -> str:
     """The energies of all nodes over inference, a row a node; ``energies[t]`` holds them after t moves.
 
-    The colours are logarithmic over a wide range; then what is not positive is grey. From 2 to some hundred nodes.
+    The colours are logarithmic over a wide range; then energies below a millionth of the largest are grey, since the
+    rounding of a node's prediction can be as much. From 2 to some hundred nodes.
     """
     rows = [list(row) for row in zip(*energies)]
     values = [v for row in rows for v in row if math.isfinite(v)]
-    most, least = max(values, default=0.0), min((v for v in values if v > 0), default=0.0)
-    wide = min(values, default=0.0) >= 0 and 0 < 10 * least < most
-    norm = LogNorm(max(least, most * 1e-6), most) if wide else Normalize(min(0.0, *values, 0.0), most or 1.0)
+    most, lowest = max(values, default=0.0), min(values, default=0.0)
+    least = min((v for v in values if v > most * 1e-6), default=most)
+    wide = lowest >= 0 and 10 * least < most
+    norm = LogNorm(least, most) if wide else Normalize(min(0.0, lowest), most if most > 0 else 1.0)
 
     def draw(figure: Figure, axes: Axes) -> None:
         area = -0.5, len(energies) - 0.5, len(rows) + 0.5, 0.5
         options: dict[str, Any] = {"cmap": COLORS.with_extremes(bad="#8884"), "norm": norm, "extent": area}
-        shown = [[v if v > 0 or not wide else math.nan for v in row] for row in rows]
+        shown = [[v if v >= least or not wide else math.nan for v in row] for row in rows]
         image = axes.imshow(shown, aspect="auto", interpolation="none", **options)
         axes.set(xlabel="moves of the states", ylabel="node")
         axes.locator_params(integer=True)
         figure.colorbar(image, ax=axes, label="nats per item")
 
-    note = "; grey: none yet" if wide else ""
+    note = "; grey: under a millionth of the most" if wide else ""
     last = ", ".join(f"{v:.3g}" for v in energies[-1])
     about = f"energy by node and move of the states, {len(rows)} nodes; after the last move: {last}"
     return _figure(f"energy by node{note}", about, draw, height=min(6.0, max(3.0, len(rows) / 25)))

@@ -24,6 +24,7 @@ from .batch import Batch
 from .checks import check_values
 from .dispatch import tracing
 from .distributions import Distribution
+from .errors import see
 from .plumbing import once_differentiable
 from .rules import Rules
 from .tracking import StepTracker
@@ -130,7 +131,7 @@ class CompiledSteps:
         if batch.calls.draws_elsewhere:
             raise ValueError(
                 "compile() cannot hold random numbers that the model draws from Python or NumPy, or from a generator "
-                "of its own: leave it out"
+                "of its own: leave it out" + see("random-numbers-in-compile")
             )
         with _casts_anew():
             graph, example = trace(loss, self.whole, inputs)
@@ -189,6 +190,7 @@ def capture(
         torch.cuda.set_rng_state(random)
         raise ValueError(
             "compile() cannot hold random numbers fixed in a CUDA graph: set dropout to 0, or leave it out"
+            + see("random-numbers-in-compile")
         )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's threads may ask for events
@@ -231,7 +233,10 @@ def trace(
         tracing.reset(token)
     for node in graph.graph.nodes:
         if node.op == "call_function" and any(word in str(node.target) for word in ("dropout", "bernoulli")):
-            raise ValueError("compile() cannot hold dropout fixed through inference: set its probability to 0")
+            raise ValueError(
+                "compile() cannot hold dropout fixed through inference: set its probability to 0"
+                + see("random-numbers-in-compile")
+            )
     _simplify(graph)
     mode = FakeTensorMode()
     for node in graph.graph.nodes:  # each input was traced with a mode of its own, which inductor's C++ wrapper refuses

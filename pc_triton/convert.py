@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from .changes import Changes
 from .distributions import Distribution, node_of
+from .errors import see
 from .families import Categorical, Gaussian
 from .functions import FUNCTIONS, give_node, names_in
 from .head import Head
@@ -85,7 +86,7 @@ def convert(model: nn.Module) -> tuple[nn.Module, Changes]:
         left = "".join(f"\n{name or '(the model)'}: {change}" for name, change in changes.items())
         raise ValueError(
             "nothing to convert: the model has no nn.Linear, convolution, nn.MultiheadAttention or nn.Softmax(-1) that "
-            f"could be; put pc.Gaussian() after a layer that is to have a value node{left}"
+            f"could be; put pc.Gaussian() after a layer that is to have a value node{see('nothing-to-convert')}{left}"
         )
     for name, module in model.named_modules():
         if getattr(module, "inplace", None) is True:

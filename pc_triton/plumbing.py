@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .errors import see
+
 
 class RandomState:
     """The state of the generators that a model on a device draws from, as they are when this is made.
@@ -269,6 +271,7 @@ def refuse_second_derivative(grad: Tensor) -> None:
         raise RuntimeError(
             "create_graph=True: the free energy has no second derivative, since its graph does not hold how the "
             "inferred states depend on the weights. FreeEnergy(model, steps=1), which is backpropagation, has one"
+            + see("second-derivatives")
         )
 
 

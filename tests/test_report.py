@@ -219,6 +219,14 @@ def test_a_notebook_without_matplotlib(monkeypatch):
     assert "<table" in r._repr_html_()
 
 
+def test_a_report_ticks_for_a_progress_bar():
+    """As often as evaluate.py tells its bar, at each step of the long run and after the last."""
+    ticks = []
+    model = nn.Sequential(pc.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    pc.FreeEnergy(model).report(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), tick=lambda: ticks.append(1))
+    assert len(ticks) == sys.modules["pc_triton.report"].LONG_RUN + 1
+
+
 def test_extra_repr():
     model = nn.Sequential(pc.Linear(2, 2), nn.Linear(2, 2))
     assert "order='error', precision='auto', displacement=0.003, step=0.25" in repr(pc.FreeEnergy(model))

@@ -52,10 +52,11 @@ def execute(name: str) -> Any:
 
 
 def text(output: Any) -> str:
-    """What an output says in words; of a figure that there is one."""
+    """What an output says in words; of a figure or a table only that there is one."""
     if output.output_type == "stream":
         return output.text
-    return "a figure" if "image/png" in output.data else output.data["text/plain"]
+    shown = {"image/png": "a figure", "text/html": "a table"}
+    return next((word for kind, word in shown.items() if kind in output.data), output.data["text/plain"])
 
 
 def close(stored: str, found: str) -> bool:
@@ -77,8 +78,10 @@ def test_runs_and_gives_what_is_stored(name):
     for before, after in zip(stored.cells, found.cells):
         if before.cell_type == "code":
             assert before.execution_count == after.execution_count, f"cell {before.id}: store the outputs anew"
-            texts = ["".join(text(output) for output in cell.outputs) for cell in (before, after)]
-            assert same(*texts), f"cell {before.id} gives\n{texts[1]}\nand not\n{texts[0]}"
+            was, now = ("".join(map(text, cell.outputs)) for cell in (before, after))
+            if "varies" in before.metadata.get("tags", ()):  # such as letters that a model writes
+                was, now = ("something" if words else "nothing" for words in (was, now))
+            assert same(was, now), f"cell {before.id} gives\n{now}\nand not\n{was}"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -39,6 +39,7 @@ def execute(name: str) -> Any:
     client = nbclient.NotebookClient(
         notebook,
         timeout=300,
+        startup_timeout=300,
         kernel_manager_class=AsyncKernelManager,
         resources={"metadata": {"path": str(NOTEBOOKS)}},
         record_timing=False,

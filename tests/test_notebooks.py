@@ -80,7 +80,7 @@ def test_runs_and_gives_what_is_stored(name):
         if before.cell_type == "code":
             assert before.execution_count == after.execution_count, f"cell {before.id}: store the outputs anew"
             was, now = ("".join(map(text, cell.outputs)) for cell in (before, after))
-            if "varies" in before.metadata.get("tags", ()):  # such as letters that a model writes
+            if "varies" in before.metadata.get("tags", ()):  # with the last bits of a long training
                 was, now = ("something" if words else "nothing" for words in (was, now))
             assert same(was, now), f"cell {before.id} gives\n{now}\nand not\n{was}"
 

@@ -10,6 +10,7 @@ STREAM = ["datasets>=4"]
 GPU = ["triton>=3.6; platform_system == 'Linux'"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6", "tensorboard>=2.20"]
+NOTEBOOKS = ["nbclient>=0.11", "nbformat>=5.10", "ipykernel>=6.29"]  # runs those of docs/notebooks
 
 setup(
     name="pc_triton",
@@ -41,7 +42,7 @@ setup(
         "pcx": ["scikit-learn>=1.4", "pcx==0.6.3"],  # the rivals of bench/digits.py need different versions of JAX
         "fabricpc": ["scikit-learn>=1.4", "fabricpc==0.6.0"],
         "dev": [
-            *(*TRAIN, *STREAM, *GPU, *INTEGRATIONS, *TEST),
+            *(*TRAIN, *STREAM, *GPU, *INTEGRATIONS, *NOTEBOOKS, *TEST),
             *("scikit-learn>=1.4", "setuptools>=68", "wheel", "ruff>=0.9", "mypy>=1.13"),
         ],
     },

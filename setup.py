@@ -8,7 +8,7 @@ TRAIN = ["tokenizers>=0.20", "safetensors>=0.4", "tqdm>=4.60", "matplotlib>=3.7"
 INTEGRATIONS = ["transformers>=5", "accelerate>=1.1", "lightning>=2.4"]
 STREAM = ["datasets>=4"]
 GPU = ["triton>=3.6; platform_system == 'Linux'"]
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1"]
+DOCS = ["sphinx>=8.1,<10", "myst-nb>=1.3", "furo>=2025.7"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6", "tensorboard>=2.20"]
 
 setup(

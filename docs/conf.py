@@ -13,7 +13,7 @@ import pc_triton  # noqa: E402
 
 PAGES = {  # the sidebar: caption, then the pages below it
     "Guides": """quick_start in_your_program command_line order_and_steps report beyond_defaults methods core layout
-        distribution kernel programs coming_from large_runs experiments""",
+        distribution kernel programs coming_from large_runs experiments versions changes""",
     "Notebooks": "notebooks/index notebooks/*",
     "API": "api/free_energy api/layers api/distributions api/reference",
 }
@@ -42,7 +42,9 @@ napoleon_numpy_docstring = False
 
 
 def on_source_read(app, page: str, source: list[str]) -> None:
-    """Add what GitHub would print as it stands: captions of blocks of code, and on the first page the sidebar."""
+    """Add what GitHub would print as it stands: captions of code, the changes, and on the first page the sidebar."""
+    if page == "changes":
+        source[0] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
     source[0] = re.sub(r'^```(\w+) title="(.+)"$', r"```{code-block} \1\n:caption: \2\n", source[0], flags=re.MULTILINE)
     if page == root_doc:
         for caption, pages in PAGES.items():

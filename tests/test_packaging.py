@@ -1,12 +1,15 @@
-"""The package as it is distributed: the kernels are in it, and there is no need of triton or a GPU."""
+"""The package as it is distributed: the kernels are in it, it needs no triton and no GPU, and its version is one."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+
+import pc_triton
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = {"pc_triton/py.typed", "pc_triton/tuned.json"}
@@ -47,16 +50,26 @@ def test_import_touches_no_driver():
     python(IMPORT)
 
 
+def test_the_version_is_one():
+    """In the package, at the top of the changes and in the citation, with its date."""
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    version, date = re.findall(r"^## \[(\d.*)\]: (\d{4}-\d\d-\d\d)$", changes, re.MULTILINE)[0]
+    assert version == pc_triton.__version__
+    assert re.findall(r"^(?:version|date-released): (.+)$", citation, re.MULTILINE) == [version, date]
+
+
 def test_distributions(tmp_path):
     """The source distribution is what the wheel is made of, without tests; the wheel every module and kernel, once."""
     modules = {f"pc_triton/{p.name}" for p in (ROOT / "pc_triton").glob("*.py")}
     kernels = {f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     python("import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])", tmp_path)
     (sdist,) = tmp_path.glob("*.tar.gz")
+    assert sdist.name == f"pc_triton-{pc_triton.__version__}.tar.gz"
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {name for name in names if name.endswith(".py")} == {"setup.py", *modules, *kernels}
-    assert names >= {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", *DATA}
+    assert names >= {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", *DATA}
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

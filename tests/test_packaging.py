@@ -9,7 +9,10 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import pc_triton
+from pc_triton import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = {"pc_triton/py.typed", "pc_triton/tuned.json"}
@@ -44,6 +47,18 @@ def python(code: str, *arguments: Path) -> None:
 
 def test_without_triton():
     python(WITHOUT_TRITON)
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    """By name and with the remedy; a GPU is then served by plain torch, as without triton."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "_triton", None)
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    with pytest.raises(ImportError, match=r"this is 3\.5\.1, and they need 3\.6: torch 2\.10"):
+        dispatch.triton_kernels()
+    assert not dispatch._has_triton()
+    monkeypatch.setattr(triton, "__version__", "3.10.0+git1")
+    assert dispatch._has_triton()
 
 
 def test_import_touches_no_driver():

@@ -102,6 +102,8 @@ class FreeEnergy(nn.Module):
         ValueError: an argument out of range, a model without value nodes, or one in DistributedDataParallel already.
     """
 
+    __call__: Callable[..., Tensor]  # to type checkers; in torch it gives Any
+
     def __init__(
         self,
         model: nn.Module,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .batch import Batch
 from .checks import check_values
@@ -55,6 +55,15 @@ class Owner(Protocol):
     def compile_model(self, backend: Any = "inductor") -> None: ...
 
 
+def _hashable(spec: TreeSpec) -> TreeSpec | str:
+    """It, or its text: torch 2.6 has no hash of it."""
+    try:
+        hash(spec)
+    except TypeError:
+        return str(spec)
+    return spec
+
+
 class CompiledSteps:
     """The compiled training steps of a `FreeEnergy`, one for each shape of the batch; called as it is."""
 
@@ -88,7 +97,7 @@ class CompiledSteps:
         learned = [p for p in parameters if p.requires_grad]
         device = inputs[0].device.type
         key = (
-            spec, tracks, owner.settings, owner.output, *(m.training for m in modules),
+            _hashable(spec), tracks, owner.settings, owner.output, *(m.training for m in modules),
             torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
             getattr(torch.backends.cuda.matmul, "fp32_precision", None),  # of products, from torch 2.9 on
             *(t if not isinstance(t, Tensor) else None for t in leaves),
@@ -136,7 +145,8 @@ class CompiledSteps:
         with _casts_anew():
             graph, example = trace(loss, self.whole, inputs)
         rounds = {} if owner.rules.state_dtype is None else {"emulate_precision_casts": True}  # where a state is kept
-        options = {**OPTIONS, **rounds, **self.options}
+        defaults = {k: v for k, v in OPTIONS.items() if k in torch._inductor.list_options()}  # torch 2.6 lacks one
+        options = {**defaults, **rounds, **self.options}
         step = torch._inductor.compile(graph, example, options=options)  # type: ignore[arg-type]
         family = None if y is None else batch.output.family
         return step, partial(check_values, family=family, classes=batch.out.shape[-1])

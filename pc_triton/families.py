@@ -345,7 +345,7 @@ class Laplace(Distribution):
     measured = True
 
     def energy(self, u: Tensor, mu: Tensor) -> Tensor:
-        """KL of two Laplace distributions of scale 1: \\|d\\| + exp(-\\|d\\|) - 1 per element."""
+        """KL of two Laplace distributions of scale 1: ``|d| + exp(-|d|) - 1`` per element."""
         return laplace_energy(u - mu)
 
     def node_forward(self, mu, state, pi, unit, *, form):

@@ -32,7 +32,7 @@ class FreeEnergy(nn.Module):
 
     F = sum over nodes of pi KL[D(u) || D(mu)] + the energy of the clamped output (Pinchetti et al. 2022, eq. 5, 6), and
     what the model adds by `add_energy`.
-    Inference lowers F in the states u, with the weights fixed; learning is one gradient of F in the weights.
+    Inference lowers F in the states u, with the weights fixed; learning is one gradient of F in the weights::
 
         free_energy = pc.FreeEnergy(model)
         loss = free_energy(x, y)       # inference inside
@@ -101,6 +101,8 @@ class FreeEnergy(nn.Module):
     Raises:
         ValueError: an argument out of range, a model without value nodes, or one in DistributedDataParallel already.
     """
+
+    __call__: Callable[..., Tensor]  # to type checkers; in torch it gives Any
 
     def __init__(
         self,
@@ -310,7 +312,7 @@ class FreeEnergy(nn.Module):
     def incremental(
         self, x: Any, y: Tensor | None = None, *, mask: Tensor | None = None, start: Start | None = None
     ) -> Iterator[Tensor]:
-        """Incremental PC: yields the free energy per item at each of the T steps, for you to move the weights.
+        """Incremental PC: yields the free energy per item at each of the T steps, for you to move the weights::
 
             for loss in free_energy.incremental(x, y):
                 optimizer.zero_grad(); loss.backward(); optimizer.step()

@@ -261,7 +261,9 @@ class Calls:
     @contextlib.contextmanager
     def traced(self) -> Iterator[None]:
         """Within it the compiled model draws the random numbers of the first pass, whose draws were eager."""
-        with torch._inductor.config.patch(fallback_random=True), torch._dynamo.config.patch(recompile_limit=MODELS):
+        dynamo = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # that of torch 2.6
+        with torch._inductor.config.patch(fallback_random=True), dynamo.patch({limit: MODELS}):
             yield
 
 

@@ -115,7 +115,7 @@ def messages(section: str) -> list[str]:
 
 
 def anchor(heading: str) -> str:
-    """What a heading's link ends in, on GitHub as in mkdocs."""
+    """What a heading's link ends in, on GitHub as on the site."""
     return re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-")
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
 
 import pc_triton as pc
 from pc_triton import batch, dispatch, families, float8, head, nn
@@ -428,7 +429,8 @@ def main(arguments: list[str] | None = None, say: Callable[[str], object] = prin
     given = parser.parse_args(arguments)
     size = Size(**{name: getattr(given, name) for name in Size.__dataclass_fields__})
     states = {"both": (False, True), "yes": (True,), "no": (False,)}[given.attention_state]
-    found = list(rows(size, given.methods, given.steps, states, given.dtype, given.inference_dtype))
+    counted = rows(size, given.methods, given.steps, states, given.dtype, given.inference_dtype)
+    found = list(tqdm(counted, "counting", unit="row", leave=False, disable=None))
     if given.json == "-":
         say(json.dumps(found, indent=1))
         return

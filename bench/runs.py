@@ -79,7 +79,8 @@ def complete(out: Path, wanted: Sequence[Settings], run: Callable[[Settings], Re
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run, settings): settings for settings in todo}
         try:
-            for future in tqdm(as_completed(futures), "runs", len(wanted), initial=len(wanted) - len(todo)):
+            done = len(wanted) - len(todo)  # no bar in a log: disable=None
+            for future in tqdm(as_completed(futures), "runs", len(wanted), initial=done, unit="run", disable=None):
                 keep(futures[future], future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -29,6 +29,7 @@ _forced: str | None = None  # not a ContextVar: autograd runs a GPU's backward p
 _fusing: bool | None = None
 _chaining: bool | None = None
 _triton: Any = None
+OLDEST_TRITON = (3, 6)
 ENDINGS = ("_forward", "_step", "_backward", "_gradient_", "_fall")
 
 TUNED = Path(__file__).with_name("tuned.json")
@@ -39,10 +40,17 @@ layers. What is measured here comes before what ``choice.py`` would say."""
 
 
 def triton_kernels() -> Any:
-    """The launchers of ``kernels/`` under their common names. Raises ImportError, with the remedy, without triton."""
+    """The launchers of ``kernels/`` under their common names.
+
+    Raises ImportError, with the remedy, without triton and with one that is too old for them.
+    """
     global _triton
     if _triton is None:
         try:
+            import triton
+
+            if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+                raise ImportError(f"this is {triton.__version__}, and they need 3.6: torch 2.10 is the first with it")
             from .kernels import (
                 attention,
                 attention_first,

@@ -225,12 +225,12 @@ TASKS: dict[str, Task] = {
         "fashion", "64 images of FashionMNIST stored, their lower halves recalled from their upper ones", decoder,
         100, 128, 3000, 512, f"{SQUARED} of the lower halves", batch=64,
     ),
-    "conv-fashion": Task("fashion", "two strided convolutions on FashionMNIST", convolutional, 100, 8, 5000, 64),
+    "conv-fashion": Task("fashion", "two strided convolutions on FashionMNIST", convolutional, 60, 8, 5000, 64),
     "decoder": Task(
         "fashion", "a decoder of FashionMNIST from an inferred latent state", decoder,
         100, 128, 5000, 512, f"{SQUARED} of test images",
     ),
-    "mlp-mnist": Task("mnist", "two tanh layers on MNIST", mlp, 200, 128, 5000, 512),
+    "mlp-mnist": Task("mnist", "two tanh layers on MNIST", mlp, 100, 128, 5000, 512),
 }  # fmt: skip
 
 

@@ -55,7 +55,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmark.md"
 RESULTS = ROOT / "bench" / "results"
 SEEDS = 5
-TURNS = 40
+TURNS = 20
+INCREMENTAL_STEPS = 8
 LATENT, LATENT_STEPS = 16, 8
 """Units of a decoder's latent state, and the steps in which every method infers it before it learns."""
 
@@ -84,6 +85,11 @@ class Network(NamedTuple):
 def backpropagation(network: Network, x: Tensor, y: Tensor) -> Tensor:
     """Plain torch: the output's energy at the forward pass."""
     return network.update(network.output.clamped(network.model(x), y).sum() / len(x))
+
+
+def repeated(network: Network, x: Tensor, y: Tensor) -> Tensor:
+    """As many updates by backpropagation as `incremental` makes of a batch."""
+    return [backpropagation(network, x, y) for _ in range(INCREMENTAL_STEPS)][-1]
 
 
 def settled(network: Network, x: Tensor, y: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ METHODS: dict[str, Method] = {
     "iPC": Method(
         "incremental order, T = 8, precision 1, the step tuned",
         incremental,
-        {"order": "incremental", "precision": 1.0, "steps": 8},
+        {"order": "incremental", "precision": 1.0, "steps": INCREMENTAL_STEPS},
         STATE_STEPS,
     ),
     "nudging, positive": Method(
@@ -155,6 +161,7 @@ METHODS: dict[str, Method] = {
     "bp, squared error": Method(
         "backpropagation of Gaussian PC's output energy", backpropagation, squared=True
     ),
+    "bp, 8 updates": Method("backpropagation, with as many steps of the weights a batch as iPC", repeated),
 }  # fmt: skip
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -248,7 +255,7 @@ def find(task: Task, settings: Settings, data: Path | None) -> Images:
 def build(settings: Settings, inputs: int) -> Network:
     """The network, from the settings' seed, with its method."""
     task, method = TASKS[settings["task"]], METHODS[settings["method"]]
-    by_bp = method.learn is backpropagation
+    by_bp = method.learn in (backpropagation, repeated)
     torch.manual_seed(settings["seed"])
     model = task.network(inputs, settings["hidden"], nn.Linear if by_bp else pc.Linear).to(settings["device"])
     output = pc.Gaussian(1.0) if method.squared else pc.Bernoulli() if task.generates else pc.Categorical()

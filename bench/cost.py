@@ -192,7 +192,7 @@ def traffic(module: str, name: str, given: dict[str, Any]) -> tuple[float, float
     """Bytes that a launch reads and writes, and FLOPs of its products, by the arguments it was given.
 
     Every tensor once, and what ``tests/test_bytes.py`` counts beside that: a state that moves is read and written, a
-    long row of a Categorical node is read again, and what causal hides is not read.
+    long row of a Categorical node, or to be rounded, is read again, and what causal hides is not read.
     """
     times = {pointer: 1.0 for pointer, x in given.items() if isinstance(x, Tensor)}
     moves, has_state = given.get("MOVE", False), given.get("HAS_STATE", True)
@@ -215,6 +215,8 @@ def traffic(module: str, name: str, given: dict[str, Any]) -> tuple[float, float
             times["state_ptr"] = read * has_state + moves
             if "grad_ptr" in times:
                 times["grad_ptr"] = read
+    elif module == "float8" and name == "_rows_rounded":
+        times["x_ptr"] = 1.0 if given["ONE_TILE"] else 2.0
     elif "state_ptr" in times and "MOVE" in given:
         times["state_ptr"] = float(has_state + moves)
     return sum(times[pointer] * size_of(given[pointer]) for pointer in times if pointer in given), flops

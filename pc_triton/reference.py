@@ -36,6 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arithmetic import Step, divergence, error_of, kept, mean_square, moved_by, per_sample, sent, sum_samples, wide
+from .reference_float8 import rows_rounded as rows_rounded
+from .reference_float8 import weight_rounded as weight_rounded
 from .reference_softmax import attention_fall as attention_fall
 from .reference_softmax import attention_first_step as attention_first_step
 from .reference_softmax import attention_forward as attention_forward

@@ -159,12 +159,26 @@ def test_products_in_8_bits(monkeypatch):
 
 
 def test_bytes_of_rounding_by_hand():
-    """Read twice and written once, in 8 bits; what a launch is given to write to is not read."""
-    x = torch.empty(16, 32, dtype=torch.bfloat16, device="meta")
-    with cost.counted() as count:
-        cost.float8.rounded(x, torch.float8_e4m3fn)
-    moved = {o.name: o.bytes for o in count.operations if o.bytes > x.numel()}
-    assert moved == {"linalg_vector_norm": 2 * x.numel() + 2, "mul": (2 + 1) * x.numel() + 2}
+    """Read once and written once, in 8 bits, with a scale a row; a row too long for a tile is read twice."""
+    for rows, columns, times in ((16, 32, 1), (2, 20_000, 2)):
+        x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
+        with cost.counted() as count:
+            cost.float8.rounded(x, torch.float8_e4m3fn)
+        moved = {o.name: o.bytes for o in count.operations}
+        assert moved == {"triton float8._rows_rounded": (2 * times + 1) * x.numel() + 4 * rows}
+
+
+def test_bytes_of_rounding_a_weight_by_hand(monkeypatch):
+    """Read for its largest number, read again, written as it lies and, where the gradient needs that, transposed."""
+    n, k = 48, 32
+    weight = torch.empty(n, k, dtype=torch.bfloat16, device="meta")
+    for pays, written in ((0, 2), (40, 1)):
+        monkeypatch.setattr(cost.float8, "PAYS", pays)
+        with cost.counted() as count:
+            _ = cost.float8.Weight(weight).rounded
+        moved = {o.name: o.bytes for o in count.operations}
+        rounds = (2 + written) * n * k + 2 + 4 * n
+        assert moved == {"linalg_vector_norm": 2 * n * k + 2, "triton float8._weight_rounded": rounds}
 
 
 def test_cards_without_products_in_8_bits_have_no_prediction():

@@ -78,8 +78,15 @@ def guard_step(state: Tensor, accepted: Tensor, rose: Tensor) -> tuple[Tensor, T
 # Gaussian with a fixed variance: E = pi sum d^2 / 2, where pi holds 1 / sigma^2 as well.
 
 
-def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
-    """Emission u and energy ``pi |u - mu|^2 / 2`` of a Gaussian of fixed variance."""
+def gaussian_forward(
+    mu: Tensor, state: Tensor, precision: Tensor, *, form: str, move: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Emission u and energy ``pi |u - mu|^2 / 2`` of a Gaussian of fixed variance.
+
+    move: in error form the state is g instead, and ``e = -(move / pi) g``: the first move, of which no state is kept.
+    """
+    if move is not None:
+        state = moved_by(None, wide(state), move, move / precision)
     if form == "error":
         u, d = mu + state.to(mu.dtype), error_of(state, mu)
     else:

@@ -240,6 +240,9 @@ def launches():
     wide = tensor(512, 16384)
     yield "fall 512x16384 location", partial(fall.location_fall, wide, wide, 512)
     yield "fall 512x16384 bernoulli", partial(fall.bernoulli_fall, wide, wide, 512)
+    pi = tensor(512, dtype=torch.float32)
+    only_move = partial(gaussian.gaussian_forward, wide, wide, pi, form="error", move=pi)
+    yield "gaussian 512x16384 forward after its only move", only_move
     rose, states = tensor(512, dtype=torch.bool), tensor(512, 16384, dtype=torch.float32)
     yield "guard 512x16384", partial(guard.guard_step, states, states, rose)
     for dtype in float8.FLOAT8:

@@ -123,6 +123,15 @@ def test_guard(moved):
     assert each <= moved.stored <= SLACK * each
 
 
+def test_after_the_only_move(moved):
+    """No state: the prediction and the gradient are read, and the emission is written."""
+    mu, grad = torch.randn(2, ROWS, 2048).half()
+    triton_kernels().gaussian_forward(mu, grad, torch.ones(ROWS), form="error", move=torch.ones(ROWS))
+    each = 2 * mu.numel()
+    assert 2 * each <= moved.loaded <= SLACK * 2 * each
+    assert each <= moved.stored <= SLACK * each
+
+
 @pytest.mark.parametrize(("rows", "columns", "times"), [(8, 2048, 1), (2, 20_000, 2)])
 def test_rounding_to_8_bits(rows, columns, times, moved):
     """Read once and written once; a row longer than a tile is read twice."""

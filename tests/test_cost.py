@@ -97,6 +97,7 @@ def test_launches_are_those_of_the_training_step():
     for steps in (1, 2, 3, 4):
         block = (8 + (steps - 1) * 4 + (steps - 2) * 3 + 2 * (steps - 1)) if steps > 1 else 0
         block += 4 * (steps - 3) if steps > 3 else 0  # the guard's
+        block -= 3 if steps == 2 else 0  # the only move of Gaussians is made where the weights learn
         assert cost.row(SIZE, "pc", steps, True, "float32")["triton_launches"] == SIZE.blocks * block + steps
 
 

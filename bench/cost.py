@@ -206,7 +206,7 @@ def traffic(module: str, name: str, given: dict[str, Any]) -> tuple[float, float
             times["state_ptr"] = (share * has_state) + (share if has_state else 1.0) * moves
     elif module == "categorical":
         if name == "_clamped_gradient":
-            times["mu_ptr"] = 3.0  # read for the log-sum-exp, read again, and overwritten
+            times["mu_ptr"] = 2.0 if "grad_ptr" in times else 3.0  # for the log-sum-exp, again, and overwritten
         elif name in ("_forward", "_step"):
             again = 1 if given["ONE_TILE"] else 3 if given.get("MOVED") else 2
             n = given["n_columns"]

@@ -78,19 +78,24 @@ class Weight:
 
 
 def product(a: Tensor, dtype: torch.dtype, b: Rounded, out: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """a b' + bias ``[..., N]`` in the dtype ``out``, of a ``[..., K]``, rounded to ``dtype`` here, and b ``[N, K]``.
+    """a b' + bias ``[..., N]`` in the dtype ``out``, of a ``[..., K]``, rounded to ``dtype`` here, and b ``[N, K]``."""
+    return multiply(rounded(a, dtype), b, out, bias).view(*a.shape[:-1], len(b.values))
+
+
+def multiply(a: Rounded, b: Rounded, out: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """a b' + bias ``[R, N]`` in the dtype ``out``, of a ``[R, K]`` and b ``[N, K]``.
 
     Hardware sums in some 14 bits, more than either operand has, and gives bfloat16's digits, whatever ``out`` is.
     """
-    values, scale = rounded(a, dtype)
-    if out == torch.float64 or not has_products(a.device):
-        bias = None if bias is None else bias.to(out)
-        y = F.linear((values.float() * scale).to(out), (b.values.float() * b.scale).to(out), bias)
+    values, scale = a
+    if out == torch.float64 or not has_products(values.device):
+        x, columns = (values.float() * scale).to(out), (b.values.float() * b.scale).to(out).t()
+        y = x @ columns if bias is None else torch.addmm(bias.to(out), x, columns)
     else:
         half = torch.bfloat16  # of the dtypes that all of torch's products with scales of rows give
         adds = None if bias is None else bias.to(half)
         y = torch._scaled_mm(values, b.values.t(), scale, b.scale.t(), adds, out_dtype=half, use_fast_accum=True)
-    return y.to(out).view(*a.shape[:-1], len(b.values))
+    return y.to(out)
 
 
 @lru_cache
@@ -146,6 +151,16 @@ class FewDigits(TorchFunctionMode):
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         out = torch.get_autocast_dtype(device) if casts else input.dtype
         return Linear.apply(input, self.in_8_bits(weight), bias, out)
+
+    def clamps(self, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> Any:
+        """-log q_y ``[R]``, q = softmax(x W' + b), and dE/dx ``[R, K]`` by g W in 8 bits; None where that does not pay.
+
+        The gradient g of the logits is never there in more digits.
+        """
+        if not takes(x, weight, bias) or not pays(x.device, weight.shape[1]):
+            return None
+        energy, *g = _rounds(x).clamped_categorical_rounded(self.linear(x, weight, bias), labels, ignore_index)
+        return energy, multiply(Rounded(*g), self.in_8_bits(weight).by_columns, x.dtype)
 
     def in_8_bits(self, weight: Tensor) -> Weight:
         """The weight, rounded once until it changes."""

@@ -48,6 +48,7 @@ from .reference_softmax import categorical_step as categorical_step
 from .reference_softmax import clamped_categorical_backward as clamped_categorical_backward
 from .reference_softmax import clamped_categorical_forward as clamped_categorical_forward
 from .reference_softmax import clamped_categorical_gradient_ as clamped_categorical_gradient_
+from .reference_softmax import clamped_categorical_rounded as clamped_categorical_rounded
 from .reference_softmax import log_softmax as log_softmax
 from .reference_softmax import mask_logits as mask_logits
 

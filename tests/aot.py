@@ -249,6 +249,8 @@ def launches():
         kind = str(dtype).removeprefix("torch.")
         for shape in ((16384, 768), (16384, 8192), (64, 131072)):
             yield f"{kind} {'x'.join(map(str, shape))}", partial(float8.rows_rounded, tensor(*shape), dtype)
+    logits, classes = tensor(64, 131072), tensor(64, dtype=torch.int64)
+    yield "float8_e5m2 clamped 64x131072", partial(categorical.clamped_categorical_rounded, logits, classes, -100)
     yield "float8_e4m3fn weight 8192x2048", partial(float8.weight_rounded, tensor(8192, 2048), float8.FLOAT8[0])
     for columns in (10, 131072):
         mu, labels, row = tensor(64, columns), tensor(64, dtype=torch.int64), tensor(64, dtype=torch.float32)

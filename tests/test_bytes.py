@@ -151,6 +151,15 @@ def test_rounding_a_weight_to_8_bits(transposes, moved):
     assert (1 + transposes) * elements <= moved.stored <= SLACK * (1 + transposes) * elements
 
 
+def test_the_gradient_of_logits_in_8_bits(moved):
+    """mu is read twice, and a byte is written."""
+    mu, labels = torch.randn(4, 512).half(), torch.zeros(4, dtype=torch.int64)
+    triton_kernels().clamped_categorical_rounded(mu, labels, -100)
+    elements = mu.numel()
+    assert 2 * 2 * elements <= moved.loaded <= SLACK * 2 * 2 * elements
+    assert elements <= moved.stored <= SLACK * elements
+
+
 @pytest.mark.parametrize("columns", [512, 20_000])
 def test_clamped(columns, moved):
     """The forward pass reads mu; the backward reads it and writes dE/dmu; in place mu is read twice."""

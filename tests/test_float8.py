@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import pc_triton as pc
-from pc_triton import float8, reference
+from pc_triton import float8, head, reference
 from pc_triton.float8 import FORWARD, GRADIENT, FewDigits, rounded
 from pc_triton.models import Transformer
 
@@ -261,6 +262,30 @@ def test_a_part_of_a_weight_is_told_from_another():
     assert (bottom - x @ weight[16:].t()).norm() < 0.1 * bottom.norm()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradient_of_the_head(bias, monkeypatch):
+    """dE/dx by g W in 8 bits, a few rows of logits at a time; where that does not pay it is of all digits."""
+    monkeypatch.setattr(head, "LEAST", 4)
+    torch.manual_seed(0)
+    x, weight = torch.randn(10, 32, requires_grad=True), nn.Parameter(torch.randn(48, 32))
+    labels, b = torch.randint(48, (10,)), nn.Parameter(torch.randn(48)) if bias else None
+    labels[3] = -100
+    found = []
+    for few, pays in ((None, 0), (FewDigits(), 0), (FewDigits(), 40)):
+        monkeypatch.setattr(float8, "pays", lambda device, columns, pays=pays: columns >= pays)
+        with few or contextlib.nullcontext():
+            energy = head.HeadEnergy.apply(x, weight, b, labels, -100, False, few)
+        found.append((energy.detach(), *torch.autograd.grad(energy.sum(), x)))
+    (energy, grad), (few_energy, few_grad), (_, half) = found
+    assert not torch.equal(few_energy, energy)
+    torch.testing.assert_close(few_energy, energy, rtol=0.05, atol=0.1)
+    for other in (few_grad, half):
+        assert not torch.equal(other, grad)
+        assert (other - grad).norm() < 0.2 * grad.norm()
+        assert not other[3].any()
+    assert (half - grad).norm() < (few_grad - grad).norm()
+
+
 def products(module, monkeypatch, **options) -> list[tuple[int, ...]]:
     """The shapes of the weights that a training step rounds, in T = 2."""
     found = []
@@ -272,9 +297,12 @@ def products(module, monkeypatch, **options) -> list[tuple[int, ...]]:
 
 
 def test_every_layer_of_a_transformer(monkeypatch):
-    """For each block the projections of attention and the two of its feed-forward layer, and the head; one pass."""
+    """For each block the projections of attention and the two of its feed-forward layer, and twice the head: one pass.
+
+    The head's gradient is made with its logits.
+    """
     block = [(96, 32), (32, 32), (128, 32), (32, 128)]
-    assert products(transformer(), monkeypatch) == [*block, *block, (64, 32)]
+    assert products(transformer(), monkeypatch) == [*block, *block, (64, 32), (64, 32)]
 
 
 def test_multihead_attention(monkeypatch):

@@ -13,6 +13,7 @@ from torch import nn
 
 from pc_triton import float8, reference
 from pc_triton.dispatch import triton_kernels, use_backend
+from pc_triton.kernels import categorical
 from pc_triton.kernels import float8 as kernels
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
@@ -165,6 +166,50 @@ def test_layouts(device):
             same(found, truth)
         for found, truth in zip(kernels.weight_rounded(x, FORWARD), kernels.weight_rounded(x.contiguous(), FORWARD)):
             same(found, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 16), (3, 401), (2, 9000), (0, 7)], ids=str)
+def test_gradient_of_logits(shape, dtype, device):
+    """q - y within the rounding of e5m2 of what float64 has, from logits of any layout; an ignored row is 0."""
+    labels = torch.arange(shape[0], device=device) % shape[1]
+    mu = numbers(*shape, dtype=dtype, device=device).clamp(-30, 10)
+    if len(labels) > 2:
+        labels[2] = -100
+    for logits in (mu, mu.t().contiguous().t()):
+        kept = logits.clone()
+        energy, values, scale = categorical.clamped_categorical_rounded(logits, labels, -100)
+        assert torch.equal(logits, kept)
+        assert values.dtype == GRADIENT
+        assert values.is_contiguous()
+        assert scale.shape == (shape[0], 1)
+        exact = logits.double()
+        truth = reference.clamped_categorical_gradient_(exact, labels, -100)
+        torch.testing.assert_close(energy.double(), truth, rtol=1e-5, atol=1e-5)
+        error = (values.double() * scale - exact).abs()
+        assert (error <= (2.0**-3 + 1e-4) * exact.abs() + 2.0**-32).all()
+        assert (values.double()[labels == -100] == 0).all()
+        found = [values, *(reference.clamped_categorical_rounded(logits, labels, -100)[1:2])]
+        assert torch.equal(scale, reference.clamped_categorical_rounded(logits, labels, -100)[2])
+        assert found[0].shape == found[1].shape
+        difference = (found[0].float() - found[1].float()).abs() / 2.0**15
+        assert (difference <= 0.25 * exact.abs() + 2.0**-31).all(), "a tie may fall either way"
+        assert (difference > 0).sum() <= 0.01 * difference.numel()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "give one to each of the 2 rows"),
+        ({"labels": torch.zeros(2)}, TypeError, "cast them to int64"),
+        ({"mu": torch.zeros(2, 3).double()}, TypeError, "float64"),
+        ({"mu": torch.zeros(2, 0)}, ValueError, "mu has no columns"),
+    ],
+)
+def test_wrong_arguments_of_logits(changes, error, text):
+    given = {"mu": torch.zeros(2, 3), "labels": torch.zeros(2, dtype=torch.int64), "ignore_index": -100} | changes
+    with pytest.raises(error, match=text):
+        categorical.clamped_categorical_rounded(**given)
 
 
 @pytest.mark.parametrize("launch", [kernels.rows_rounded, kernels.weight_rounded])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +95,7 @@ class Deep(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [inputs] + [width] * depth
-        self.layers = nn.ModuleList(pc.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(pc.Linear(a, b) for a, b in pairwise(sizes))
         self.norms = nn.ModuleList(nn.LayerNorm(width) if normalised else nn.Identity() for _ in range(depth))
         self.last = nn.Linear(width, 10)
         self.residual = residual

@@ -146,6 +146,24 @@ def test_the_rules_move_the_displacement():
         assert free_energy.displacement == pytest.approx(before * factor)
 
 
+def test_the_largest_settled_displacement(monkeypatch):
+    """The first from above whose report says so; the default where none does."""
+
+    def settles_below(limit):
+        class Fake:
+            def __init__(self, model, displacement):
+                self.settled = float(displacement <= limit)
+
+            def report(self, x, y):
+                return self
+
+        return Fake
+
+    for limit, expected in ((1.0, 0.3), (0.05, 0.03), (0.002, 0.003)):
+        monkeypatch.setattr(displacement.pc, "FreeEnergy", settles_below(limit))
+        assert displacement.largest_settled(None, None, None) == expected
+
+
 @pytest.mark.parametrize("bet", BETS, ids=lambda module: module.__name__)
 def test_tables_of_the_page_are_the_files(bet, monkeypatch):
     """A table in docs/bets.md is what the results file gives, and every run behind it is there."""

@@ -313,7 +313,7 @@ def rule_table(tests: Sequence[Sequence[Sequence[Record]]]) -> str:
 
 def plot(grids: Any, tests: Any, png: Path) -> None:
     """The score over the displacement; the best displacement over what settles at 0.1; the rules' mean scores."""
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure = Figure(figsize=(15, 6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for grid in grids:
         settings = grid[0][0]["settings"]
@@ -322,18 +322,21 @@ def plot(grids: Any, tests: Any, png: Path) -> None:
         style = "--" if settings.get("depth", 0) >= 30 else "-"
         points = sorted((records[0]["settings"]["displacement"], value(records)) for records in grid)
         zero = value(at_default(grid))
-        left.plot([d for d, _ in points], [v - zero for _, v in points], style, color=color, label=name(settings))
+        kind = name(settings).partition(", gain")[0]
+        left.plot([d for d, _ in points], [v - zero for _, v in points], style, color=color, label=kind)
         settled = measured(at_default(grid), "before", "settled")
         if settled is not None:
             middle.plot(settled, best(grid)[0]["settings"]["displacement"], "o", color=color)
+    lines, labels = left.get_legend_handles_labels()
     left.axhline(0, color="gray", linewidth=0.8)
     left.set(xscale="log", xlabel="displacement", ylabel="logarithm of the loss, less that at 0.003")
-    left.legend(fontsize="xx-small")
+    kinds_and_depths = dict(zip(reversed(labels), reversed(lines)))  # each once
+    figure.legend(kinds_and_depths.values(), kinds_and_depths.keys(), loc="outside lower center", ncols=5)
     middle.set(yscale="log", xlabel="settled at 0.1, before training", ylabel="best displacement")
     columns = list(zip(*tests))
-    labels = [label(column[0][0]["settings"]) for column in columns]
-    right.bar(labels, [mean(map(value, column)) for column in columns], color="C4")
-    for column, place in zip(columns, labels):
+    methods = [label(column[0][0]["settings"]) for column in columns]
+    right.bar(methods, [mean(map(value, column)) for column in columns], color="C4")
+    for column, place in zip(columns, methods):
         right.plot([place] * len(column), list(map(value, column)), "k.", markersize=4)
     right.set(ylabel="logarithm of the loss, FashionMNIST networks")
     right.tick_params("x", rotation=30)

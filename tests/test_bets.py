@@ -166,12 +166,15 @@ def test_the_largest_settled_displacement(monkeypatch):
 
 @pytest.mark.parametrize("bet", BETS, ids=lambda module: module.__name__)
 def test_tables_of_the_page_are_the_files(bet, monkeypatch):
-    """A table in docs/bets.md is what the results file gives, and every run behind it is there."""
+    """A table in docs/bets.md is what the results file gives, and every run behind it is there; or it says so."""
+    text = (ROOT / "docs" / "bets.md").read_text(encoding="utf-8")
     out = ROOT / "bench" / "results" / f"{bet.__name__}.json"
+    if not out.exists():
+        assert f"`{bet.__name__.removeprefix('bets_')}` was not run yet" in text
+        return
     monkeypatch.setattr(bet, "plot", lambda *_: None)
     monkeypatch.setattr(bet, "run", lambda *_, **__: pytest.fail("a run is missing"))
     monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
     tables = bet.reproduce(Path("data"), False, out, 1).split("\n\n")
-    text = (ROOT / "docs" / "bets.md").read_text(encoding="utf-8")
     assert not [table for table in tables if table not in text]
     assert not [r for r in json.loads(out.read_text())["runs"] if r["commit"].endswith("-dirty")]

@@ -642,7 +642,8 @@ def _clamped_backward(
 
 @triton.jit
 def clamp_rows(
-    mu_ptr,  # [R, C] in rows of that stride, overwritten by scale dE/dmu
+    mu_ptr,  # [R, C] in rows of that stride
+    grad_ptr,  # the same, for scale dE/dmu; it may be mu_ptr
     labels_ptr,  # [R] integers
     rows,  # [ROWS, 1]
     n_rows,
@@ -652,7 +653,7 @@ def clamp_rows(
     scale,
     COLS: tl.constexpr,
 ):
-    """E = log sum e^mu - mu_y ``[ROWS, 1]`` of whole rows, and scale (q - y) in mu's place; both 0 where ignored."""
+    """E = log sum e^mu - mu_y ``[ROWS, 1]`` of whole rows, and scale (q - y); both 0 where ignored."""
     inside = rows < n_rows
     peak = tl.full(rows.shape, float("-inf"), tl.float32)
     total = tl.zeros(rows.shape, tl.float32)
@@ -672,27 +673,31 @@ def clamp_rows(
         mask = inside & (cols < n_columns)
         mu = tl.load(mu_ptr + (rows * stride + cols), mask=mask, other=float("-inf")).to(tl.float32)
         grad = softmax(mu, mask, settled) - tl.where(cols == labels, 1.0, 0.0)
-        tl.store(mu_ptr + (rows * stride + cols), tl.where(kept, scale * grad, 0.0), mask=mask)
+        grad = tl.where(kept, scale * grad, 0.0).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + (rows * stride + cols), grad, mask=mask)
     return tl.where(kept, (settled[0] - target) - tl.log(settled[1]), 0.0)
 
 
 @triton.jit
 def _clamped_gradient(
-    mu_ptr,  # [R, C], overwritten by dE/dmu
+    mu_ptr,  # [R, C]
+    grad_ptr,  # [R, C] of a float8; None: dE/dmu overwrites mu
     labels_ptr,  # [R] integers
     energy_ptr,  # [R] float32
     n_rows,
     n_columns,
     ignore_index,
+    SCALE: tl.constexpr,  # of dE/dmu as it is written
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """E = log sum e^mu - mu_y, and dE/dmu = q - y in mu's place: the clamped forward and backward in one launch.
+    """E = log sum e^mu - mu_y, and dE/dmu = q - y, as in mu's place: the clamped forward and backward in one.
 
     A program takes ROWS whole rows. Floor, bytes per element: read mu, write dE/dmu; mu is read twice.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    energy = clamp_rows(mu_ptr, labels_ptr, rows, n_rows, n_columns, n_columns, ignore_index, 1.0, COLS)
+    to_ptr = mu_ptr if grad_ptr is None else grad_ptr
+    energy = clamp_rows(mu_ptr, to_ptr, labels_ptr, rows, n_rows, n_columns, n_columns, ignore_index, SCALE, COLS)
     tl.store(energy_ptr + rows, energy, mask=rows < n_rows)
 
 
@@ -783,18 +788,43 @@ def clamped_categorical_gradient_(mu: Tensor, labels: Tensor, ignore_index: int)
     mu: contiguous; its rows of an ignored label become 0. The rest is as in `clamped_categorical_forward`.
     Raises ValueError for strides, a shape or device that does not fit, TypeError for a dtype that does not.
     """
+    if not mu.is_contiguous():
+        raise ValueError("mu is not contiguous and is overwritten: give mu.contiguous()")
+    return _gradient(mu, None, labels, ignore_index, 1.0)
+
+
+def clamped_categorical_rounded(mu: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """E as in `clamped_categorical_gradient_`, and dE/dmu in 8 bits: values ``[R, C]`` float8_e5m2, scale ``[R, 1]``.
+
+    No part of q - y is larger than 1, so that one scale does for all rows, 2^-15; below 2^-32 it is 0. mu stays as it
+    is, of any strides.
+    """
+    values = torch.empty(mu.shape, dtype=torch.float8_e5m2, device=mu.device)
+    energy = _gradient(mu.contiguous(), values, labels, ignore_index, 2.0**15)
+    return energy, values, torch.full((len(mu), 1), 2.0**-15, dtype=torch.float32, device=mu.device)
+
+
+def _gradient(mu: Tensor, grad: Tensor | None, labels: Tensor, ignore_index: int, scale: float) -> Tensor:
     check_labels(mu, labels)
     n_rows, n_columns = mu.shape
     if n_columns == 0 and n_rows:
         raise ValueError("mu has no columns: give each row at least one category")
-    if not mu.is_contiguous():
-        raise ValueError("mu is not contiguous and is overwritten: give mu.contiguous()")
     energy = torch.empty(n_rows, dtype=torch.float32, device=mu.device)
     if n_rows:
         rows, cols, warps = tile(n_columns, 1024, LONG)
         with on_device(mu):
             _clamped_gradient[(cdiv(n_rows, rows),)](
-                mu, labels.contiguous(), energy, n_rows, n_columns, ignore_index, ROWS=rows, COLS=cols, num_warps=warps,
+                mu,
+                grad,
+                labels.contiguous(),
+                energy,
+                n_rows,
+                n_columns,
+                ignore_index,
+                SCALE=scale,
+                ROWS=rows,
+                COLS=cols,
+                num_warps=warps,
                 **UNFUSED,
-            )  # fmt: skip
+            )
     return energy

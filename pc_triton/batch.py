@@ -275,7 +275,7 @@ class Batch(Nodes):
 
     def warn_if_none_is_free(self) -> None:
         """Warn, once for a model, where y is clamped and there is no state to move."""
-        if self.output.target is None or any(node.state is not None for node in self.nodes):
+        if self.output.target is None or any(node.is_free for node in self.nodes):
             return
         visited = ", ".join(repr(node.name) for node in self.nodes)
         self.calls.say(

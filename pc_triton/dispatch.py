@@ -30,7 +30,7 @@ _fusing: bool | None = None
 _chaining: bool | None = None
 _triton: Any = None
 OLDEST_TRITON = (3, 6)
-ENDINGS = ("_forward", "_step", "_backward", "_gradient_", "_fall")
+ENDINGS = ("_forward", "_step", "_backward", "_gradient_", "_fall", "_rounded")
 
 TUNED = Path(__file__).with_name("tuned.json")
 """Measured times by device, by dtype ("tf32": float32 whose products may be): in "linear" rows [rows, N, K, ratio], how
@@ -58,6 +58,7 @@ def triton_kernels() -> Any:
                 categorical,
                 common,
                 fall,
+                float8,
                 gaussian,
                 gaussian_logvar,
                 guard,
@@ -69,7 +70,7 @@ def triton_kernels() -> Any:
             raise ImportError(f"the Triton kernels need triton: pip install 'pc_triton[gpu]' ({error})") from error
         launchers: dict[str, Any] = {}
         nodes = (gaussian, gaussian_logvar, bernoulli, laplace, student_t, categorical, attention, attention_first)
-        for module in (*nodes, linear, fall, guard):
+        for module in (*nodes, linear, fall, guard, float8):
             launchers.update({k: v for k, v in vars(module).items() if k.endswith(ENDINGS)})
         more = {"WIDEST": attention.WIDEST, "product_precision": common.product_precision}
         _triton = SimpleNamespace(**launchers, **more)

@@ -63,6 +63,10 @@ class Gaussian(Distribution):
     def node_forward(self, mu, state, pi, unit, *, form):
         return backend(mu).gaussian_forward(mu, state, self._precision(pi, unit), form=form)
 
+    def moved_forward(self, mu, grad, pi, unit, move):
+        """`node_forward` in error form after the move from e = 0 by that gradient, of which no state is made."""
+        return backend(mu).gaussian_forward(mu, grad, self._precision(pi, unit), form="error", move=move)
+
     def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
         return backend(mu).gaussian_step(mu, state, grad, self._precision(pi, unit), keep, move, **options)
 

@@ -105,8 +105,11 @@ class ModelPass:
             if not self.again:
                 self.output_mu = mu
             return mu
-        if node.state is None:
+        if not node.is_free:
             return self._record(node, self._at_prediction(node, mu))
+        if node.only_move is not None and self._needs_no_state(mu):
+            return self._record(node, *Emit.apply(mu, self.anchor, node, self, self.form, None))
+        assert node.state is not None
         node.state = as_state(node.state)  # an order or a rule of the user's may have permuted it
         if self.shows:
             node.u = wide(mu.detach()) + node.state if self.form == "error" else node.state.clone()
@@ -231,6 +234,11 @@ class ModelPass:
         if self.shows:
             node.energy = self.energies[-1]
         return leaf
+
+    def _needs_no_state(self, mu: Tensor) -> bool:
+        """Whether a kernel may compute e where it reads the gradient that moved it: in the learning pass alone."""
+        shows = self.shows or self.local or self.batch.places is not None
+        return self.learns and not shows and backend(mu) is not reference
 
     def _is_mu_plus_e(self, node: Node, mu: Tensor) -> bool:
         """Whether the node is left to plain autograd: elsewhere one kernel has the sum, its energy and the move."""

@@ -36,6 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arithmetic import Step, divergence, error_of, kept, mean_square, moved_by, per_sample, sent, sum_samples, wide
+from .reference_float8 import rows_rounded as rows_rounded
+from .reference_float8 import weight_rounded as weight_rounded
 from .reference_softmax import attention_fall as attention_fall
 from .reference_softmax import attention_first_step as attention_first_step
 from .reference_softmax import attention_forward as attention_forward
@@ -46,6 +48,7 @@ from .reference_softmax import categorical_step as categorical_step
 from .reference_softmax import clamped_categorical_backward as clamped_categorical_backward
 from .reference_softmax import clamped_categorical_forward as clamped_categorical_forward
 from .reference_softmax import clamped_categorical_gradient_ as clamped_categorical_gradient_
+from .reference_softmax import clamped_categorical_rounded as clamped_categorical_rounded
 from .reference_softmax import log_softmax as log_softmax
 from .reference_softmax import mask_logits as mask_logits
 
@@ -76,8 +79,15 @@ def guard_step(state: Tensor, accepted: Tensor, rose: Tensor) -> tuple[Tensor, T
 # Gaussian with a fixed variance: E = pi sum d^2 / 2, where pi holds 1 / sigma^2 as well.
 
 
-def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
-    """Emission u and energy ``pi |u - mu|^2 / 2`` of a Gaussian of fixed variance."""
+def gaussian_forward(
+    mu: Tensor, state: Tensor, precision: Tensor, *, form: str, move: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Emission u and energy ``pi |u - mu|^2 / 2`` of a Gaussian of fixed variance.
+
+    move: in error form the state is g instead, and ``e = -(move / pi) g``: the first move, of which no state is kept.
+    """
+    if move is not None:
+        state = moved_by(None, wide(state), move, move / precision)
     if form == "error":
         u, d = mu + state.to(mu.dtype), error_of(state, mu)
     else:

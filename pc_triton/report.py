@@ -148,7 +148,7 @@ class Report:
         unreached = [] if settled else [(number, node) for number, node in numbered if node.energy == 0]
         if late:
             have, most = ("has" if len(late) == 1 else "have"), max(node.residual for _, node in late)
-            said.append(f"N{_named(late)[1:]} {have} not settled: the residual is {most:.2g}.")
+            said.append(f"{_named(late, 'Node')} {have} not settled: the residual is {most:.2g}.")
         if unreached:
             said.append(f"The error has not reached {_named(unreached)}.")
         if last > first:
@@ -201,11 +201,11 @@ class Report:
         )
 
 
-def _named(pairs: Sequence[tuple[int, NodeReport]]) -> str:
+def _named(pairs: Sequence[tuple[int, NodeReport]], node: str = "node") -> str:
     """As in: nodes 3 (`a`), 4 (`b`) and 2 more."""
     names = ", ".join(f"{number} (`{node.name}`)" for number, node in pairs[:3])
     more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
-    return f"node{'s' if len(pairs) > 1 else ''} {names}{more}"
+    return f"{node}{'s' if len(pairs) > 1 else ''} {names}{more}"
 
 
 def words(report: Report) -> str:

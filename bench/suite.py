@@ -483,7 +483,7 @@ def tuning(runs: Sequence[Record], task: str) -> str:
 
 
 def plot(runs: Sequence[Record], png: Path) -> None:
-    """A panel a task: each method's difference to backpropagation and its interval, over the products of a step."""
+    """A panel a task: each method's difference to backpropagation, with its interval."""
     tasks = [name for name in TASKS if len(by_method(runs, name)) > 1]
     figure = Figure(figsize=(4.2 * max(len(tasks), 1), 4.2), layout="constrained")
     for number, name in enumerate(tasks):

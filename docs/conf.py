@@ -14,7 +14,7 @@ import pc_triton  # noqa: E402
 PAGES = {  # the sidebar: caption, then the pages below it
     "Guides": """quick_start in_your_program command_line order_and_steps report beyond_defaults methods core layout
         distribution kernel programs errors coming_from large_runs experiments benchmark bets versions changes""",
-    "Notebooks": "notebooks/index notebooks/*",
+    "Notebooks": "notebooks/index notebooks/pc_in_ten_minutes notebooks/*",
     "API": "api/free_energy api/layers api/distributions api/reference",
 }
 

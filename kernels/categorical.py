@@ -651,6 +651,7 @@ def clamp_rows(
     stride,
     ignore_index,
     scale,
+    scale_ptr,  # [R] float32, or None: the gradient is then in units of its row's, which make that of the label -2^15
     COLS: tl.constexpr,
 ):
     """E = log sum e^mu - mu_y ``[ROWS, 1]`` of whole rows, and scale (q - y); both 0 where ignored."""
@@ -667,6 +668,11 @@ def clamp_rows(
         peak, total, _, _ = online_softmax(mu, mask, peak, total)
     settled = settle(peak, total)
     kept = labels != ignore_index
+    if scale_ptr is not None:
+        largest = tl.where(kept & a_column, 1.0 - softmax(target, a_column, settled), 0.0)
+        largest = tl.maximum(largest, 1.0 / 1048576.0)
+        tl.store(scale_ptr + rows, largest / 32768.0, mask=inside)
+        scale = 32768.0 / largest
     tl.debug_barrier()  # another warp's target may lie where this one writes
     for start in range(0, n_columns, COLS):
         cols = start + tl.arange(0, COLS)[None, :]
@@ -681,13 +687,13 @@ def clamp_rows(
 @triton.jit
 def _clamped_gradient(
     mu_ptr,  # [R, C]
-    grad_ptr,  # [R, C] of a float8; None: dE/dmu overwrites mu
+    grad_ptr,  # [R, C] float8_e5m2; None: dE/dmu overwrites mu
+    scale_ptr,  # [R] float32: dE/dmu is scale times what is in grad_ptr; None without that
     labels_ptr,  # [R] integers
     energy_ptr,  # [R] float32
     n_rows,
     n_columns,
     ignore_index,
-    SCALE: tl.constexpr,  # of dE/dmu as it is written
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -697,7 +703,9 @@ def _clamped_gradient(
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     to_ptr = mu_ptr if grad_ptr is None else grad_ptr
-    energy = clamp_rows(mu_ptr, to_ptr, labels_ptr, rows, n_rows, n_columns, n_columns, ignore_index, SCALE, COLS)
+    energy = clamp_rows(
+        mu_ptr, to_ptr, labels_ptr, rows, n_rows, n_columns, n_columns, ignore_index, 1.0, scale_ptr, COLS
+    )
     tl.store(energy_ptr + rows, energy, mask=rows < n_rows)
 
 
@@ -790,21 +798,21 @@ def clamped_categorical_gradient_(mu: Tensor, labels: Tensor, ignore_index: int)
     """
     if not mu.is_contiguous():
         raise ValueError("mu is not contiguous and is overwritten: give mu.contiguous()")
-    return _gradient(mu, None, labels, ignore_index, 1.0)
+    return _gradient(mu, None, None, labels, ignore_index)
 
 
 def clamped_categorical_rounded(mu: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """E as in `clamped_categorical_gradient_`, and dE/dmu in 8 bits: values ``[R, C]`` float8_e5m2, scale ``[R, 1]``.
 
-    No part of q - y is larger than 1, so that one scale does for all rows, 2^-15; below 2^-32 it is 0. mu stays as it
-    is, of any strides.
+    No part of q - y is larger than that of the label, 1 - q_y, which is half of the whole. The scale is
+    2^-15 times its size, so that it is exact, and what is below 2^-17 of it 0. mu stays as it is, of any strides.
     """
     values = torch.empty(mu.shape, dtype=torch.float8_e5m2, device=mu.device)
-    energy = _gradient(mu.contiguous(), values, labels, ignore_index, 2.0**15)
-    return energy, values, torch.full((len(mu), 1), 2.0**-15, dtype=torch.float32, device=mu.device)
+    scale = torch.empty(mu.shape[0], 1, dtype=torch.float32, device=mu.device)
+    return _gradient(mu.contiguous(), values, scale, labels, ignore_index), values, scale
 
 
-def _gradient(mu: Tensor, grad: Tensor | None, labels: Tensor, ignore_index: int, scale: float) -> Tensor:
+def _gradient(mu: Tensor, grad: Tensor | None, scale: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor:
     check_labels(mu, labels)
     n_rows, n_columns = mu.shape
     if n_columns == 0 and n_rows:
@@ -816,12 +824,12 @@ def _gradient(mu: Tensor, grad: Tensor | None, labels: Tensor, ignore_index: int
             _clamped_gradient[(cdiv(n_rows, rows),)](
                 mu,
                 grad,
+                scale,
                 labels.contiguous(),
                 energy,
                 n_rows,
                 n_columns,
                 ignore_index,
-                SCALE=scale,
                 ROWS=rows,
                 COLS=cols,
                 num_warps=warps,

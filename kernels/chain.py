@@ -294,7 +294,7 @@ def _chain(
         if LABELS:
             energy += clamp_rows(
                 grad_ptr + layer[4], grad_ptr + layer[4], target_ptr, rows, S, layer[2], stride, ignore_index, weight,
-                COLS,
+                None, COLS,
             )  # fmt: skip
         else:
             energy += _clamp_values(grad_ptr + layer[4], target_ptr, rows, inside, weight, layer[2], stride, COLS)

@@ -3,7 +3,8 @@
 A number in 8 bits is a float8 times a scale, which each row of an operand shares, and of a weight all rows. A scale is
 a power of two, so that scaling rounds nothing: what is lost is the rounding to float8 alone, 2^-4 of a number in e4m3
 and 2^-3 in e5m2. Operands of the forward products are in e4m3. Gradients reach farther, and are in e5m2 (Micikevicius
-et al. 2022, arXiv 2209.05433). ``kernels/float8.py`` says why the scales are those of rows, and counts the bytes.
+et al. 2022, arXiv 2209.05433); that of a row of the head's logits has its largest part, the label's, for a unit.
+``kernels/float8.py`` says why the scales are those of rows, and counts the bytes.
 """
 
 from __future__ import annotations

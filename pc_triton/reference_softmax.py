@@ -258,11 +258,11 @@ def clamped_categorical_gradient_(mu: Tensor, labels: Tensor, ignore_index: int)
 def clamped_categorical_rounded(mu: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """-log q_y per row ``[R]``, and dE/dmu = q - y in 8 bits: values ``[R, C]`` float8_e5m2, scale ``[R, 1]``.
 
-    No part of q - y is larger than 1: one scale does for all.
+    No part of q - y is larger than that of the label. Its size is the row's scale times 2^15, so that it is exact.
     """
     energy, grad = _clamped(mu, labels, ignore_index)
-    scale = torch.full((len(mu), 1), 2.0**-15, dtype=torch.float32, device=mu.device)
-    return energy, (grad * 2.0**15).to(torch.float8_e5m2), scale
+    largest = grad.amin(-1, keepdim=True).neg().clamp_min(2.0**-20)
+    return energy, (grad / largest * 2.0**15).to(torch.float8_e5m2), (largest * 2.0**-15).float()
 
 
 def _clamped(mu: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

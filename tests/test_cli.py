@@ -752,6 +752,7 @@ def test_two_processes_one_of_which_is_killed(tmp_path, data, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="gloo")
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="its FSDP2 has no streams on a CPU")
 @pytest.mark.parametrize("more", ["", "--method bp --micro-batch 1", "--order incremental"])
 def test_a_sharded_run(tmp_path, data, capsys, more):
     """Two processes train as one does, and two, or one with the whole model, go on with their checkpoint."""

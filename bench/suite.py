@@ -225,17 +225,16 @@ def decoder(inputs: int, hidden: int, layer: type[nn.Linear]) -> nn.Sequential:
     )  # fmt: skip
 
 
-SQUARED = "squared error of a pixel, 1e-3"
 TASKS: dict[str, Task] = {
     "mlp-fashion": Task("fashion", "two tanh layers on FashionMNIST", mlp, 200, 128, 5000, 512),
     "memory": Task(
         "fashion", "64 images of FashionMNIST stored, their lower halves recalled from their upper ones", decoder,
-        100, 128, 3000, 512, f"{SQUARED} of the lower halves", batch=64,
+        100, 128, 3000, 512, "squared error of a pixel of the lower halves, 1e-3", batch=64,
     ),
     "conv-fashion": Task("fashion", "two strided convolutions on FashionMNIST", convolutional, 60, 8, 5000, 64),
     "decoder": Task(
         "fashion", "a decoder of FashionMNIST from an inferred latent state", decoder,
-        100, 128, 5000, 512, f"{SQUARED} of test images",
+        100, 128, 5000, 512, "squared error of a pixel of test images, 1e-3",
     ),
     "mlp-mnist": Task("mnist", "two tanh layers on MNIST", mlp, 100, 128, 5000, 512),
 }  # fmt: skip

@@ -38,8 +38,8 @@ from pc_triton.evaluate import perplexity, regime
 TASKS = ("mnist", "careful", "residual", "adding")
 STEPS = {"adding": 480, "text": 120}
 IMAGE_STEPS = 240
-TRIALS, TEXT_TRIALS = 12, 3
-BEST_OF = (1, 2, 4, 8)
+TRIALS, TEXT_TRIALS = 20, 3
+BEST_OF = (1, 2, 4, 8, 16)
 RESAMPLED = 1000
 REPORTED = 6
 """So many trials of a task also say how settled inference is at their end."""

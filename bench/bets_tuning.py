@@ -38,7 +38,7 @@ from pc_triton.evaluate import perplexity, regime
 TASKS = ("mnist", "careful", "residual", "adding")
 STEPS = {"adding": 480, "text": 120}
 IMAGE_STEPS = 240
-TRIALS, TEXT_TRIALS = 16, 3
+TRIALS, TEXT_TRIALS = 16, 8
 BEST_OF = (1, 2, 4, 8, 16)
 RESAMPLED = 1000
 REPORTED = 6

@@ -1,4 +1,4 @@
-"""Bet: large batches. PC at the batch B against BP at 5/3 B, at equal steps and products, as B grows."""
+"""Bet: large batches. PC at the batch B against BP at 5/3 B, at equal steps and products, and BP at 5/3 of the steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bet: large batches. PC at the batch B against BP at 5/3 B, at equal steps and products, and BP at 5/3 of the steps."""
+"""Bet: large batches. PC at the batch B against BP at 5/3 B or of the steps, at equal products."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pc_triton as pc
-from pc_triton import reference
+from pc_triton import float8, reference
 from pc_triton.dispatch import backend, use_chain
 from pc_triton.head import HeadEnergy
 
@@ -151,6 +151,32 @@ def guard(device: str) -> Case:
         return calls | ({"eager": partial(reference.guard_step, state, accepted, rose)} if device == "cuda" else {})
 
     return Case("guard", device, elements, 8, 0, build)
+
+
+def rounding(device: str, rows: int, columns: int) -> Case:
+    """An operand rounded to 8 bits, row by row; the rival is plain torch."""
+    dtype = DTYPE[device]
+
+    def build() -> dict[str, Call]:
+        x = torch.randn(rows, columns, dtype=dtype, device=device)
+        calls: dict[str, Call] = {"pc_triton": partial(float8.rounded, x, float8.FORWARD)}
+        eager = partial(reference.rows_rounded, x, float8.FORWARD)
+        return calls | ({"eager": eager} if device == "cuda" else {})
+
+    return Case(f"float8 {rows} rows of {columns}", device, rows * columns, dtype.itemsize + 1, 2, build)
+
+
+def rounding_weight(device: str, rows: int, columns: int) -> Case:
+    """A weight rounded to 8 bits, as it lies and transposed; it is read once more for its largest number."""
+    dtype = DTYPE[device]
+
+    def build() -> dict[str, Call]:
+        weight = torch.randn(rows, columns, dtype=dtype, device=device)
+        calls: dict[str, Call] = {"pc_triton": lambda: float8.Weight(weight).rounded}
+        eager = partial(reference.weight_rounded, weight, float8.FORWARD)
+        return calls | ({"eager": eager} if device == "cuda" else {})
+
+    return Case(f"float8 weight {rows}x{columns}", device, rows * columns, 2 * dtype.itemsize + 2, 2, build)
 
 
 def language_head(device: str, rows: int, width: int, columns: int, learns: bool) -> Case:
@@ -326,6 +352,9 @@ def cases(device: str) -> Iterator[Case]:
     for columns in (2**15, 2**18):
         yield clamped(device, columns)
     yield guard(device)
+    for columns in (2**10, 2**13):
+        yield rounding(device, elements // columns, columns)
+    yield rounding_weight(device, elements // 2**14, 2**11 if device == "cuda" else 2**8)
     for samples, width in ((512, 128), (2048, 256)):
         yield chain(device, samples, width, 4)
     head = (16384, 2048, 32768) if device == "cuda" else (1024, 64, 2048)

@@ -177,6 +177,8 @@ def measure(
     pythons: dict[str, str], device: str, turns: int, steps: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """A row for each method whose python is given: its ratio to backpropagation (median, quartiles), its accuracy."""
+    from tqdm import tqdm as progress  # a rival's python may have none
+
     workers: dict[str, Worker] = {}
     try:
         for name, (kind, _) in METHODS.items():
@@ -185,7 +187,7 @@ def measure(
                 workers[name] = Worker(name, pythons[kind], device)
                 workers[name].read()  # one after the other: compiling takes both processors
         ratios: dict[str, list[float]] = {name: [] for name in workers}
-        for _ in range(turns):
+        for _ in progress(range(turns), "turns", unit="turn", disable=None):
             seconds = {name: w.ask(str(steps)) for name, w in workers.items()}
             for name, s in seconds.items():
                 ratios[name].append(s / seconds["backpropagation"])

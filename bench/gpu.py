@@ -98,11 +98,11 @@ def training_cases(options: argparse.Namespace) -> Iterator[Case]:
     import training
 
     sizes = [training.Size(32, 2, 1, 64, 16, 2)] if options.quick else training.SIZES[options.device]
-    default, base = "PC, T=3", "BP, eager" if options.quick else "BP, torch.compile"
+    default, base = "PC, T=2", "BP, eager" if options.quick else "BP, torch.compile"
     first = [(base, False), (default, False), (default, True)]
     others = [("BP, eager", False), *((f"{default}, {how}", False) for how in ("torch.compile", "compile()"))]
-    others += [("PC, T=1", False), ("PC, T=2", False), ("PC, T=2, inference in 8 bits", False)]
-    others += [("PC by plain autograd, T=3", False), ("PC, T=1", True)]
+    others += [(f"{default}, inference in 8 bits", False), ("PC, T=1", False), ("PC, T=3", False)]
+    others += [("PC by plain autograd, T=2", False), ("PC, T=1", True)]
     todo = [(size, *case) for size in sizes for case in first]
     if not options.quick:
         todo += [(size, *case) for size in sizes for case in others]

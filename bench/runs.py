@@ -56,7 +56,7 @@ def save(out: Path, results: dict[str, Any]) -> None:
 def complete(out: Path, wanted: Sequence[Settings], run: Callable[[Settings], Record], jobs: int) -> list[Record]:
     """The records of these runs, in their order; those not in the file are made, ``jobs`` at once.
 
-    run: a function of a module (a process of its own imports it).
+    run: a function of a module (a process of its own imports it). jobs: 0 makes them here, in this process.
     """
     results = load(out)
 
@@ -65,14 +65,23 @@ def complete(out: Path, wanted: Sequence[Settings], run: Callable[[Settings], Re
 
     todo = [settings for settings in wanted if find(settings) is None]
     made_by = commit()
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
     out.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(settings: Settings, record: Record) -> None:
+        results["runs"].append({"settings": settings, "commit": made_by, **record})
+        save(out, results)
+
+    if jobs == 0:
+        for settings in todo:
+            keep(settings, run(settings))
+        return [record for settings in wanted if (record := find(settings)) is not None]
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run, settings): settings for settings in todo}
         try:
-            for future in tqdm(as_completed(futures), "runs", len(wanted), initial=len(wanted) - len(todo)):
-                results["runs"].append({"settings": futures[future], "commit": made_by, **future.result()})
-                save(out, results)
+            done = len(wanted) - len(todo)  # no bar in a log: disable=None
+            for future in tqdm(as_completed(futures), "runs", len(wanted), initial=done, unit="run", disable=None):
+                keep(futures[future], future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

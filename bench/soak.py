@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from runs import commit
+from tqdm import tqdm
 
 from pc_triton import train as training
 
@@ -53,11 +54,13 @@ def soak(settings: training.Settings) -> dict[str, Any]:
 
     def watched(*arguments: Any) -> Any:
         step = next(counter)
+        bar.update(step - bar.n)
         if step % EVERY == 0:
             samples.append((step, round(resident(), 3)))
         return backward(*arguments)
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(training, "backward", watched):
+    bar = tqdm(total=settings.steps, unit="step", disable=None)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(training, "backward", watched), bar:
         try:
             training.train(settings, folder, device="cpu", quiet=True)
         except KeyboardInterrupt as stopped:

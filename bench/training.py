@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import pc_triton as pc
 from pc_triton.models import Transformer
@@ -143,7 +144,8 @@ def measure(size: Size, device: str, steps: list[int], state: bool, turns: int) 
     torch._dynamo.reset()  # models of other sizes count against the limit of recompilations
     ready: dict[str, Callable[[], None]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, (products, build) in methods(size, device, steps, state).items():
+    given = methods(size, device, steps, state).items()
+    for name, (products, build) in tqdm(given, "building", leave=False, disable=None):
         rows[name] = {"method": name, "size": asdict(size), "attention_state": state, "products": products / 3}
         try:
             if device == "cuda":
@@ -160,7 +162,7 @@ def measure(size: Size, device: str, steps: list[int], state: bool, turns: int) 
         except (RuntimeError, ValueError) as error:
             rows[name]["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     seconds: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(turns):
+    for _ in tqdm(range(turns), "turns", unit="turn", leave=False, disable=None):
         for name, step in ready.items():
             sync()
             start = time.perf_counter()

@@ -642,7 +642,8 @@ def _clamped_backward(
 
 @triton.jit
 def clamp_rows(
-    mu_ptr,  # [R, C] in rows of that stride, overwritten by scale dE/dmu
+    mu_ptr,  # [R, C] in rows of that stride
+    grad_ptr,  # the same, for scale dE/dmu; it may be mu_ptr
     labels_ptr,  # [R] integers
     rows,  # [ROWS, 1]
     n_rows,
@@ -650,9 +651,10 @@ def clamp_rows(
     stride,
     ignore_index,
     scale,
+    scale_ptr,  # [R] float32, or None: the gradient is then in units of its row's, which make that of the label -2^15
     COLS: tl.constexpr,
 ):
-    """E = log sum e^mu - mu_y ``[ROWS, 1]`` of whole rows, and scale (q - y) in mu's place; both 0 where ignored."""
+    """E = log sum e^mu - mu_y ``[ROWS, 1]`` of whole rows, and scale (q - y); both 0 where ignored."""
     inside = rows < n_rows
     peak = tl.full(rows.shape, float("-inf"), tl.float32)
     total = tl.zeros(rows.shape, tl.float32)
@@ -666,19 +668,27 @@ def clamp_rows(
         peak, total, _, _ = online_softmax(mu, mask, peak, total)
     settled = settle(peak, total)
     kept = labels != ignore_index
+    if scale_ptr is not None:
+        largest = tl.where(kept & a_column, 1.0 - softmax(target, a_column, settled), 0.0)
+        largest = tl.maximum(largest, 1.0 / 1048576.0)
+        tl.store(scale_ptr + rows, largest / 32768.0, mask=inside)
+        scale = 32768.0 / largest
     tl.debug_barrier()  # another warp's target may lie where this one writes
     for start in range(0, n_columns, COLS):
         cols = start + tl.arange(0, COLS)[None, :]
         mask = inside & (cols < n_columns)
         mu = tl.load(mu_ptr + (rows * stride + cols), mask=mask, other=float("-inf")).to(tl.float32)
         grad = softmax(mu, mask, settled) - tl.where(cols == labels, 1.0, 0.0)
-        tl.store(mu_ptr + (rows * stride + cols), tl.where(kept, scale * grad, 0.0), mask=mask)
+        grad = tl.where(kept, scale * grad, 0.0).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + (rows * stride + cols), grad, mask=mask)
     return tl.where(kept, (settled[0] - target) - tl.log(settled[1]), 0.0)
 
 
 @triton.jit
 def _clamped_gradient(
-    mu_ptr,  # [R, C], overwritten by dE/dmu
+    mu_ptr,  # [R, C]
+    grad_ptr,  # [R, C] float8_e5m2; None: dE/dmu overwrites mu
+    scale_ptr,  # [R] float32: dE/dmu is scale times what is in grad_ptr; None without that
     labels_ptr,  # [R] integers
     energy_ptr,  # [R] float32
     n_rows,
@@ -687,12 +697,15 @@ def _clamped_gradient(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """E = log sum e^mu - mu_y, and dE/dmu = q - y in mu's place: the clamped forward and backward in one launch.
+    """E = log sum e^mu - mu_y, and dE/dmu = q - y, as in mu's place: the clamped forward and backward in one.
 
     A program takes ROWS whole rows. Floor, bytes per element: read mu, write dE/dmu; mu is read twice.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    energy = clamp_rows(mu_ptr, labels_ptr, rows, n_rows, n_columns, n_columns, ignore_index, 1.0, COLS)
+    to_ptr = mu_ptr if grad_ptr is None else grad_ptr
+    energy = clamp_rows(
+        mu_ptr, to_ptr, labels_ptr, rows, n_rows, n_columns, n_columns, ignore_index, 1.0, scale_ptr, COLS
+    )
     tl.store(energy_ptr + rows, energy, mask=rows < n_rows)
 
 
@@ -783,18 +796,43 @@ def clamped_categorical_gradient_(mu: Tensor, labels: Tensor, ignore_index: int)
     mu: contiguous; its rows of an ignored label become 0. The rest is as in `clamped_categorical_forward`.
     Raises ValueError for strides, a shape or device that does not fit, TypeError for a dtype that does not.
     """
+    if not mu.is_contiguous():
+        raise ValueError("mu is not contiguous and is overwritten: give mu.contiguous()")
+    return _gradient(mu, None, None, labels, ignore_index)
+
+
+def clamped_categorical_rounded(mu: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """E as in `clamped_categorical_gradient_`, and dE/dmu in 8 bits: values ``[R, C]`` float8_e5m2, scale ``[R, 1]``.
+
+    No part of q - y is larger than that of the label, 1 - q_y, which is half of the whole. The scale is
+    2^-15 times its size, so that it is exact, and what is below 2^-17 of it 0. mu stays as it is, of any strides.
+    """
+    values = torch.empty(mu.shape, dtype=torch.float8_e5m2, device=mu.device)
+    scale = torch.empty(mu.shape[0], 1, dtype=torch.float32, device=mu.device)
+    return _gradient(mu.contiguous(), values, scale, labels, ignore_index), values, scale
+
+
+def _gradient(mu: Tensor, grad: Tensor | None, scale: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor:
     check_labels(mu, labels)
     n_rows, n_columns = mu.shape
     if n_columns == 0 and n_rows:
         raise ValueError("mu has no columns: give each row at least one category")
-    if not mu.is_contiguous():
-        raise ValueError("mu is not contiguous and is overwritten: give mu.contiguous()")
     energy = torch.empty(n_rows, dtype=torch.float32, device=mu.device)
     if n_rows:
         rows, cols, warps = tile(n_columns, 1024, LONG)
         with on_device(mu):
             _clamped_gradient[(cdiv(n_rows, rows),)](
-                mu, labels.contiguous(), energy, n_rows, n_columns, ignore_index, ROWS=rows, COLS=cols, num_warps=warps,
+                mu,
+                grad,
+                scale,
+                labels.contiguous(),
+                energy,
+                n_rows,
+                n_columns,
+                ignore_index,
+                ROWS=rows,
+                COLS=cols,
+                num_warps=warps,
                 **UNFUSED,
-            )  # fmt: skip
+            )
     return energy

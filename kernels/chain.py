@@ -293,7 +293,8 @@ def _chain(
         weight = tl.where(t + 1 == steps, tl.load(weight_of_item_ptr), 1.0)
         if LABELS:
             energy += clamp_rows(
-                grad_ptr + layer[4], target_ptr, rows, S, layer[2], stride, ignore_index, weight, COLS
+                grad_ptr + layer[4], grad_ptr + layer[4], target_ptr, rows, S, layer[2], stride, ignore_index, weight,
+                None, COLS,
             )  # fmt: skip
         else:
             energy += _clamp_values(grad_ptr + layer[4], target_ptr, rows, inside, weight, layer[2], stride, COLS)

@@ -48,6 +48,7 @@ def _forward(
     state_ptr,  # [S, n] float32, in error form or bfloat16
     precision_ptr,  # [S] float32
     unit_ptr,  # [S] float32 > 0, or None
+    move_ptr,  # [S] float32: the state is then g, of mu's dtype, and e = -(move / pi) g; or None
     emission_ptr,  # [S, n], mu's dtype
     energy_ptr,  # [S, blocks] float32
     parameter,  # a float, or None
@@ -60,7 +61,7 @@ def _forward(
 ):
     """The emission and pi KL. A program takes COLS elements of ROWS samples.
 
-    Floor, bytes per element: read mu and the state (4 or 2), write the emission.
+    Floor, bytes per element: read mu and the state (4 or 2), or g, and write the emission.
     """
     rows, cols, partial = row_tile(n_samples, n, ROWS, COLS)
     inside = rows < n_samples
@@ -68,6 +69,9 @@ def _forward(
     offsets = rows * n + cols
     mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     state = tl.load(state_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if move_ptr is not None:
+        move = tl.load(move_ptr + rows, mask=inside, other=0.0)
+        state *= -(move / tl.load(precision_ptr + rows, mask=inside, other=1.0))
     u = mu + state if ERROR else state
     d = state if ERROR else state - mu
     if unit_ptr is not None:
@@ -175,14 +179,22 @@ def forward(
     form: str,
     unit: Tensor | None = None,
     parameter: float | None = None,
+    move: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The family's emission, in mu's shape and dtype, and its energy pi KL ``[S]`` (Pinchetti et al. 2022, eq. 5).
 
     mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, contiguous: u in float32, or
-    in error form u - mu in float32 or bfloat16; precision ``[S]`` float32.
+    in error form u - mu in float32 or bfloat16; precision ``[S]`` float32. move ``[S]`` float32: the state is the
+    gradient g instead, as mu is of any dtype and strides, and e = -(move / pi) g; for a linear family in error form.
     Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
     """
-    check_node(mu, state, precision, form)
+    check_node(mu, state if move is None else None, precision, form)
+    if move is not None:
+        if form != "error" or not family.linear:
+            raise ValueError("move is for the error form of a family whose step is linear: give the state itself")
+        check("move", move, mu, precision.shape, coefficient=True)
+        check("grad", state, mu, mu.shape)
+        state = state.contiguous()
     unit = _scale(unit, precision, family)
     samples, emission = len(precision), torch.empty_like(mu, memory_format=torch.contiguous_format)
     if mu.numel() == 0:
@@ -197,6 +209,7 @@ def forward(
             state,
             precision.contiguous(),
             unit,
+            packed(move),
             emission,
             energy,
             parameter,

@@ -29,14 +29,17 @@ def slopes(u, mu, d, g, pi, parameter):
 GAUSSIAN = Family(emit, slopes, location=True, linear=True)
 
 
-def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
+def gaussian_forward(
+    mu: Tensor, state: Tensor, precision: Tensor, *, form: str, move: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Emission u, in mu's shape and dtype, and energy pi |u - mu|^2 / 2 ``[S]`` (Pinchetti et al. 2022, eq. 5).
 
     mu ``[S * r, ...]`` float32, float16 or bfloat16, of any strides; state the same shape, contiguous: u in float32, or
-    in error form u - mu in float32 or bfloat16; precision ``[S]`` float32.
+    in error form u - mu in float32 or bfloat16; precision ``[S]`` float32. move ``[S]`` float32: in error form the
+    state is the gradient g instead, of any of those dtypes and any strides, and e = -(move / pi) g, moved from 0.
     Raises ValueError for a form, shape or device that does not fit, TypeError for a dtype that does not.
     """
-    return forward(GAUSSIAN, mu, state, precision, form=form)
+    return forward(GAUSSIAN, mu, state, precision, form=form, move=move)
 
 
 def gaussian_step(

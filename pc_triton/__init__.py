@@ -22,7 +22,8 @@ from .recompute import checkpoint_contexts
 from .report import NodeReport, NodeStep, Report
 from .rules import Constant, Displacement, Fixed, Guarded, Tolerance
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+"""The one place of the version: setup.py and the documentation read it here."""
 
 __all__ = [
     "Attention",

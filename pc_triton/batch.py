@@ -19,6 +19,7 @@ from .checks import check_batch, check_devices, samples_first
 from .context import running
 from .dispatch import tracing
 from .distributions import Distribution
+from .errors import see
 from .families import Gaussian
 from .float8 import FewDigits
 from .node import Gradient, Node, Response
@@ -94,6 +95,7 @@ class Batch(Nodes):
             self.calls.say(
                 "the free energy is not finite where the weights learn: the model's output is not, or a move of the "
                 "states was too long. Give a smaller step or a larger precision; clip or skip such gradients"
+                + see("not-finite")
             )
         return loss
 
@@ -164,6 +166,7 @@ class Batch(Nodes):
                 self.calls.say(
                     f"the model's forward changes parameter {name!r}, which does not learn, and so at every inference "
                     "step: make it a buffer (register_buffer), which moves once in a batch"
+                    + see("a-parameter-that-the-forward-changes")
                 )
             self.calls.learn(self.moved, self.random.moved_elsewhere())
 
@@ -200,6 +203,7 @@ class Batch(Nodes):
             if not node.displaced and not isinstance(response, Gradient):
                 raise RuntimeError(
                     f"node {node.name!r}: the model's forward passes it by; inference needs the same path at every step"
+                    + see("another-path")
                 )
 
     def respond(self, response: Response) -> list[Tensor]:
@@ -271,13 +275,14 @@ class Batch(Nodes):
 
     def warn_if_none_is_free(self) -> None:
         """Warn, once for a model, where y is clamped and there is no state to move."""
-        if self.output.target is None or any(node.state is not None for node in self.nodes):
+        if self.output.target is None or any(node.is_free for node in self.nodes):
             return
         visited = ", ".join(repr(node.name) for node in self.nodes)
         self.calls.say(
             f"no free value node: the forward visits {visited}, and the output depends on none that is not itself the "
             "output. Inference moves nothing, and training is backpropagation. Put pc.Gaussian() after a hidden layer; "
             "print(changes) shows what pc.convert left and why, changes.visit(free_energy, x) what the forward visits"
+            + see("no-free-value-node")
         )
 
     def learn(self, *, local: bool = False) -> Tensor:

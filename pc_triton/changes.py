@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .distributions import Distribution, node_of
 from .free_energy import FreeEnergy
 from .functions import ATTENTION, FunctionCalls
+from .module_node import base_layer
 
 
 class Changes(dict[str, str]):
@@ -69,13 +70,6 @@ class Changes(dict[str, str]):
         if not self.nodes:
             last += ": nothing for inference to move, and training is backpropagation"
         return "\n".join([*lines, last])
-
-
-def base_layer(module: nn.Module) -> nn.Module | None:
-    """The layer that an adapter of PEFT's structure wraps; None for any other module."""
-    base = getattr(module, "base_layer", None)
-    adapts = hasattr(module, "adapter_layer_names") or (hasattr(module, "lora_A") and hasattr(module, "lora_B"))
-    return base if isinstance(base, nn.Module) and adapts else None
 
 
 def calls_a_function(name: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .dispatch import tracing
 from .distributions import Distribution
+from .errors import see
 
 
 def check_values(inputs: Any, target: Tensor | None, family: Distribution | None, classes: int) -> None:
@@ -81,13 +82,18 @@ def _refuse_transforms() -> None:
         raise RuntimeError(
             "FreeEnergy within torch.func (grad, vmap, jvp, jacrev, ...): inference is made of gradients of its own. "
             "Take loss.backward() or torch.autograd.grad of what it returns, and loop in place of vmap"
+            + see("function-transforms")
         )
     if forward_ad._current_level >= 0:
-        raise RuntimeError("FreeEnergy in forward-mode differentiation: its derivatives are those of backward() alone")
+        raise RuntimeError(
+            "FreeEnergy in forward-mode differentiation: its derivatives are those of backward() alone"
+            + see("function-transforms")
+        )
     exporting = getattr(torch.compiler, "is_exporting", None)
     if torch.jit.is_tracing() or (exporting is not None and exporting()):
         raise RuntimeError(
             "FreeEnergy trains, and is not exported: give torch.export or torch.jit.trace the model itself"
+            + see("export")
         )
 
 
@@ -113,7 +119,7 @@ def check_model(model: Any, order: Any) -> dict[Distribution, str]:
         if order != "incremental":
             raise ValueError(
                 "the model is in DistributedDataParallel: write DistributedDataParallel(FreeEnergy(model)), by "
-                "which all of inference is one call of it"
+                "which all of inference is one call of it" + see("distributeddataparallel-inside")
             )
         if model.static_graph or model.find_unused_parameters:
             raise ValueError(
@@ -126,7 +132,10 @@ def check_model(model: Any, order: Any) -> dict[Distribution, str]:
         if isinstance(module, Distribution)
     }
     if not names:
-        raise ValueError("the model has no value node: use pc.Linear or pc.Gaussian() in it, or pc.convert(model)")
+        raise ValueError(
+            "the model has no value node: use pc.Linear or pc.Gaussian() in it, or pc.convert(model)"
+            + see("no-value-node")
+        )
     return names
 
 
@@ -138,7 +147,10 @@ def described(x: Any) -> str:
 def check_free_input(x: Any, clamp_input: Any) -> None:
     """Raise ValueError where x cannot be freed, as a whole or in part."""
     if not (isinstance(x, Tensor) and x.is_floating_point()):
-        raise ValueError("clamp_input=False: a free input must be one floating-point tensor; embed tokens first")
+        raise ValueError(
+            "clamp_input=False: a free input must be one floating-point tensor; embed tokens first"
+            + see("a-free-input")
+        )
     if clamp_input is False:
         return
     if not isinstance(clamp_input, Tensor) or clamp_input.dtype != torch.bool or clamp_input.shape != x.shape:
@@ -199,6 +211,7 @@ def samples_first(layers: Mapping[str, nn.Module], samples: int) -> Iterator[Non
             raise ValueError(
                 f"{name!r} has batch_first=False and is given {tuple(t.shape)} in a batch of {samples}: it takes the "
                 "samples, along the first axis, for steps in time. Use batch_first=True and x [samples, time, ...]"
+                + see("time-first")
             )
 
     hooks = [

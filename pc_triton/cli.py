@@ -207,10 +207,11 @@ def _eval(arguments: argparse.Namespace) -> None:
         checkpoint.check_replaceable(Path(arguments.html))
     model, free_energy, tokenizer, counts, tokens, record = load(arguments.checkpoint, arguments.device)
     settings = stored_settings(arguments.checkpoint, record)
+    shows = sys.stderr.isatty()
     if arguments.data is not None:
-        tokens = encode(tokenizer, read_text(arguments.data), model.separator)
-    measured, unigram = perplexity(model, tokens), unigram_perplexity(counts, tokens, settings.context)
-    report = regime(free_energy, tokens, settings.context, settings.reported(1)) if free_energy else None
+        tokens = encode(tokenizer, read_text(arguments.data), model.separator, shows)
+    measured, unigram = perplexity(model, tokens, shows), unigram_perplexity(counts, tokens, settings.context)
+    report = regime(free_energy, tokens, settings.context, settings.reported(1), shows) if free_energy else None
     if arguments.html is not None:
         from .page import page
 

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .batch import Batch
 from .checks import check_values
 from .dispatch import tracing
 from .distributions import Distribution
+from .errors import see
 from .plumbing import once_differentiable
 from .rules import Rules
 from .tracking import StepTracker
@@ -52,6 +53,15 @@ class Owner(Protocol):
     def loss_and_batch(self, x: Any, y: Tensor | None, *, tracks: bool = False) -> tuple[Tensor, Batch]: ...
 
     def compile_model(self, backend: Any = "inductor") -> None: ...
+
+
+def _hashable(spec: TreeSpec) -> TreeSpec | str:
+    """It, or its text: torch 2.6 has no hash of it."""
+    try:
+        hash(spec)
+    except TypeError:
+        return str(spec)
+    return spec
 
 
 class CompiledSteps:
@@ -87,7 +97,7 @@ class CompiledSteps:
         learned = [p for p in parameters if p.requires_grad]
         device = inputs[0].device.type
         key = (
-            spec, tracks, owner.settings, owner.output, *(m.training for m in modules),
+            _hashable(spec), tracks, owner.settings, owner.output, *(m.training for m in modules),
             torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
             getattr(torch.backends.cuda.matmul, "fp32_precision", None),  # of products, from torch 2.9 on
             *(t if not isinstance(t, Tensor) else None for t in leaves),
@@ -130,12 +140,13 @@ class CompiledSteps:
         if batch.calls.draws_elsewhere:
             raise ValueError(
                 "compile() cannot hold random numbers that the model draws from Python or NumPy, or from a generator "
-                "of its own: leave it out"
+                "of its own: leave it out" + see("random-numbers-in-compile")
             )
         with _casts_anew():
             graph, example = trace(loss, self.whole, inputs)
         rounds = {} if owner.rules.state_dtype is None else {"emulate_precision_casts": True}  # where a state is kept
-        options = {**OPTIONS, **rounds, **self.options}
+        defaults = {k: v for k, v in OPTIONS.items() if k in torch._inductor.list_options()}  # torch 2.6 lacks one
+        options = {**defaults, **rounds, **self.options}
         step = torch._inductor.compile(graph, example, options=options)  # type: ignore[arg-type]
         family = None if y is None else batch.output.family
         return step, partial(check_values, family=family, classes=batch.out.shape[-1])
@@ -189,6 +200,7 @@ def capture(
         torch.cuda.set_rng_state(random)
         raise ValueError(
             "compile() cannot hold random numbers fixed in a CUDA graph: set dropout to 0, or leave it out"
+            + see("random-numbers-in-compile")
         )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's threads may ask for events
@@ -231,7 +243,10 @@ def trace(
         tracing.reset(token)
     for node in graph.graph.nodes:
         if node.op == "call_function" and any(word in str(node.target) for word in ("dropout", "bernoulli")):
-            raise ValueError("compile() cannot hold dropout fixed through inference: set its probability to 0")
+            raise ValueError(
+                "compile() cannot hold dropout fixed through inference: set its probability to 0"
+                + see("random-numbers-in-compile")
+            )
     _simplify(graph)
     mode = FakeTensorMode()
     for node in graph.graph.nodes:  # each input was traced with a mode of its own, which inductor's C++ wrapper refuses

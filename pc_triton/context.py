@@ -110,7 +110,7 @@ def prepare_compiler() -> None:
 
 
 def add_energy(energy: Tensor) -> None:
-    """Add a term of your own to the free energy, from within a model's forward: a prior, a penalty, a constraint.
+    """Add a term of your own to the free energy, from within a model's forward: a prior, a penalty, a constraint::
 
         h = self.hidden(x)               # a pc layer
         pc.add_energy(0.01 * h.abs())    # inference and learning lower this too

@@ -13,12 +13,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from .changes import Changes, base_layer
+from .changes import Changes
 from .distributions import Distribution, node_of
+from .errors import see
 from .families import Categorical, Gaussian
-from .functions import FUNCTIONS, give_node
+from .functions import FUNCTIONS, give_node, names_in
 from .head import Head
-from .nn import Attention, Linear, MultiheadAttention
+from .module_node import ADAPTED_LATER, OWN_NODE, add_node, base_layer, parts_of
+from .nn import Linear, MultiheadAttention
 
 CONVOLUTIONS = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -30,11 +32,9 @@ TRANSFORMERS = (
 )  # fmt: skip
 TRANSPOSED = "transposes within, so that its nodes have their samples first (batch_first=False)"
 
-ADAPTED_LATER = "left as it is: its base_layer has a node already; convert after the adapters are there"
 SCRIPTED = (
     "left as it is: torch.jit has its forward, where no node can be put; convert before torch.jit.script or trace"
 )
-OWN_NODE = "left as it is: it has an attribute `node` of its own, where its value node would be; rename that"
 
 
 def convert(model: nn.Module) -> tuple[nn.Module, Changes]:
@@ -86,22 +86,13 @@ def convert(model: nn.Module) -> tuple[nn.Module, Changes]:
         left = "".join(f"\n{name or '(the model)'}: {change}" for name, change in changes.items())
         raise ValueError(
             "nothing to convert: the model has no nn.Linear, convolution, nn.MultiheadAttention or nn.Softmax(-1) that "
-            f"could be; put pc.Gaussian() after a layer that is to have a value node{left}"
+            f"could be; put pc.Gaussian() after a layer that is to have a value node{see('nothing-to-convert')}{left}"
         )
     for name, module in model.named_modules():
         if getattr(module, "inplace", None) is True:
             module.inplace = False  # type: ignore[assignment]
             changes[name] = "inplace switched off: it would overwrite what a node before it emits"
     return model, changes
-
-
-def parts_of(module: nn.Module) -> set[nn.Module]:
-    """The modules within this one that the node of the whole stands for, and that node."""
-    if base_layer(module) is not None or isinstance(module, torch.jit.ScriptModule):
-        return set(module.modules()) - {module}
-    parts = set(module.out_proj.modules()) if isinstance(module, (Attention, MultiheadAttention)) else set()
-    node = node_of(module)
-    return parts if node is None or node is module else parts | set(node.modules())
 
 
 def _convert(module: Any) -> str | None:
@@ -238,21 +229,3 @@ def _function_called(module: Any) -> str | None:
     names = names_in(forward).union(*(names_in(function) for function in called if inspect.isfunction(function)))
     found = (name for name in dict.fromkeys(FUNCTIONS.values()) if name in names)
     return next((name for name in found if not hasattr(module, name)), None)  # else it is a module of its own
-
-
-def names_in(function: Any) -> frozenset[str]:
-    """What the code of a function names beyond its own variables."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return frozenset() if code is None else frozenset(code.co_names)
-
-
-def add_node(module: Any) -> str:
-    """Make the output of any module a Gaussian value node. Returns what was done, for `convert`."""
-    module.node = Gaussian()
-    module.register_forward_hook(_emit)
-    kind = type_before_parametrizations(module).__name__
-    return f"{kind} -> {kind}, pc.Gaussian"
-
-
-def _emit(module: Any, args: Any, output: Tensor) -> Tensor:
-    return module.node(output)

@@ -29,12 +29,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from . import checkpoint, parallel
 from .settings import Settings
 from .stream import Documents, Reader, encode_documents, is_held_out
-from .text import InputError, blocks, read_text, split, train_tokenizer
+from .text import InputError, blocks, read_text, split, train_tokenizer, waiting
 
 SAMPLE, MEASURED = 10_000_000, 400_000
 """Characters of a stream that the tokenizer is trained on, and that the run is measured on; whole documents each."""
@@ -162,7 +161,7 @@ class StreamData:
 
     def _sample(self, documents: Documents, settings: Settings, shows: bool) -> None:
         """Make the tokenizer, the held-out tokens and the counts from the beginning of the documents."""
-        sample, ended = _first(documents, SAMPLE)
+        sample, ended = _first(documents, SAMPLE, shows)
         if not sample:
             raise InputError(f"{documents.source} holds no document: give one with text")
         self._digest = self._mark(documents, sample[:MARKED])
@@ -174,7 +173,12 @@ class StreamData:
             held_out, _ = _first((text for text in sample if is_held_out(text, self._every)), MEASURED)
         training = [text for text in sample if not is_held_out(text, self._every)]
         self.tokenizer = train_tokenizer("\n".join(training), settings.vocabulary, special=1, shows=shows)
-        tokens = encode_documents(self.tokenizer, training, self.separator)
+        parts = []
+        with waiting(shows, "encoding", len(training), "document") as bar:
+            for k in range(0, len(training), MARKED):
+                parts.append(encode_documents(self.tokenizer, training[k : k + MARKED], self.separator))
+                bar.update(len(training[k : k + MARKED]))
+        tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
         self.held_out = encode_documents(self.tokenizer, held_out, self.separator).to(torch.int64)
         _check_length(tokens, self.held_out, settings.context)
         self.counts = torch.bincount(tokens, minlength=settings.vocabulary)
@@ -244,8 +248,10 @@ class Ahead:
 def encode(tokenizer: Tokenizer, text: str, separator: int | None = None, shows: bool = False) -> Tensor:
     """The tokens of a text, after the separator if there is one: int64 ``[L]``. shows: print a progress bar."""
     parts = [torch.tensor([] if separator is None else [separator], dtype=torch.int64)]
-    for block in tqdm(blocks(text), desc="encoding", unit="block", leave=False, disable=not shows):
-        parts.append(torch.tensor(tokenizer.encode(block).ids, dtype=torch.int64))  # Ctrl-C is heard between two
+    with waiting(shows, "encoding", len(text), "character") as bar:
+        for block in blocks(text):
+            parts.append(torch.tensor(tokenizer.encode(block).ids, dtype=torch.int64))  # Ctrl-C is heard between two
+            bar.update(len(block))
     return torch.cat(parts)
 
 
@@ -254,15 +260,17 @@ def draw(tokens: Tensor, context: int, batch: int, generator: torch.Generator) -
     return torch.randint(len(tokens) - context, (batch, 1), generator=generator) + torch.arange(context)
 
 
-def _first(documents: Iterable[str], characters: int) -> tuple[list[str], bool]:
+def _first(documents: Iterable[str], characters: int, shows: bool = False) -> tuple[list[str], bool]:
     """The first documents, until they have so many characters together; and whether those are all there are."""
     texts: list[str] = []
     length = 0
-    for text in documents:
-        if length >= characters:
-            return texts, False
-        texts.append(text)
-        length += len(text)
+    with waiting(shows, "reading", characters, "character") as bar:
+        for text in documents:
+            if length >= characters:
+                return texts, False
+            texts.append(text)
+            length += len(text)
+            bar.update(len(text))
     return texts, True
 
 

@@ -29,7 +29,8 @@ _forced: str | None = None  # not a ContextVar: autograd runs a GPU's backward p
 _fusing: bool | None = None
 _chaining: bool | None = None
 _triton: Any = None
-ENDINGS = ("_forward", "_step", "_backward", "_gradient_", "_fall")
+OLDEST_TRITON = (3, 6)
+ENDINGS = ("_forward", "_step", "_backward", "_gradient_", "_fall", "_rounded")
 
 TUNED = Path(__file__).with_name("tuned.json")
 """Measured times by device, by dtype ("tf32": float32 whose products may be): in "linear" rows [rows, N, K, ratio], how
@@ -39,10 +40,17 @@ layers. What is measured here comes before what ``choice.py`` would say."""
 
 
 def triton_kernels() -> Any:
-    """The launchers of ``kernels/`` under their common names. Raises ImportError, with the remedy, without triton."""
+    """The launchers of ``kernels/`` under their common names.
+
+    Raises ImportError, with the remedy, without triton and with one that is too old for them.
+    """
     global _triton
     if _triton is None:
         try:
+            import triton
+
+            if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+                raise ImportError(f"this is {triton.__version__}, and they need 3.6: torch 2.10 is the first with it")
             from .kernels import (
                 attention,
                 attention_first,
@@ -50,6 +58,7 @@ def triton_kernels() -> Any:
                 categorical,
                 common,
                 fall,
+                float8,
                 gaussian,
                 gaussian_logvar,
                 guard,
@@ -61,7 +70,7 @@ def triton_kernels() -> Any:
             raise ImportError(f"the Triton kernels need triton: pip install 'pc_triton[gpu]' ({error})") from error
         launchers: dict[str, Any] = {}
         nodes = (gaussian, gaussian_logvar, bernoulli, laplace, student_t, categorical, attention, attention_first)
-        for module in (*nodes, linear, fall, guard):
+        for module in (*nodes, linear, fall, guard, float8):
             launchers.update({k: v for k, v in vars(module).items() if k.endswith(ENDINGS)})
         more = {"WIDEST": attention.WIDEST, "product_precision": common.product_precision}
         _triton = SimpleNamespace(**launchers, **more)

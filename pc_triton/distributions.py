@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .arithmetic import Step, error_of, kept, mean_square, per_sample, sum_samples, wide
 from .context import awaits_pass, outside_graphs, pass_here
+from .errors import see
 
 
 class Distribution(nn.Module):
@@ -37,7 +38,7 @@ class Distribution(nn.Module):
         """torch.jit.script calls this first."""
         raise TypeError(
             "torch.jit.script takes no value nodes: give the model to torch.jit.trace or torch.export, or script the "
-            "same model of plain layers, which loads its state dict"
+            "same model of plain layers, which loads its state dict" + see("export")
         )
 
     @property
@@ -49,7 +50,7 @@ class Distribution(nn.Module):
     def qconfig(self, value: Any) -> None:
         raise TypeError(
             "torch.ao.quantization goes by the very type of a layer and would leave pc.Linear as it is: quantise the "
-            "same model of plain layers, which loads its state dict"
+            "same model of plain layers, which loads its state dict" + see("quantisation")
         )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -98,7 +99,10 @@ class Distribution(nn.Module):
         return 1.0
 
     def frozen(self, mu: Tensor) -> dict[str, Any]:
-        """Random numbers drawn once per batch and held through its inference, as keyword arguments; by default none."""
+        """What a batch's first pass makes and inference holds, as keyword arguments of `emission`; by default none.
+
+        Such as random numbers, or the first prediction mu itself.
+        """
         return {}
 
     def check_target(self, target: Tensor, mu: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import parallel
+from . import parallel, report
 from .families import Gaussian
 from .free_energy import FreeEnergy
 from .head import Head
 from .models import Transformer
 from .report import Report
 from .settings import Settings
-from .text import InputError
+from .text import InputError, waiting
 
 LOGITS = 2**24
 """`perplexity` makes about so many at once, 64 MB in float32, or those of one sequence if that is more."""
@@ -39,23 +39,25 @@ def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def perplexity(model: Transformer, tokens: Tensor) -> float:
+def perplexity(model: Transformer, tokens: Tensor, shows: bool = False) -> float:
     """Perplexity per token, by plain forward passes over the `windows` of a text; tokens int64 ``[L]``, on the CPU.
 
     In a group of processes each measures a part, so all of them must call it. Each makes as many passes as the others,
-    since a sharded model is gathered in every one. Raises InputError for L <= context.
+    since a sharded model is gathered in every one. shows: print a progress bar. Raises InputError for L <= context.
     """
     device = model.head.weight.device
     total = torch.zeros((), dtype=torch.float64)
     x, y = windows(tokens, model.context)
     size = min(64, max(1, LOGITS // (model.context * (model.head.out_features + model.context))))
     parts = list(zip(parallel.part(x).split(size), parallel.part(y).split(size))) if len(parallel.part(x)) else []
-    for k in range(max(parallel.gathered([len(parts)]))):
-        some_x, some_y = parts[k] if k < len(parts) else (x[:1], None)
-        logits = model(some_x.to(device))
-        if some_y is None:
-            continue
-        total += F.cross_entropy(logits.flatten(0, 1), some_y.to(device).flatten(), reduction="sum").cpu()
+    passes = max(parallel.gathered([len(parts)]))
+    with waiting(shows, "perplexity", passes, "pass") as bar:
+        for k in range(passes):
+            some_x, some_y = parts[k] if k < len(parts) else (x[:1], None)
+            logits = model(some_x.to(device))
+            if some_y is not None:
+                total += F.cross_entropy(logits.flatten(0, 1), some_y.to(device).flatten(), reduction="sum").cpu()
+            bar.update()
     return float((parallel.total(total) / y.numel()).exp())
 
 
@@ -69,11 +71,15 @@ def unigram_perplexity(counts: Tensor, tokens: Tensor, context: int) -> float:
     return float((-log_q[windows(tokens, context)[1]].mean()).exp())
 
 
-def regime(free_energy: FreeEnergy, tokens: Tensor, context: int, sequences: int) -> Report:
-    """`FreeEnergy.report` on the first sequences of a text, int64 ``[L]``. Raises InputError for L <= context."""
+def regime(free_energy: FreeEnergy, tokens: Tensor, context: int, sequences: int, shows: bool = False) -> Report:
+    """`FreeEnergy.report` on the first sequences of a text, int64 ``[L]``. Raises InputError for L <= context.
+
+    shows: print a progress bar.
+    """
     device = next(free_energy.parameters()).device
     x, y = (t[:sequences].to(device) for t in windows(tokens, context))
-    return free_energy.report(x, target(free_energy, y))
+    with waiting(shows, "report", report.LONG_RUN + 1, "step") as bar:
+        return free_energy.report(x, target(free_energy, y), tick=bar.update)
 
 
 def target(free_energy: FreeEnergy, y: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from .arithmetic import sum_samples, wide
 from .context import add_energy
 from .dispatch import backend, tracing
 from .distributions import Distribution
+from .errors import see
 from .reference import bernoulli_energy, gaussian_logvar_energy, laplace_energy
 from .reference_softmax import categorical_energy, log_softmax, mask_logits, softmax
 
@@ -61,6 +62,10 @@ class Gaussian(Distribution):
 
     def node_forward(self, mu, state, pi, unit, *, form):
         return backend(mu).gaussian_forward(mu, state, self._precision(pi, unit), form=form)
+
+    def moved_forward(self, mu, grad, pi, unit, move):
+        """`node_forward` in error form after the move from e = 0 by that gradient, of which no state is made."""
+        return backend(mu).gaussian_forward(mu, grad, self._precision(pi, unit), form="error", move=move)
 
     def node_step(self, mu, state, grad, pi, unit, keep, move, **options):
         return backend(mu).gaussian_step(mu, state, grad, self._precision(pi, unit), keep, move, **options)
@@ -257,7 +262,7 @@ class Categorical(Distribution):
         if target.shape != mu.shape[:-1]:
             need = f"logits {tuple(mu.shape)} need {tuple(mu.shape[:-1])}, with the classes along the last axis"
             values = "; values, such as those of a Bernoulli output, are floats" if target.shape == mu.shape else ""
-            raise ValueError(f"labels have shape {tuple(target.shape)}: {need}{values}")
+            raise ValueError(f"labels have shape {tuple(target.shape)}: {need}{values}{see('shape-of-the-labels')}")
         self.check_values(target, mu.shape[-1])
         return (target != self.ignore_index).sum()
 
@@ -344,7 +349,7 @@ class Laplace(Distribution):
     measured = True
 
     def energy(self, u: Tensor, mu: Tensor) -> Tensor:
-        """KL of two Laplace distributions of scale 1: \\|d\\| + exp(-\\|d\\|) - 1 per element."""
+        """KL of two Laplace distributions of scale 1: ``|d| + exp(-|d|) - 1`` per element."""
         return laplace_energy(u - mu)
 
     def node_forward(self, mu, state, pi, unit, *, form):

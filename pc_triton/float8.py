@@ -1,9 +1,10 @@
 """Products in 8 bits, for the passes of inference: they move states by a fraction of a percent, and need few digits.
 
-A number in 8 bits is a float8 times a scale that its whole tensor shares. The scale is a power of two, so that
-scaling rounds nothing: what is lost is the rounding to float8 alone, 2^-4 of a number in e4m3 and 2^-3 in e5m2.
-Operands of the forward products are in e4m3. Gradients reach farther, and are in e5m2 (Micikevicius et al. 2022,
-arXiv 2209.05433).
+A number in 8 bits is a float8 times a scale, which each row of an operand shares, and of a weight all rows. A scale is
+a power of two, so that scaling rounds nothing: what is lost is the rounding to float8 alone, 2^-4 of a number in e4m3
+and 2^-3 in e5m2. Operands of the forward products are in e4m3. Gradients reach farther, and are in e5m2 (Micikevicius
+et al. 2022, arXiv 2209.05433); that of a row of the head's logits has its largest part, the label's, for a unit.
+``kernels/float8.py`` says why the scales are those of rows, and counts the bytes.
 """
 
 from __future__ import annotations
@@ -17,43 +18,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .arithmetic import wide
-from .dispatch import tracing
+from . import reference
+from .dispatch import backend
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
-LARGEST = {FORWARD: 2.0**8, GRADIENT: 2.0**15}
-"""The largest number of a tensor is scaled to at least half of this and below it; float8 holds 1.75 times as much."""
-SMALLEST = 2.0**-110
-"""What a tensor's largest number counts as if it is smaller, so that scale and inverse are ordinary numbers."""
 MULTIPLE = 16
 """The products of GPUs take sizes that are multiples of this; others stay as they are, on every device."""
-PAYS = 1024
+PAYS = 640
 """On a GPU, products with fewer columns than this stay as they are.
 
-To round an operand ``[R, K]`` of 16 bits reads it twice and writes it, 5 R K bytes, and a product ``[R, N]`` of it
-saves R K N operations of the slower rate: by an H100's data sheet that is more where N is above some 1,000.
+To round an operand ``[R, K]`` of 16 bits reads it and writes it, 3 R K bytes, and a product ``[R, N]`` of it saves
+R K N operations of the slower rate: by an H100's data sheet that is more where N is above some 640.
 """
 
 
 class Rounded(NamedTuple):
-    """A tensor in 8 bits."""
+    """A matrix in 8 bits."""
 
     values: Tensor
+    """``[R, K]``, contiguous."""
     scale: Tensor
-    """float32, 0-dim: the tensor is values * scale."""
+    """float32 ``[R, 1]``: the matrix is values * scale."""
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Rounded:
-    """x in 8 bits, of any shape and without a gradient. NaN or infinity anywhere in x is NaN everywhere in it."""
-    x = x.detach()
-    largest = torch.linalg.vector_norm(x, torch.inf).float().clamp_min(SMALLEST)
-    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent's bits: a power of two
-    scale = power * (2 / LARGEST[dtype])
-    x = x if x.dtype == torch.bfloat16 else wide(x)  # float16 has no room for the inverse of every scale
-    inverse = (1 / scale).to(x.dtype)
-    if tracing.get():
-        return Rounded((x * inverse).to(dtype), scale)
-    return Rounded(torch.mul(x, inverse, out=torch.empty_like(x, dtype=dtype)), scale)  # one kernel on a GPU
+    """x ``[..., K]`` in 8 bits ``[R, K]``, no gradient. NaN or infinity in a row of x is NaN everywhere in it."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    return Rounded(*_rounds(x).rows_rounded(rows, dtype))
+
+
+def _rounds(x: Tensor) -> Any:
+    """Where x is rounded: in plain torch on a GPU without products of float8, whose kernels may lack them too."""
+    return reference if x.is_cuda and not has_products(x.device) else backend(x)
 
 
 class Weight:
@@ -63,31 +59,44 @@ class Weight:
         self.full = weight.detach()
 
     @cached_property
-    def rounded(self) -> Rounded:
-        return rounded(self.full, FORWARD)
+    def rounded(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """W, W' where g W is a product in 8 bits, and their scale."""
+        transposes = pays(self.full.device, self.full.shape[1])
+        return _rounds(self.full).weight_rounded(self.full, FORWARD, transposes)
 
-    @cached_property
+    @property
     def by_rows(self) -> Rounded:
         """W, with what x W' sums over side by side."""
-        return Rounded(self.rounded.values.contiguous(), self.rounded.scale)
+        values, _, scale = self.rounded
+        return Rounded(values, scale[: len(values)])
 
-    @cached_property
+    @property
     def by_columns(self) -> Rounded:
         """W' ``[K, N]``, with what g W sums over side by side."""
-        return Rounded(self.rounded.values.t().contiguous(), self.rounded.scale)
+        _, transposed, scale = self.rounded
+        assert transposed is not None
+        return Rounded(transposed, scale[: len(transposed)])
 
 
 def product(a: Tensor, dtype: torch.dtype, b: Rounded, out: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """a b' + bias ``[..., N]`` in the dtype ``out``, of a ``[..., K]``, rounded to ``dtype`` here, and b ``[N, K]``."""
-    values, scale = rounded(a, dtype)
-    bias = None if bias is None else bias.to(out)
-    if out == torch.float64 or not has_products(a.device):
-        return F.linear((values.float() * scale).to(out), (b.values.float() * b.scale).to(out), bias)
-    rows, adds = values.reshape(-1, a.shape[-1]).contiguous(), None if out == torch.float32 else bias
-    # The fast sum keeps some 14 bits, more than either operand has.
-    y = torch._scaled_mm(rows, b.values.t(), scale, b.scale, adds, out_dtype=out, use_fast_accum=True)
-    y = y if adds is bias or bias is None else y + bias
-    return y.view(*a.shape[:-1], len(b.values))
+    return multiply(rounded(a, dtype), b, out, bias).view(*a.shape[:-1], len(b.values))
+
+
+def multiply(a: Rounded, b: Rounded, out: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """a b' + bias ``[R, N]`` in the dtype ``out``, of a ``[R, K]`` and b ``[N, K]``.
+
+    Hardware sums in some 14 bits, more than either operand has, and gives bfloat16's digits, whatever ``out`` is.
+    """
+    values, scale = a
+    if out == torch.float64 or not has_products(values.device):
+        x, columns = (values.float() * scale).to(out), (b.values.float() * b.scale).to(out).t()
+        y = x @ columns if bias is None else torch.addmm(bias.to(out), x, columns)
+    else:
+        half = torch.bfloat16  # of the dtypes that all of torch's products with scales of rows give
+        adds = None if bias is None else bias.to(half)
+        y = torch._scaled_mm(values, b.values.t(), scale, b.scale.t(), adds, out_dtype=half, use_fast_accum=True)
+    return y.to(out)
 
 
 @lru_cache
@@ -143,6 +152,16 @@ class FewDigits(TorchFunctionMode):
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         out = torch.get_autocast_dtype(device) if casts else input.dtype
         return Linear.apply(input, self.in_8_bits(weight), bias, out)
+
+    def clamps(self, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> Any:
+        """-log q_y ``[R]``, q = softmax(x W' + b), and dE/dx ``[R, K]`` by g W in 8 bits; None where that does not pay.
+
+        The gradient g of the logits is never there in more digits.
+        """
+        if not takes(x, weight, bias) or not pays(x.device, weight.shape[1]):
+            return None
+        energy, *g = _rounds(x).clamped_categorical_rounded(self.linear(x, weight, bias), labels, ignore_index)
+        return energy, multiply(Rounded(*g), self.in_8_bits(weight).by_columns, x.dtype)
 
     def in_8_bits(self, weight: Tensor) -> Weight:
         """The weight, rounded once until it changes."""

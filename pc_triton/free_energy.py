@@ -32,7 +32,7 @@ class FreeEnergy(nn.Module):
 
     F = sum over nodes of pi KL[D(u) || D(mu)] + the energy of the clamped output (Pinchetti et al. 2022, eq. 5, 6), and
     what the model adds by `add_energy`.
-    Inference lowers F in the states u, with the weights fixed; learning is one gradient of F in the weights.
+    Inference lowers F in the states u, with the weights fixed; learning is one gradient of F in the weights::
 
         free_energy = pc.FreeEnergy(model)
         loss = free_energy(x, y)       # inference inside
@@ -101,6 +101,8 @@ class FreeEnergy(nn.Module):
     Raises:
         ValueError: an argument out of range, a model without value nodes, or one in DistributedDataParallel already.
     """
+
+    __call__: Callable[..., Tensor]  # to type checkers; in torch it gives Any
 
     def __init__(
         self,
@@ -310,7 +312,7 @@ class FreeEnergy(nn.Module):
     def incremental(
         self, x: Any, y: Tensor | None = None, *, mask: Tensor | None = None, start: Start | None = None
     ) -> Iterator[Tensor]:
-        """Incremental PC: yields the free energy per item at each of the T steps, for you to move the weights.
+        """Incremental PC: yields the free energy per item at each of the T steps, for you to move the weights::
 
             for loss in free_energy.incremental(x, y):
                 optimizer.zero_grad(); loss.backward(); optimizer.step()
@@ -368,11 +370,11 @@ class FreeEnergy(nn.Module):
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def report(self, x: Any, y: Tensor) -> Report:
+    def report(self, x: Any, y: Tensor, tick: Callable[[], Any] = lambda: None) -> Report:
         """Where inference stands on one batch: energy and residual per value node, and the regime. Trains nothing.
 
         x, y: as in a call. It compares the T steps with a long run of the same inference, and the weight gradient with
-        backpropagation's; it costs some 65 inference steps. See `Report`; print it for a table.
+        backpropagation's; it costs some 65 inference steps. See `Report`; print it. tick: called at each, for a bar.
         Raises ValueError as a call does.
         """
         if self.sharded:
@@ -387,6 +389,7 @@ class FreeEnergy(nn.Module):
                 rules=self.rules,
                 moves=self.moves,
                 parameters=[p for p in self.model.parameters() if p.requires_grad],
+                tick=tick,
             )
 
     def _first_loss(self, x: Any, y: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ and where `convert` gave that module a node, the call is the node's.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +92,12 @@ class FunctionNodes(FunctionCalls):
 def give_node(module: Any) -> None:
     """Have the functions that this module's forward calls be Categorical nodes in inference."""
     module.node, module.has_function_node = Categorical(), True
+
+
+def names_in(function: Any) -> frozenset[str]:
+    """What the code of a function names beyond its own variables."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return frozenset() if code is None else frozenset(code.co_names)
 
 
 def _softmax(node: Distribution, samples: int, input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:

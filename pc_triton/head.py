@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .arithmetic import wide
 from .context import infers, outside_graphs, pass_here
 from .dispatch import backend
+from .float8 import FewDigits
 from .plumbing import once_differentiable
 
 CHUNKS, LEAST, MOST = 8, 256, 2048
@@ -47,7 +48,8 @@ class Head(nn.Linear):
             return super().forward(input)
         labels, ignore_index, learns = clamped
         rows = input.reshape(-1, self.in_features)
-        energy = HeadEnergy.apply(rows, self.weight, self.bias, labels.reshape(-1), ignore_index, learns)
+        labels = labels.reshape(-1)
+        energy = HeadEnergy.apply(rows, self.weight, self.bias, labels, ignore_index, learns, here.few_digits)
         here.clamp(logits, energy)
         return logits
 
@@ -61,7 +63,14 @@ class HeadEnergy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, learns: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignore_index: int,
+        learns: bool,
+        few_digits: FewDigits | None = None,
     ) -> Tensor:
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         energy = wide(x).new_empty(len(x))
@@ -70,6 +79,11 @@ class HeadEnergy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=energy.dtype) if bias is not None and need_bias and learns else None
         size = max(1, rows_at_once(len(x)))
         for rows in (slice(start, start + size) for start in range(0, len(x), size)):
+            if few_digits is not None and grad_x is not None:
+                made = few_digits.clamps(x[rows], weight, bias, labels[rows], ignore_index)
+                if made is not None:
+                    energy[rows], grad_x[rows] = made
+                    continue
             grad = F.linear(x[rows], weight, bias)
             energy[rows] = backend(grad).clamped_categorical_gradient_(grad, labels[rows], ignore_index)
             if grad_x is not None:
@@ -90,7 +104,7 @@ class HeadEnergy(torch.autograd.Function):
         scale = grad_energy[0]
         x = None if x is None else (x * grad_energy.unsqueeze(-1)).to(x.dtype)
         weight, bias = (None if t is None else (t * scale).to(ctx.dtype) for t in (weight, bias))
-        return x, weight, bias, None, None, None
+        return x, weight, bias, None, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -15,11 +15,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-from .changes import base_layer
 from .context import awaits_pass, outside_graphs, pass_here
-from .convert import ADAPTED_LATER, OWN_NODE, add_node, names_in, parts_of
 from .distributions import node_of
 from .families import Categorical
+from .functions import names_in
+from .module_node import ADAPTED_LATER, OWN_NODE, add_node, base_layer, parts_of
 from .nn import attend, logit_bias
 
 ATTENTION = "pc_triton"

@@ -16,6 +16,7 @@ from . import reference
 from .context import awaits_pass, outside_graphs, pass_here
 from .dispatch import backend, fuses
 from .distributions import Distribution
+from .errors import see
 from .families import Categorical, Gaussian
 from .operations import AttentionAtPrediction, EmitAttention, EmitLinear
 from .reference_softmax import mask_logits
@@ -190,6 +191,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(
                 f"query has shape {tuple(query.shape)}, with batch_first={self.batch_first}: a value node needs its "
                 "samples along the first axis, batch_first=True and [samples, time, width]"
+                + see("one-sequence-without-samples")
             )
         q, k, v = F._in_projection_packed(query, key, value, self.in_proj_weight, self.in_proj_bias)  # type: ignore
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,16 @@ class AtPrediction(Protocol):
         """The state e after the first move, from e = 0."""
 
 
+class OnlyMove(NamedTuple):
+    """A move of e from 0, to -(move / pi) g."""
+
+    grad: Tensor
+    """g, in the layout of a state."""
+    move: Tensor
+    """``[S]``."""
+    state_dtype: torch.dtype | None
+
+
 @dataclass(eq=False)
 class Node:
     """A value node of one batch of S samples: one visit of its family's module in the model's forward."""
@@ -41,8 +51,9 @@ class Node:
     """Its place in the order of the first pass."""
     frozen: dict[str, Any]
     """What the family holds fixed through inference: masks, noise."""
-    state: Tensor | None = None
-    """u, or e = u - mu in error order. None: the node stays at its prediction."""
+    _state: Tensor | None = None
+    only_move: OnlyMove | None = None
+    """Inference's only move, where no state was made of it: see `state`."""
     precision: Tensor = field(default_factory=lambda: torch.empty(0))
     """pi ``[S]``."""
     unit: Tensor | None = None
@@ -65,6 +76,27 @@ class Node:
     """The norm ``[S]`` of the natural gradient at the last probe."""
     displaced: bool = False
     """Whether it has left its prediction."""
+
+    @property
+    def state(self) -> Tensor | None:
+        """u, or e = u - mu in error order. None: the node stays at its prediction.
+
+        After a Gaussian's only move e is -(move / pi) g, which the learning pass computes where it reads g: no state is
+        made but for another reader, when it asks.
+        """
+        if self.only_move is not None:
+            grad, move, dtype = self.only_move
+            self.state, _ = self.step(grad, None, grad, move, move, form="error", state_dtype=dtype)  # it reads no mu
+        return self._state
+
+    @state.setter
+    def state(self, state: Tensor | None) -> None:
+        self._state, self.only_move = state, None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it has a state; asking makes none."""
+        return self._state is not None or self.only_move is not None
 
     def measure(self, grad: Tensor, samples: int) -> Tensor:
         """`Distribution.fall` ``[2, S]`` at the prediction, for F's gradient in the emission."""

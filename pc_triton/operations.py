@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .dispatch import backend
 from .families import Gaussian
-from .node import Node, Response
+from .node import Node, OnlyMove, Response
 from .plumbing import once_differentiable
 
 REFUSAL = (
@@ -37,17 +37,21 @@ class Turn(Protocol):
 
 
 class Emit(torch.autograd.Function):
-    """Emission and energy ``[S]`` of any family."""
+    """Emission and energy ``[S]`` of any family. state: None for a Gaussian after its `Node.only_move`."""
 
     @staticmethod
-    def forward(ctx: Any, mu: Tensor, anchor: Tensor, node: Node, here: Turn, form: str, state: Tensor) -> Any:
+    def forward(ctx: Any, mu: Tensor, anchor: Tensor, node: Node, here: Turn, form: str, state: Tensor | None) -> Any:
         ctx.set_materialize_grads(False)
         ctx.node, ctx.here, ctx.form = node, here, form
         ctx.state = None if anchor.requires_grad else state
         reads_mu = form == "state" or type(node.family) is not Gaussian  # a Gaussian's error step does not
         ctx.save_for_backward(mu if reads_mu else None)
-        emission, energy = node.forward(mu, state, form)
-        if emission is state:
+        if state is None:
+            grad, move, _ = cast(OnlyMove, node.only_move)
+            emission, energy = cast(Gaussian, node.family).moved_forward(mu, grad, node.precision, node.unit, move)
+        else:
+            emission, energy = node.forward(mu, state, form)
+        if state is not None and emission is state:
             emission = emission.detach()  # autograd marks what is returned, and the state is to stay a leaf
         ctx.like = emission.shape, mu.dtype, mu.device
         if form == "state" and not anchor.requires_grad:
@@ -59,7 +63,7 @@ class Emit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
         (mu,) = ctx.saved_tensors
         node, form, response = ctx.node, ctx.form, ctx.here.response
-        if node.state is None:  # it became the output: it emits what it is predicted
+        if not node.is_free:  # it became the output: it emits what it is predicted
             return grad, None, None, None, None, None
         if response is None:
             if grad is None and form == "error":

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import parallel
+from . import parallel, reference
 from .arithmetic import wide
 from .batch import Batch
 from .checks import check_finite
-from .dispatch import as_state
+from .dispatch import as_state, backend
 from .families import Gaussian
-from .node import Gradient, Move, Node
+from .node import Gradient, Move, Node, OnlyMove
 from .rules import Constant, Displacement, Fixed, Rules
 
 Start = Mapping[str, Tensor] | Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
@@ -59,10 +59,13 @@ def begin_errors(batch: Batch, rules: Rules, moves: int, start: Start | None) ->
             batch.watch(batch)
         steps = rules.step.start(f0, slope, rules.remembers)
         keep, move = steps.unguarded(batch.nodes, f0)
+        moves -= 1
         while pushes:  # each is let go as soon as it is used
             node, push = pushes.pop(0)
-            node.begin(push, keep, move, rules.state_dtype)
-        moves -= 1
+            if moves == 0 and node.fused is None and type(node.family) is Gaussian and backend(push) is not reference:
+                node.only_move = OnlyMove(as_state(push), move, rules.state_dtype)
+            else:
+                node.begin(push, keep, move, rules.state_dtype)
     batch.let_go()
     _shift(batch, rules)
     return steps, moves
@@ -217,7 +220,7 @@ def _shift(batch: Batch, rules: Rules) -> None:
         batch.in_graph = [
             node
             for node in batch.nodes
-            if node.state is not None and type(node.family) is Gaussian and families.count(node.family) == 1
+            if node.is_free and type(node.family) is Gaussian and families.count(node.family) == 1
         ]
         batch.called = [node for node in batch.nodes if node not in batch.in_graph]
 

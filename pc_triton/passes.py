@@ -16,6 +16,7 @@ from .arithmetic import sum_samples, wide
 from .context import First, Fused, running
 from .dispatch import as_state, backend, tracing
 from .distributions import Distribution
+from .errors import see
 from .families import Categorical, Gaussian
 from .float8 import FewDigits
 from .functions import FunctionNodes
@@ -104,8 +105,11 @@ class ModelPass:
             if not self.again:
                 self.output_mu = mu
             return mu
-        if node.state is None:
+        if not node.is_free:
             return self._record(node, self._at_prediction(node, mu))
+        if node.only_move is not None and self._needs_no_state(mu):
+            return self._record(node, *Emit.apply(mu, self.anchor, node, self, self.form, None))
+        assert node.state is not None
         node.state = as_state(node.state)  # an order or a rule of the user's may have permuted it
         if self.shows:
             node.u = wide(mu.detach()) + node.state if self.form == "error" else node.state.clone()
@@ -161,6 +165,7 @@ class ModelPass:
             self.batch.calls.say(
                 "y holds values, and pc.Head gives logits: they are compared by squared error. Give FreeEnergy "
                 "output=pc.Categorical() for probabilities, or output=pc.Gaussian() for what is done now"
+                + see("values-for-a-head")
             )
         if output.target is None or output.target.is_floating_point() or self.shows or tracing.get():
             return None
@@ -230,6 +235,11 @@ class ModelPass:
             node.energy = self.energies[-1]
         return leaf
 
+    def _needs_no_state(self, mu: Tensor) -> bool:
+        """Whether a kernel may compute e where it reads the gradient that moved it: in the learning pass alone."""
+        shows = self.shows or self.local or self.batch.places is not None
+        return self.learns and not shows and backend(mu) is not reference
+
     def _is_mu_plus_e(self, node: Node, mu: Tensor) -> bool:
         """Whether the node is left to plain autograd: elsewhere one kernel has the sum, its energy and the move."""
         return self.form == "error" and type(node.family) is Gaussian and backend(mu) is reference
@@ -239,7 +249,7 @@ class ModelPass:
         if self.visits == len(called) or called[self.visits].family is not family:
             raise RuntimeError(
                 f"node {self.batch.name_of(family)!r}: the model visits its nodes in another order than in its "
-                "first pass; inference needs the same path at every step"
+                "first pass; inference needs the same path at every step" + see("another-path")
             )
         return called[self.visits]
 
@@ -250,16 +260,18 @@ class ModelPass:
             raise ValueError(
                 f"node {name!r} sees shape {tuple(mu.shape)} in a batch of {batch.samples}: a value node needs its "
                 f"samples along the first axis, a whole number of rows each; {WHERE_FROM}"
+                + see("samples-along-the-first-axis")
             )
         if in_checkpoint() and not self.checkpointed:
             raise RuntimeError(
                 f"node {name!r} lies in a torch.utils.checkpoint, whose backward would not know its state: give "
-                "checkpoint() context_fn=pc_triton.checkpoint_contexts"
+                "checkpoint() context_fn=pc_triton.checkpoint_contexts" + see("checkpointing")
             )
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"node {name!r} lies within torch.no_grad(), where no state can move: freeze parameters by "
                 "requires_grad_(False) instead, and give checkpoint() use_reentrant=False"
+                + see("a-node-within-no_grad")
             )
         node = Node(family, name, len(batch.nodes), frozen, mu=mu, dtype=mu.dtype)
         if batch.begins is not None:
@@ -276,11 +288,12 @@ class ModelPass:
             raise TypeError(
                 f"the model returned {type(out).__name__}: it must return one tensor, or a mapping with its "
                 "'logits'; or say which tensor y clamps, as in FreeEnergy(model, logits=lambda out: out[0])"
+                + see("what-the-model-returns")
             )
         if not batch.nodes or self.visits != len(batch.called):
             raise RuntimeError(
                 f"the model's forward visited {self.visits} value nodes, and {len(batch.called)} in its first pass: "
-                "inference needs at least one, and the same at every step"
+                "inference needs at least one, and the same at every step" + see("another-path")
             )
         if out.dim() == 0 or out.shape[0] != batch.samples:
             raise ValueError(
@@ -292,6 +305,7 @@ class ModelPass:
             if node is not batch.output.node and emission._version != version:
                 raise RuntimeError(
                     f"an operation after node {node.name!r} changes its output in place: use inplace=False there"
+                    + see("in-place-after-a-node")
                 )
 
     def _find_output(self, out: Tensor) -> None:
@@ -330,6 +344,7 @@ class ModelPass:
             f"the model returns what its last node, {node.name!r}, emits after {last.lower()} and nothing that learns: "
             "the last layer's output is then a hidden state of its own, which explains a part of the error away. To "
             "clamp the output itself use a plain layer there, such as nn.Linear for pc.Linear"
+            + see("the-output-is-a-hidden-state")
         )
         return None
 
@@ -342,7 +357,7 @@ class ModelPass:
         if out is not stands_for:
             raise RuntimeError(
                 "a pc.Head gives no logits in inference: the model must return what it returns, untouched; "
-                "use nn.Linear for a layer that something follows"
+                "use nn.Linear for a layer that something follows" + see("after-a-head")
             )
         return output.energy_of_rows(energy)
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .errors import see
+
 
 class RandomState:
     """The state of the generators that a model on a device draws from, as they are when this is made.
@@ -259,7 +261,9 @@ class Calls:
     @contextlib.contextmanager
     def traced(self) -> Iterator[None]:
         """Within it the compiled model draws the random numbers of the first pass, whose draws were eager."""
-        with torch._inductor.config.patch(fallback_random=True), torch._dynamo.config.patch(recompile_limit=MODELS):
+        dynamo = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # that of torch 2.6
+        with torch._inductor.config.patch(fallback_random=True), dynamo.patch({limit: MODELS}):
             yield
 
 
@@ -269,6 +273,7 @@ def refuse_second_derivative(grad: Tensor) -> None:
         raise RuntimeError(
             "create_graph=True: the free energy has no second derivative, since its graph does not hold how the "
             "inferred states depend on the weights. FreeEnergy(model, steps=1), which is backpropagation, has one"
+            + see("second-derivatives")
         )
 
 

@@ -13,7 +13,7 @@ from .context import pass_here
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The ``context_fn`` of ``torch.utils.checkpoint`` around a part of a model that holds value nodes.
+    """The ``context_fn`` of ``torch.utils.checkpoint`` around a part of a model that holds value nodes::
 
         x = checkpoint(block, x, use_reentrant=False, context_fn=pc.checkpoint_contexts)
 

@@ -14,7 +14,7 @@ then the total derivative with e held. In error form ``state=None`` stands for e
 it is small beside u, and so is its rounding. The moved one has the dtype of the old, or after e = 0 ``state_dtype``.
 
 **The move** is a natural-gradient step: with d = u - mu and V the inverse of the energy's curvature at u = mu (for the
-exponential families the Fisher information of the state), V dF/du = pi d + grad, and
+exponential families the Fisher information of the state), V dF/du = pi d + grad, and::
 
     d <- keep d - (move / pi) grad,        keep = 1 - step, move = step: a descent step; 1 is Newton's.
 
@@ -36,6 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arithmetic import Step, divergence, error_of, kept, mean_square, moved_by, per_sample, sent, sum_samples, wide
+from .reference_float8 import rows_rounded as rows_rounded
+from .reference_float8 import weight_rounded as weight_rounded
 from .reference_softmax import attention_fall as attention_fall
 from .reference_softmax import attention_first_step as attention_first_step
 from .reference_softmax import attention_forward as attention_forward
@@ -46,6 +48,7 @@ from .reference_softmax import categorical_step as categorical_step
 from .reference_softmax import clamped_categorical_backward as clamped_categorical_backward
 from .reference_softmax import clamped_categorical_forward as clamped_categorical_forward
 from .reference_softmax import clamped_categorical_gradient_ as clamped_categorical_gradient_
+from .reference_softmax import clamped_categorical_rounded as clamped_categorical_rounded
 from .reference_softmax import log_softmax as log_softmax
 from .reference_softmax import mask_logits as mask_logits
 
@@ -76,8 +79,15 @@ def guard_step(state: Tensor, accepted: Tensor, rose: Tensor) -> tuple[Tensor, T
 # Gaussian with a fixed variance: E = pi sum d^2 / 2, where pi holds 1 / sigma^2 as well.
 
 
-def gaussian_forward(mu: Tensor, state: Tensor, precision: Tensor, *, form: str) -> tuple[Tensor, Tensor]:
-    """Emission u and energy pi |u - mu|^2 / 2 of a Gaussian of fixed variance."""
+def gaussian_forward(
+    mu: Tensor, state: Tensor, precision: Tensor, *, form: str, move: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Emission u and energy ``pi |u - mu|^2 / 2`` of a Gaussian of fixed variance.
+
+    move: in error form the state is g instead, and ``e = -(move / pi) g``: the first move, of which no state is kept.
+    """
+    if move is not None:
+        state = moved_by(None, wide(state), move, move / precision)
     if form == "error":
         u, d = mu + state.to(mu.dtype), error_of(state, mu)
     else:
@@ -200,7 +210,7 @@ def gaussian_logvar_step(
 
 
 def laplace_energy(d: Tensor) -> Tensor:
-    """|d| + e^-|d| - 1 per element; near 0, where that cancels, its series."""
+    """``|d| + e^-|d| - 1`` per element; near 0, where that cancels, its series."""
     a = d.abs()
     series = a * a * (0.5 - a * (1 / 6 - a * (1 / 24 - a * (1 / 120 - a / 720))))
     return torch.where(a < 1e-2, series, a + torch.expm1(-a))
@@ -249,7 +259,7 @@ def _scale(unit: Tensor | None, mu: Tensor) -> Tensor:
 def laplace_forward(
     mu: Tensor, state: Tensor, precision: Tensor, unit: Tensor | None = None, *, form: str
 ) -> tuple[Tensor, Tensor]:
-    """Emission u and pi (|d| + e^-|d| - 1)."""
+    """Emission u and ``pi (|d| + e^-|d| - 1)``."""
     return _location_forward(laplace_energy, mu, state, precision, unit, form)
 
 
@@ -266,7 +276,7 @@ def laplace_step(
     moved: bool = False,
     state_dtype: torch.dtype | None = None,
 ) -> Step:
-    """dE/du = pi sign(d) (1 - e^-|d|) / unit, V = unit^2."""
+    """``dE/du = pi sign(d) (1 - e^-|d|) / unit``, V = unit^2."""
 
     def natural(d: Tensor) -> Tensor:
         return -d.sign() * torch.expm1(-d.abs())

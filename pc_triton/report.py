@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -21,6 +24,10 @@ LONG_RUN = 60
 """Further inference steps, with the guard, that the reachable fall of F is measured by."""
 SETTLED = 0.9
 """The fraction of the reachable fall of F from which on a report calls inference settled."""
+LEFT = math.sqrt(1 - SETTLED)
+"""The residual from which on it says that a node has not: what F may still fall goes with the residual's square."""
+CLOSE = 0.99
+"""The cosine from which on it calls the weight gradient close to backpropagation's."""
 PER_NODE = ("energy", "residual", "precision")
 """What `Report.scalars` gives for every node."""
 
@@ -38,6 +45,11 @@ def look(batch: Batch) -> dict[str, NodeStep]:
     """Energy and residual of every node that has a state, by its name. Moves nothing."""
     batch.probe()
     batch.energies.pop()
+    return _shown(batch)
+
+
+def _shown(batch: Batch) -> dict[str, NodeStep]:
+    """What the last probe left in the nodes."""
     return {
         name: NodeStep(node.energy, node.residual)
         for name, node in batch.named_nodes().items()
@@ -60,7 +72,9 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The regime of inference on one batch, from `FreeEnergy.report`. Print it for a table.
+    """The regime of inference on one batch, from `FreeEnergy.report`. Print it: first words, then a table.
+
+    In a notebook it also shows how the energies of the nodes grow, as a heat map, if matplotlib is installed.
 
     Settled is not the same as far from backpropagation: with a high precision the equilibrium lies close to the
     forward pass. Hence both `settled` and `cosine`.
@@ -83,6 +97,8 @@ class Report:
     State orders, and ``local=True``, learn by the latter, and have 1 here. In error order the weight gradient is the
     total derivative with e held (Goemaere et al. 2025). The two agree where inference is settled.
     """
+    energies: tuple[tuple[float, ...], ...] = ()
+    """The energy of each node, in nats per item, wherever `free_energies` has F; none if an order shows no states."""
 
     @property
     def settled(self) -> float:
@@ -105,12 +121,45 @@ class Report:
             return "backpropagation: the states are at their predictions"
         if not self.nodes:
             return "backpropagation: the model's forward visits no free value node; put pc.Gaussian() after a layer"
-        advice = "" if self.settled >= SETTLED else "; not settled: lower the displacement, or give more steps"
         return (
             f"settled {self.settled:.1%} of the reachable fall in {len(self.free_energies) - 1} moves (it explains "
             f"{self.explained:.2%} of F), residual {self.residual:.2g}, cosine to backpropagation {self.cosine:.4f} "
-            f"(worst parameter {self.worst_cosine:.3f}), total to local {self.total_to_local:.4f}{advice}"
+            f"(worst parameter {self.worst_cosine:.3f}), total to local {self.total_to_local:.4f}"
         )
+
+    @property
+    def summary(self) -> str:
+        """What the numbers say, in a few plain sentences, with what to do. Names of nodes are in backticks."""
+        first, last = self.free_energies[0], self.free_energies[-1]
+        if len(self.free_energies) == 1:
+            return "Backpropagation: the states stay at their predictions. Give more inference steps to move them."
+        if not self.nodes:
+            return "Backpropagation: the forward visits no free value node. Put pc.Gaussian() after a hidden layer."
+        if not math.isfinite(last):
+            return "F is not finite: inference diverged. Give a smaller step, or a larger precision."
+        settled = self.settled >= SETTLED
+        said = ["Settled." if settled else f"Not settled: {self.settled:.0%} of the reachable fall of F was made."]
+        if last > first:
+            said = ["Not settled: inference raised F."]
+        close = "Close" if self.cosine >= CLOSE else "Not close"
+        said.append(f"{close} to backpropagation: the cosine of the weight gradients is {self.cosine:.4f}.")
+        numbered = list(enumerate(self.nodes, 1))
+        late = [(number, node) for number, node in numbered if not node.residual <= LEFT]
+        unreached = [] if settled else [(number, node) for number, node in numbered if node.energy == 0]
+        if late:
+            have, most = ("has" if len(late) == 1 else "have"), max(node.residual for _, node in late)
+            said.append(f"{_named(late, 'Node')} {have} not settled: the residual is {most:.2g}.")
+        if unreached:
+            said.append(f"The error has not reached {_named(unreached)}.")
+        if last > first:
+            said.append("Give a smaller step, or none: the default is guarded.")
+        elif unreached:
+            said.append("Give more steps, or use order='error', which reaches every node in one.")
+        elif not settled:
+            said.append("Give more steps, a lower displacement, or a larger precision.")
+        elif late:
+            said.append("Give more steps.")
+        return " ".join(said)
 
     def scalars(self) -> dict[str, float]:
         """Every number by its name, for what logs them: ``wandb.log``, Lightning's ``log_dict``, TensorBoard.
@@ -124,7 +173,17 @@ class Report:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        return f"{table(self)}<p>{self._falls}<br>{self.regime}</p>"
+        return f"<p>{words(self)}</p>{table(self)}{self._heat_map}<p>{self._falls}<br>{escape(self.regime)}</p>"
+
+    @property
+    def _heat_map(self) -> str:
+        if not self.nodes or not self.energies:
+            return ""
+        try:
+            from .plots import heat_map
+        except ModuleNotFoundError:
+            return "<p>For a heat map of the energies: pip install matplotlib</p>"
+        return f'<div style="max-width:30em">{heat_map(self.energies)}</div>'
 
     @property
     def _falls(self) -> str:
@@ -137,7 +196,21 @@ class Report:
         for node in self.nodes:
             numbers = f"{node.precision:>9.3g}  {node.energy:>9.3g}  {node.residual:>8.2g}"
             lines.append(f"{node.name:<{width}}  {node.family:<14}  {numbers}")
-        return "\n".join([*lines, self._falls, self.regime])
+        return "\n".join(
+            [*textwrap.wrap(self.summary, 100, break_on_hyphens=False), "", *lines, self._falls, self.regime]
+        )
+
+
+def _named(pairs: Sequence[tuple[int, NodeReport]], node: str = "node") -> str:
+    """As in: nodes 3 (`a`), 4 (`b`) and 2 more."""
+    names = ", ".join(f"{number} (`{node.name}`)" for number, node in pairs[:3])
+    more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+    return f"{node}{'s' if len(pairs) > 1 else ''} {names}{more}"
+
+
+def words(report: Report) -> str:
+    """The report's summary as HTML."""
+    return re.sub("`(.+?)`", r"<code>\1</code>", escape(report.summary, quote=False))
 
 
 def table(report: Report) -> str:
@@ -145,13 +218,19 @@ def table(report: Report) -> str:
     most = max((node.energy for node in report.nodes if math.isfinite(node.energy)), default=0.0)
     left = 'style="text-align:left"'
     rows = "".join(
-        f"<tr><td>{number}</td><td {left}>{escape(node.name).replace('.', '.<wbr>')}</td>"
+        f"<tr><td>{number}</td><td {left}>{_breaking(node.name)}</td>"
         f"<td {left}>{escape(node.family)}</td>"
         f"<td>{node.precision:.3g}</td>{_bar(node.energy, most)}{_bar(node.residual, 1.0)}</tr>"
         for number, node in enumerate(report.nodes, 1)
     )
     head = f"<th></th><th {left}>node</th><th {left}>family</th><th>precision</th><th>energy</th><th>residual</th>"
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div style="overflow-x:auto">{whole}</div>'
+
+
+def _breaking(name: str) -> str:
+    """A name that may go on in another line after a dot or an underscore."""
+    return re.sub(r"([._])", r"\1<wbr>", escape(name))
 
 
 def _bar(value: float, full: float) -> str:
@@ -168,6 +247,7 @@ def report(
     rules: Rules,
     moves: int,
     parameters: Sequence[Tensor],
+    tick: Callable[[], Any],
 ) -> Report:
     """Measure a `Report` on one batch; see `FreeEnergy.report`.
 
@@ -176,16 +256,25 @@ def report(
     with torch.random.fork_rng():
         batch = make()
         random = batch.random  # every run below sees the same noise
+        seen: list[dict[str, NodeStep]] = []
         measured: list[Tensor] = []
-        if rules.inference_dtype is not None:  # F of its own passes tells of their rounding
-            batch.watch = lambda batch: measured.append(batch.look())
+
+        def watch(batch: Batch) -> None:
+            with batch.calls.eager() if batch.calls.compiled else contextlib.nullcontext():  # its graphs stay as many
+                seen.append(look(batch))
+            if rules.inference_dtype is not None:  # F of its own passes tells of their rounding
+                measured.append(batch.look())
+
+        batch.watch = watch
         settle(batch)
         last = batch.probe()
+        if seen:
+            seen[-1] = _shown(batch)  # the end of inference may have moved the states once more
         free_energies = measured or batch.energies[-moves - 1 :]
         local = _gradients(batch.learn(local=True).sum(), parameters) if batch.form == "error" else None
         random.restore()
         begun = make(form="error")
-        free, at_prediction, long_run = _long_run(begun, rules, batch)
+        free, at_prediction, long_run = _long_run(begun, rules, batch, tick)
         random.restore()
         learning = _gradients(loss(), parameters)
         random.restore()
@@ -213,10 +302,13 @@ def report(
         _cosine(learning, backpropagation),
         min(cosines, default=1.0),
         1.0 if local is None else _ratio(learning, [g / items for g in local]),
+        tuple(tuple(float(step[name].energy.sum()) / items for name in free) for step in seen),
     )
 
 
-def _long_run(begun: Batch, rules: Rules, batch: Batch) -> tuple[dict[str, Node], dict[str, Tensor], Tensor]:
+def _long_run(
+    begun: Batch, rules: Rules, batch: Batch, tick: Callable[[], Any]
+) -> tuple[dict[str, Node], dict[str, Tensor], Tensor]:
     """The guarded error order in float32, settled: the nodes of ``batch`` that it moves, and F ``[S]`` at its end.
 
     Between them, by name, the norm ``[S]`` of their natural gradient at the prediction.
@@ -230,6 +322,7 @@ def _long_run(begun: Batch, rules: Rules, batch: Batch) -> tuple[dict[str, Node]
         if node.residual is not None and state is not None:
             free[name] = node
             at_prediction[name] = sum_samples(state**2, begun.samples).sqrt() / rules.step.first
+    begun.watch = lambda batch: tick()
     orders.descend(begun, settler, steps, LONG_RUN)
     assert isinstance(steps, Guarded)
     return free, at_prediction, steps.accepted

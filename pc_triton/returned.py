@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .distributions import Distribution
+from .errors import see
 from .families import Bernoulli, Categorical
 
 T = TypeVar("T")
@@ -118,7 +119,7 @@ def refuse_activation_twice(family: Distribution, mu: Tensor) -> None:
         raise ValueError(
             f"the model ends in {name.lower()}, and {type(family).__name__} takes logits, of which it makes the "
             "probabilities itself: take that last step out of the model (nn.Identity() in its place), or give another "
-            "output, such as output=pc.Gaussian() for a squared error"
+            "output, such as output=pc.Gaussian() for a squared error" + see("activation-twice")
         )
 
 
@@ -132,6 +133,7 @@ def refuse_classes_first(labels: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"logits {tuple(logits.shape)} come out of a convolution or a softmax over axis 1, with the classes along "
             "axis 1, and are read with the classes along the last axis: return logits.movedim(1, -1)"
+            + see("classes-along-axis-1")
         )
 
 
@@ -146,7 +148,7 @@ def refuse_own_loss(returned: Any, logits: Any, y: Tensor | None) -> None:
     if y is None:
         raise ValueError(
             "x holds labels, of which the model made a loss of its own, and y is not given: take them out of x and "
-            "give them as y; a causal language model's one token on, " + SHIFTED
+            "give them as y; a causal language model's one token on, " + SHIFTED + see("the-models-own-loss")
         )
     if y.is_floating_point() or y.dim() < 2 or not isinstance(logits, Tensor) or logits.shape[:-1] != y.shape:
         return
@@ -158,7 +160,8 @@ def refuse_own_loss(returned: Any, logits: Any, y: Tensor | None) -> None:
         for a, b in ((logits, y), (logits[..., :-1, :], y[..., 1:]))
     )
     if abs(own - shifted) < 1e-3 * abs(own) < abs(own - plain):
-        raise ValueError(f"y holds the model's own labels, which it shifts before its loss: {SHIFTED}")
+        shifts = f"y holds the model's own labels, which it shifts before its loss: {SHIFTED}"
+        raise ValueError(shifts + see("the-models-own-loss"))
 
 
 def refuse_own_tokens(model: Any, given: Any, y: Tensor | None) -> None:
@@ -171,4 +174,5 @@ def refuse_own_tokens(model: Any, given: Any, y: Tensor | None) -> None:
         return
     same = tokens.data_ptr() == y.data_ptr()  # to compare values would wait for a GPU
     if same or (not y.is_cuda and bool(((tokens == y) | (y == -100)).all())):
-        raise ValueError(f"y holds the input's own tokens, and the model predicts the token after each: {SHIFTED}")
+        itself = f"y holds the input's own tokens, and the model predicts the token after each: {SHIFTED}"
+        raise ValueError(itself + see("the-models-own-loss"))

@@ -33,7 +33,7 @@ StateOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 class Precision(Protocol):
     """The precision of every hidden node: any function with these arguments.
 
-    node: with its prediction ``mu`` and ``family``. squared: |G|^2 ``[S]``, G the gradient of F in the node's errors at
+    node: with its prediction ``mu`` and ``family``. squared: ``|G|^2 [S]``, G the gradient of F in the node's errors at
     the prediction, in units of the node's scale. free_energy: F ``[S]`` there. nodes: how many share F's fall. Returns
     pi ``[S]``, > 0. An attribute ``in_units = False`` has Gaussian errors counted as they are, and not in units of
     their node's root mean square.
@@ -46,9 +46,10 @@ class Precision(Protocol):
 class Displacement:
     """The precision with which inference explains away the fraction ``delta`` of F, each node the same part of it.
 
-    To first order in 1 / pi inference lowers F by |G|^2 / (2 pi); so pi = n |G|^2 / (2 delta |F|) for each of n nodes
-    and each sample. No node moves by more than `TRUST`, and none is held by less than `LEAST` of the mean. Nothing
-    depends on the model's scale, width or depth, nor on the rest of the batch. Raises ValueError unless 0 < delta < 1.
+    To first order in 1 / pi inference lowers F by ``|G|^2 / (2 pi)``; so ``pi = n |G|^2 / (2 delta |F|)`` for each of
+    n nodes and each sample. No node moves by more than 0.3 of its scale, and none is held by less than a thousandth of
+    the mean. Nothing depends on the model's scale, width or depth, nor on the rest of the batch. Raises ValueError
+    unless 0 < delta < 1.
     """
 
     delta: float = 0.003

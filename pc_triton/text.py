@@ -9,13 +9,16 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tqdm import tqdm
 
 BLOCK = 2000
 """About so many characters in a row go to the same side of the split."""
+DELAY = 1.0
+"""Seconds until a progress bar shows, so that what is quick shows none."""
 LONGEST = 256
 """Characters of a word that the tokenizer learns from in one piece: its time grows with the square of the longest."""
 CUT = re.compile(rf"(?:\S{{{LONGEST}}}(?=\S)|\s{{{LONGEST}}}(?=\s))")
@@ -130,6 +133,17 @@ def interruptible(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     return result.result()
+
+
+def waiting(shows: bool, what: str, total: int, unit: str) -> tqdm[NoReturn]:
+    """A progress bar on stderr, if it shows, for what may take longer than `DELAY`; to be used by ``with``.
+
+    Nothing is left of it at its end, also after Ctrl-C.
+    """
+    from tqdm import tqdm
+
+    many = total > 100_000
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=many, leave=False, delay=DELAY, disable=not shows)
 
 
 def train_tokenizer(text: str, vocabulary: int, special: int = 0, shows: bool = False) -> Tokenizer:

@@ -362,11 +362,11 @@ class _Training:
         """The report on the first so many held-out sequences; None for backpropagation and for a sharded model."""
         if self.free_energy is None or self.sharded:
             return None
-        return regime(self.free_energy, self.data.held_out, self.settings.context, sequences)
+        return regime(self.free_energy, self.data.held_out, self.settings.context, sequences, self.shows)
 
     def evaluate(self) -> None:
         """Measure perplexity and a report, and add both to the record. Raises Diverged."""
-        row = {"perplexity": perplexity(self.model, self.data.held_out)}
+        row = {"perplexity": perplexity(self.model, self.data.held_out, self.shows)}
         if not row["perplexity"] < self.settings.vocabulary**RISE:
             raise self.diverged(self.done, f"held-out perplexity is {row['perplexity']:.4g}")
         report = self.report(min(4, self.reported))

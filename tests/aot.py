@@ -38,7 +38,10 @@ LARGEST = (
     "linear 16384x4096x4096( float32 tf32)?",
     "linear 16384x4096x4100",
     "chain .* labels( tf32)?",
+    "float8_.*",
 )
+NO_FLOAT8 = ("cuda:80", "cuda:86", "hip:gfx942")
+"""Targets without the conversions that ``kernels/float8.py`` makes; its launchers are not called there."""
 TF32 = (
     "attention (64|128) float32 (fall|first step|forward|step)",
     "linear 16384x4096x4096 float32",
@@ -126,6 +129,7 @@ def launches():
         categorical,
         chain,
         fall,
+        float8,
         gaussian,
         gaussian_logvar,
         guard,
@@ -236,8 +240,18 @@ def launches():
     wide = tensor(512, 16384)
     yield "fall 512x16384 location", partial(fall.location_fall, wide, wide, 512)
     yield "fall 512x16384 bernoulli", partial(fall.bernoulli_fall, wide, wide, 512)
+    pi = tensor(512, dtype=torch.float32)
+    only_move = partial(gaussian.gaussian_forward, wide, wide, pi, form="error", move=pi)
+    yield "gaussian 512x16384 forward after its only move", only_move
     rose, states = tensor(512, dtype=torch.bool), tensor(512, 16384, dtype=torch.float32)
     yield "guard 512x16384", partial(guard.guard_step, states, states, rose)
+    for dtype in float8.FLOAT8:
+        kind = str(dtype).removeprefix("torch.")
+        for shape in ((16384, 768), (16384, 8192), (64, 131072)):
+            yield f"{kind} {'x'.join(map(str, shape))}", partial(float8.rows_rounded, tensor(*shape), dtype)
+    logits, classes = tensor(64, 131072), tensor(64, dtype=torch.int64)
+    yield "float8_e5m2 clamped 64x131072", partial(categorical.clamped_categorical_rounded, logits, classes, -100)
+    yield "float8_e4m3fn weight 8192x2048", partial(float8.weight_rounded, tensor(8192, 2048), float8.FLOAT8[0])
     for columns in (10, 131072):
         mu, labels, row = tensor(64, columns), tensor(64, dtype=torch.int64), tensor(64, dtype=torch.float32)
         backward = partial(categorical.clamped_categorical_backward, mu, labels, row, row, -100)
@@ -266,6 +280,8 @@ def in_tf32(call) -> None:
 def of_target(target: str):
     """The launches that are compiled for a target, some of float32 with products in TF32 too; AMD's stay exact."""
     for name, call in launches():
+        if target in NO_FLOAT8 and name.startswith("float8_"):
+            continue
         calls = {name: call}
         if any(re.fullmatch(like, name) for like in TF32) and not target.startswith("hip"):
             calls[f"{name} tf32"] = partial(in_tf32, call)

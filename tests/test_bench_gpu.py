@@ -101,7 +101,7 @@ def test_two_stages_on_a_cpu(tmp_path):
         assert {"device", "triton", "python"} <= record.keys()
         assert "begun" not in record
     assert [(row["method"], row["attention_state"]) for row in results["training"]["rows"]] == [
-        ("BP, eager", False), ("PC, T=3", False), ("PC, T=3", True),
+        ("BP, eager", False), ("PC, T=2", False), ("PC, T=2", True),
     ]  # fmt: skip
     assert results["kernels"]["rows"][0]["copy_bytes_per_second"] > 0
     assert "| gaussian forward, error form | 12 |" in run.stdout

@@ -123,6 +123,43 @@ def test_guard(moved):
     assert each <= moved.stored <= SLACK * each
 
 
+def test_after_the_only_move(moved):
+    """No state: the prediction and the gradient are read, and the emission is written."""
+    mu, grad = torch.randn(2, ROWS, 2048).half()
+    triton_kernels().gaussian_forward(mu, grad, torch.ones(ROWS), form="error", move=torch.ones(ROWS))
+    each = 2 * mu.numel()
+    assert 2 * each <= moved.loaded <= SLACK * 2 * each
+    assert each <= moved.stored <= SLACK * each
+
+
+@pytest.mark.parametrize(("rows", "columns", "times"), [(8, 2048, 1), (2, 20_000, 2)])
+def test_rounding_to_8_bits(rows, columns, times, moved):
+    """Read once and written once; a row longer than a tile is read twice."""
+    triton_kernels().rows_rounded(torch.randn(rows, columns).half(), torch.float8_e4m3fn)
+    elements = rows * columns
+    assert 2 * times * elements <= moved.loaded <= SLACK * 2 * times * elements
+    assert elements <= moved.stored <= SLACK * elements
+
+
+@pytest.mark.parametrize("transposes", [True, False])
+def test_rounding_a_weight_to_8_bits(transposes, moved):
+    """Read once, beside what torch reads for its largest number, and written once or twice."""
+    weight = torch.randn(512, 512).half()
+    triton_kernels().weight_rounded(weight, torch.float8_e4m3fn, transposes)
+    elements = weight.numel()
+    assert 2 * elements <= moved.loaded <= SLACK * 2 * elements
+    assert (1 + transposes) * elements <= moved.stored <= SLACK * (1 + transposes) * elements
+
+
+def test_the_gradient_of_logits_in_8_bits(moved):
+    """mu is read twice, and a byte is written."""
+    mu, labels = torch.randn(4, 512).half(), torch.zeros(4, dtype=torch.int64)
+    triton_kernels().clamped_categorical_rounded(mu, labels, -100)
+    elements = mu.numel()
+    assert 2 * 2 * elements <= moved.loaded <= SLACK * 2 * 2 * elements
+    assert elements <= moved.stored <= SLACK * elements
+
+
 @pytest.mark.parametrize("columns", [512, 20_000])
 def test_clamped(columns, moved):
     """The forward pass reads mu; the backward reads it and writes dE/dmu; in place mu is read twice."""

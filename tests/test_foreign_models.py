@@ -901,7 +901,8 @@ def exported(model, arguments):
 @pytest.mark.parametrize("export", [torch.jit.trace, exported], ids=["trace", "export"])
 def test_the_model_is_exported_and_not_its_training(export):
     (x, y), model = batch(torch.float32), mlp(torch.float32)
-    with pytest.raises(RuntimeError, match="the model itself"):
+    refusal = "Graph break" if export is exported and torch.__version__.startswith("2.6.") else "the model itself"
+    with pytest.raises(RuntimeError, match=refusal):
         export(pc.FreeEnergy(model), (x, y))
     torch.testing.assert_close(export(model, (x,))(x), model(x))
 

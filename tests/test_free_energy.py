@@ -452,10 +452,12 @@ def test_report_of_a_transformer(std, device):
     assert {node.family for node in report.nodes} == {"Gaussian", "Categorical"}
 
 
-def test_report_prints_a_table():
+def test_report_prints_words_and_a_table():
     model, x, y = lm()
     report = pc.FreeEnergy(model).report(x, y)
-    lines = str(report).splitlines()
+    words, table = str(report).split("\n\n")
+    assert words.replace("\n", " ") == report.summary
+    lines = table.splitlines()
     assert lines[0].split() == ["node", "family", "precision", "energy", "residual"]
     for line, node in zip(lines[1:], report.nodes):
         name, family, *numbers = line.split()
@@ -497,6 +499,11 @@ def test_report_of_every_order(options, precision):
         assert report.cosine == pytest.approx(F.cosine_similarity(a, b, dim=0).item(), rel=1e-6)
     assert [node.name for node in report.nodes] == ["0", "3"]
     assert 0 < report.residual < 1
+    assert len(report.energies) == len(report.free_energies)
+    assert report.energies[-1] == tuple(node.energy for node in report.nodes)
+    for energies, run in zip(report.energies, free_energy.record(x, y)):
+        taken = [step.energy.mean().item() for step in run.values()]
+        assert list(energies) == pytest.approx(taken, rel=1e-6, abs=1e-12)
 
 
 def test_report_with_a_state_optimizer():

@@ -67,8 +67,9 @@ def test_z_il_needs_its_sequence():
             assert (seen[turn + 1][pair][0] - wanted[pair][0]).abs().max() > 1e-3 * wanted[pair][0].abs().max()
 
 
-def test_fixed_predictions_learn_as_torch2pc_does():
-    """Rosenbaum's loop: e = v - v_hat, v <- v - eta (e - J'e above), v_hat and J of the forward pass, eta = 1."""
+@pytest.mark.parametrize(("moves", "step"), [(1, 0.3), (4, 0.3), (2, 1.0)])
+def test_fixed_predictions_by_hand(moves, step):
+    """Rosenbaum's loop: e = v - v_hat, v <- v - eta (e - J'e above), v_hat and J of the forward pass."""
     model, x, y = deep()
     h0 = model[0](x)
     h1 = model[2](h0.tanh())
@@ -76,12 +77,19 @@ def test_fixed_predictions_learn_as_torch2pc_does():
     derive = functools.partial(torch.autograd.grad, retain_graph=True)
     e0, e1 = torch.zeros_like(h0), torch.zeros_like(h1)
     (top,) = derive(loss, h1)
-    for _ in range(3):  # as many steps as layers
+    for _ in range(moves):
         (below,) = derive(h1, h0, e1)
-        e0, e1 = e0 - (e0 - below), e1 - (e1 - top)
+        e0, e1 = e0 - step * (e0 - below), e1 - step * (e1 - top)
     pairs = (h0, model[0], e0), (h1, model[2], e1), (loss, model[4], None)
     theirs = [g for of, layer, e in pairs for g in derive(of, list(layer.parameters()), e)]
-    assert_close(gradients(model, pc.FreeEnergy(model, steps=1)(x, y)), theirs, 1e-10)
+    backpropagation = gradients(model, pc.FreeEnergy(model, steps=1)(x, y))
+    model[0].node, model[2].node = (said("FixedPrediction").FixedPrediction() for _ in range(2))
+    free_energy = pc.FreeEnergy(model, order="simultaneous", precision=1.0, step=step, steps=moves)
+    assert_close(gradients(model, free_energy(x, y)), theirs, 1e-10)
+    if step == 1:  # as many as the first layer lies below the output: there it is backpropagation
+        assert_close(backpropagation, theirs, 1e-10)
+    else:
+        assert (backpropagation[0] - theirs[0]).abs().max() > 0.1 * backpropagation[0].abs().max()
 
 
 # Nudging.
@@ -100,6 +108,90 @@ def test_the_order_of_the_error_of_nudging(kind, order):
         return (torch.cat([g.flatten() for g in found]) - truth).norm().item()
 
     assert error(0.05) / error(0.025) == pytest.approx(2**order, rel=0.05)
+
+
+# Feedback weights of their own.
+
+
+def test_other_feedback_by_hand():
+    """States and weights by the errors that the feedback brings down; the feedback has the weights' gradient."""
+    torch.manual_seed(0)
+    page = said("Feedback")
+    model = nn.Sequential(
+        pc.Linear(3, 5), nn.Tanh(), page.Feedback(5, 4), pc.Gaussian(), nn.Tanh(), page.Feedback(4, 2)
+    )
+    model = model.double()
+    x, y = torch.randn(4, 3, dtype=D), torch.randn(4, 2, dtype=D)
+    first, second, last = model[0], model[2], model[5]
+    with torch.no_grad():
+        h0 = first(x)
+        h1 = second(h0.tanh())
+        for moves in range(7):
+            e0, e1 = h0 - first(x), h1 - second(h0.tanh())
+            top = last(h1.tanh()) - y
+            if moves == 6:
+                break
+            down0 = (1 - h0.tanh() ** 2) * (-e1 @ second.feedback)
+            down1 = (1 - h1.tanh() ** 2) * (top @ last.feedback)
+            h0, h1 = h0 - 0.1 * (e0 + down0), h1 - 0.1 * (e1 + down1)
+        truth = []
+        for error, below, learns in ((-e0, x, False), (-e1, h0.tanh(), True), (top, h1.tanh(), True)):
+            weight = error.T @ below / 4
+            truth += [weight, error.mean(0), weight] if learns else [weight, error.mean(0)]
+    free_energy = pc.FreeEnergy(model, order="simultaneous", precision=1.0, steps=6, step=0.1)
+    assert_close(gradients(model, free_energy(x, y)), truth, 1e-10)
+
+
+def digits():
+    """Scikit-learn's 8 x 8 digits, 1,500 to learn and 297 to test."""
+    x, y = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    x, y = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
+    return (x[:1500], y[:1500]), (x[1500:], y[1500:])
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_other_feedback_trains_the_digits(learns):
+    """And the weights come to agree with it: random feedback in part, and feedback that learns nearly whole."""
+    torch.manual_seed(0)
+    page, ((x, y), test) = said("Feedback"), digits()
+    upper, last = page.Feedback(32, 32, learns), page.Feedback(32, 10, learns)
+    model = nn.Sequential(pc.Linear(64, 32), nn.Tanh(), upper, pc.Gaussian(), nn.Tanh(), last)
+    free_energy = pc.FreeEnergy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, weight_decay=1e-3 if learns else 0.0)
+
+    def agreement():
+        pairs = [(layer.weight.flatten(), layer.feedback.flatten()) for layer in (upper, last)]
+        return torch.stack([F.cosine_similarity(*pair, 0) for pair in pairs])
+
+    before = agreement()
+    for batch in torch.arange(150 * 128).remainder(1500).split(128):
+        optimizer.zero_grad()
+        free_energy(x[batch], y[batch]).backward()
+        optimizer.step()
+    assert (model(test[0]).argmax(1) == test[1]).float().mean() > 0.7
+    assert (agreement() > before + 0.1).all()
+    assert (agreement() > 0.6).all() == learns
+
+
+def test_direct_kolen_pollack_trains_the_digits():
+    """In one step of inference a batch; without the direct update the lower layers have nothing to learn from yet."""
+    (x, y), test = digits()
+    values = F.one_hot(y, 10).float()
+
+    def accuracy(rate):
+        torch.manual_seed(0)
+        hidden = [nn.Sequential(nn.Linear(m, n), nn.Tanh(), pc.Gaussian()) for m, n in ((64, 32), (32, 32))]
+        model = nn.Sequential(*hidden, nn.Linear(32, 10))
+        free_energy = pc.FreeEnergy(model, order="simultaneous", precision=1.0, step=0.1, steps=1)
+        feedback, optimizer = [0.2 * torch.randn(32, 10) for _ in range(2)], torch.optim.SGD(model.parameters(), 0.05)
+        update = said("direct_kolen_pollack").direct_kolen_pollack
+        for batch in torch.arange(100 * 128).remainder(1500).split(128):
+            update(free_energy, feedback, optimizer, x[batch], values[batch], rate)
+        return (model(test[0]).argmax(1) == test[1]).float().mean().item()
+
+    direct = accuracy(0.1)
+    assert direct > 0.6
+    assert direct > accuracy(0.0) + 0.2
 
 
 # A stop by the residual.
@@ -132,6 +224,40 @@ def test_a_stop_by_the_residual():
     states, errors = ([moves_until_settled(depth, form) for depth in (1, 3)] for form in ("state", "error"))
     assert states[1] > 1.5 * states[0]
     assert errors[1] <= errors[0]
+
+
+# Monte Carlo PC.
+
+
+def test_monte_carlo_pc_learns_mean_and_variance():
+    """Data of mean 1 and variance 5: w = 2 and b = 1 / 2, but for the size of the steps. Without noise w grows.
+
+    With S the variance of y, the fixed point of Langevin's steps of size lr has 1 + w^2 = S / (1 + S lr / 2).
+    """
+    langevin, lr = said("langevin").langevin, 0.02
+    torch.manual_seed(0)
+    y = 1 + 5**0.5 * torch.randn(1024, 1, dtype=D)
+
+    def learn(updates, **options):
+        model = nn.Sequential(pc.Linear(1, 1), nn.Linear(1, 1, bias=False)).double()
+        bias, weight = model[0].bias, model[1].weight
+        nn.init.zeros_(bias), nn.init.constant_(weight, 0.5)
+        free_energy = pc.FreeEnergy(model, order="simultaneous", precision=1.0, **options)
+        optimizer, learned = torch.optim.SGD([bias, weight], 0.2), []
+        for _ in range(updates):
+            optimizer.zero_grad()
+            free_energy(torch.zeros_like(y), y).backward()
+            optimizer.step()
+            learned.append((weight.item(), bias.item()))
+        return torch.tensor(learned[-20:]).mean(0)
+
+    weight, bias = learn(60, steps=40, state_optimizer=langevin(lr))
+    variance = y.var(correction=0).item()
+    truth = (variance / (1 + variance * lr / 2) - 1) ** 0.5
+    assert 1.8 < truth < 2.1
+    assert weight == pytest.approx(truth, abs=0.1)
+    assert bias == pytest.approx(y.mean().item() / truth, abs=0.05)
+    assert learn(30, steps=20, step=0.1)[0] > truth + 0.5
 
 
 # Associative memory.
@@ -227,6 +353,26 @@ def test_bidirectional_pc_by_hand():
     truth = energy(h1, h2) / 4
     assert_close([loss.detach()], [truth.detach()], 1e-12)
     assert_close(gradients(model, loss), gradients(model, truth), 1e-12)
+
+
+def test_bidirectional_pc_classifies_and_generates_digits():
+    """One network: upwards it names most digits that it has not seen, downwards it draws each class's mean image."""
+    torch.manual_seed(0)
+    (x, y), test = digits()
+    model = said("Bidirectional").Bidirectional(64, 32, 10)
+    free_energy = pc.FreeEnergy(model, order="simultaneous", precision=1.0, steps=8, step=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for batch in torch.arange(100 * 128).remainder(1500).split(128):
+        values = F.one_hot(y[batch], 10).float()
+        optimizer.zero_grad()
+        free_energy((x[batch], values), values).backward()
+        optimizer.step()
+    classes = torch.eye(10)
+    assert (model(test[0], torch.zeros(297, 10)).argmax(1) == test[1]).float().mean() > 0.7
+    means = torch.stack([x[y == k].mean(0) for k in range(10)])
+    drawn = model.generate(classes)
+    assert torch.equal(torch.cdist(drawn, means).argmin(1), torch.arange(10))
+    assert (drawn - means).square().mean() < 0.1 * means.var(0).mean()
 
 
 # Temporal PC.
@@ -368,9 +514,10 @@ def test_mupc_keeps_its_states_with_depth():
     assert size(32, forget=True) > 30
 
 
-def test_mupc_trains_64_layers():
+@pytest.mark.parametrize("depth", [64, 128])
+def test_mupc_trains_deep_networks(depth):
     torch.manual_seed(0)
-    model = said("mupc").mupc(4, 16, 2, 64).double()
+    model = said("mupc").mupc(4, 16, 2, depth).double()
     x = torch.randn(16, 4, dtype=D)
     y = torch.tanh(x[:, :2] + x[:, 2:])
     free_energy = pc.FreeEnergy(model, precision=1.0, steps=3, step=0.1)
@@ -386,3 +533,30 @@ def test_mupc_trains_64_layers():
         free_energy(x, y).backward()
         optimizer.step()
     assert loss() < 0.5 * before
+
+
+@pytest.mark.filterwarnings("ignore:the free energy is not finite")
+def test_mupc_carries_a_learning_rate_over_width_and_depth():
+    """SGD at a rate per unit of width: the best of three is the same one. Without the depth in the factor it is not."""
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.tanh(x[:, :2] + x[:, 2:])
+
+    def loss(width, depth, rate, forget=False):
+        torch.manual_seed(0)
+        model = said("mupc").mupc(4, width, 2, depth)
+        for block in model[2:-2]:
+            block.linear.scale *= depth**0.5 if forget else 1
+        free_energy = pc.FreeEnergy(model, precision=1.0, step=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), rate * width)
+        for _ in range(20):
+            optimizer.zero_grad()
+            free_energy(x, y).backward()
+            optimizer.step()
+        with torch.no_grad():
+            return (model(x) - y).square().mean().nan_to_num(torch.inf).item()
+
+    for width, depth in ((16, 4), (64, 4), (16, 32)):
+        low, best, high = (loss(width, depth, rate) for rate in (0.1, 1.0, 10.0))
+        assert best < min(0.25 * low, 0.5 * high, 0.1)
+    assert loss(16, 4, 1.0, forget=True) < 0.1
+    assert loss(16, 32, 1.0, forget=True) > 1

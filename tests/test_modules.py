@@ -10,12 +10,14 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import pc_triton as pc
 from pc_triton import orders
+from pc_triton.errors import PAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "pc_triton").glob("*.py"))
-APART = {"convert", "huggingface"}
 LINE = ["free_energy", "orders", "batch", "node", "distributions", "context"]
 
 
@@ -32,10 +34,10 @@ def imported(code: str, modules: set[str]) -> Iterator[str]:
 
 
 def arrows() -> dict[str, set[str]]:
-    """What each module imports, convert and huggingface apart."""
+    """What each module imports."""
     modules = {path.stem for path in FILES} - {"__init__"}
     found = {path.stem: set(imported(path.read_text(encoding="utf-8"), modules)) for path in FILES}
-    return {name: (to & modules) - APART for name, to in found.items() if name not in {*APART, "__init__"}}
+    return {name: to & modules for name, to in found.items() if name != "__init__"}
 
 
 def test_no_import_circle():
@@ -90,9 +92,12 @@ def test_a_file_that_is_not_there_is_seen():
     assert not is_there(ROOT / "README.md", "inference.py")
 
 
-PROGRAMS = (ROOT / "docs" / "programs.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| (.+?) \| .*`(test_\w+\.py)::(test_\w+)` \|$", PROGRAMS, re.MULTILINE)
-QUOTED = [message for start, *_ in ROWS for message in re.findall(r"^(?:Warning: )?`([^`]+)`$", start)]
+ERRORS = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+LISTS = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("programs", "errors")}
+ROW = re.compile(r"^\| (.+?) \| .*`(test_\w+\.py)::(test_\w+)` \|$", re.MULTILINE)
+QUOTED = [row for start, *_ in ROW.findall(ERRORS) for row in re.findall(r"^`([^`]+)`$", start)]
+SECTIONS = dict(re.findall(r"^### (.+)\n\n((?s:.*?))(?=^##|\Z)", ERRORS, re.MULTILINE))
+"""The messages that have a heading, with the text under it."""
 
 
 def texts(code: str) -> Iterator[str]:
@@ -104,17 +109,58 @@ def texts(code: str) -> Iterator[str]:
             yield node.value
 
 
-def test_programs_names_tests_that_exist():
-    rows = [
-        row for row in PROGRAMS.splitlines() if row.startswith("|") and not re.match(r"\|(---| .*the test.* \|$)", row)
-    ]
-    assert len(ROWS) == len(rows), "each row of a table ends in its test"
-    for _, file, test in ROWS:
+def messages(section: str) -> list[str]:
+    """The messages that a section quotes."""
+    return re.findall(r"^> (?:Warning: )?`([^`]+)`$", section, re.MULTILINE)
+
+
+def anchor(heading: str) -> str:
+    """What a heading's link ends in, on GitHub as on the site."""
+    return re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-")
+
+
+def links() -> list[tuple[str, str]]:
+    """Each message of the package that ends in a link to the page: the message, and the link."""
+    found = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "see":
+                assert isinstance(node.args[0], ast.Constant)
+                found.append((path.name, str(node.args[0].value)))
+    return found
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_pages_name_tests_that_exist(name):
+    page = LISTS[name]
+    rows = [row for row in page.splitlines() if row.startswith("|") and not re.match(r"\|(---| .*the test.* \|$)", row)]
+    assert len(ROW.findall(page)) == len(rows) > 10, "each row of a table ends in its test"
+    for _, file, test in ROW.findall(page) + re.findall(r"^(Test): `(\w+\.py)::(\w+)`$", page, re.MULTILINE):
         assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
-def test_programs_quotes_what_the_package_says():
-    """The start of each message, as it is in the package."""
+def test_the_page_of_errors_quotes_what_the_package_says():
+    """The start of each message, as it is in the package; and each section has a message and its test."""
     said = [text for path in FILES for text in texts(path.read_text(encoding="utf-8"))]
-    assert len(QUOTED) > 40
-    assert not [message for message in QUOTED if not any(text.startswith(message) for text in said)]
+    quoted = [*QUOTED, *(message for section in SECTIONS.values() for message in messages(section))]
+    assert len(quoted) > 40
+    assert not [message for message in quoted if not any(text.startswith(message) for text in said)]
+    for heading, section in SECTIONS.items():
+        assert len(messages(section)) >= 1, heading
+        assert "\nTest: `test_" in section, heading
+
+
+def test_messages_link_to_the_page_of_errors():
+    """Every link points to a heading, and every heading is linked to by the message under it."""
+    assert PAGE == "docs/errors.md"
+    anchors = {anchor(heading): heading for heading in SECTIONS}
+    assert len(anchors) == len(SECTIONS) > 20
+    linked = [link for _, link in links()]
+    assert set(linked) == set(anchors)
+    for name, heading in anchors.items():
+        assert linked.count(name) == len(messages(SECTIONS[heading])), heading
+
+
+def test_a_message_ends_in_its_place():
+    with pytest.raises(ValueError, match=r"pc\.convert\(model\) \(docs/errors\.md#no-value-node\)$"):
+        pc.FreeEnergy(nn.Linear(2, 2))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -22,38 +21,19 @@ images, paper_toy, paper_vae, paper_beyond, paper_backwards, runs = (
 )  # the scripts want scikit-learn, matplotlib and tqdm
 
 
-class Here:
-    """A pool of no processes: the runs are made here, which needs no second import of torch."""
-
-    def __init__(self, *arguments):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *raised):
-        pass
-
-    def submit(self, function, settings):
-        future: Future = Future()
-        future.set_result(function(settings))
-        return future
-
-
 @pytest.mark.parametrize(
     "experiment", [paper_toy, paper_vae, paper_beyond, paper_backwards], ids=lambda module: module.__name__
 )
 def test_quick_run_and_resume(experiment, tmp_path, monkeypatch):
     """The tables hold every method; the second call makes no run and gives the same tables."""
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes of a pool
     out = tmp_path / "out.json"
     with torch.random.fork_rng():
-        first = experiment.reproduce(None, True, out, 1)
+        first = experiment.reproduce(None, True, out, 0)
         records = json.loads(out.read_text())["runs"]
         monkeypatch.setattr(experiment, "run", lambda *_, **__: pytest.fail("a run was made again"))
-        assert experiment.reproduce(None, True, out, 1) == first
+        assert experiment.reproduce(None, True, out, 0) == first
     torch.set_num_threads(threads)
     assert json.loads(out.read_text())["runs"] == records
     assert out.with_suffix(".png").stat().st_size > 10_000
@@ -80,9 +60,8 @@ def test_tables_of_the_documentation_are_the_files(experiment, data, monkeypatch
     monkeypatch.setattr(experiment, "images", lambda _: images.Images(*torch.zeros(4, 1)))
     monkeypatch.setattr(experiment, "plot", lambda *_: None)
     monkeypatch.setattr(experiment, "run", lambda *_, **__: pytest.fail("a run is missing"))
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
     out = ROOT / "bench" / "results" / f"paper_{experiment.__name__.removeprefix('paper_')}_{data}.json"
-    tables = experiment.reproduce(Path(data), False, out, 1).split("\n\n")
+    tables = experiment.reproduce(Path(data), False, out, 0).split("\n\n")
     text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     assert not [table for table in tables if table not in text]
     assert not [r for r in json.loads(out.read_text())["runs"] if r["commit"].endswith("-dirty")]
@@ -126,13 +105,12 @@ def test_language_models(name, rows, tmp_path, monkeypatch):
     text = " ".join(f"{a}{b} of {b}{a}" for a in ("fox", "dog", "owl") for b in map(str, range(100))) * 3
     for module in (paper_lm, experiment):
         monkeypatch.setattr(module, "texts", lambda data, tuning: (text, text[:3000]), raising=False)
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(sys.modules["pc_triton.report"], "LONG_RUN", 3)
     out = tmp_path / "out.json"
     with torch.random.fork_rng():
-        first = experiment.reproduce(None, True, out, 1)
+        first = experiment.reproduce(None, True, out, 0)
         monkeypatch.setattr(experiment, "run", lambda *_, **__: pytest.fail("a run was made again"))
-        assert experiment.reproduce(None, True, out, 1) == first
+        assert experiment.reproduce(None, True, out, 0) == first
     records = json.loads(out.read_text())["runs"]
     assert all(1 < record["score"] < runs.DIVERGED for record in records)
     assert all(row in first for row in (*rows, "settled"))
@@ -181,9 +159,8 @@ def test_what_deep_pc_does_in_the_documentation_is_the_files(name, data, monkeyp
     experiment = pytest.importorskip(name)
     monkeypatch.setattr(experiment, "plot", lambda *_: None)
     monkeypatch.setattr(experiment, "run", lambda *_, **__: pytest.fail("a run is missing"))
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
     out = ROOT / "bench" / "results" / f"{name}_{data or 'default'}.json"
-    tables = experiment.reproduce(data and Path(data), False, out, 1).split("\n\n")
+    tables = experiment.reproduce(data and Path(data), False, out, 0).split("\n\n")
     text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     assert not [table for table in tables if table not in text]
     assert not [r for r in json.loads(out.read_text())["runs"] if r["commit"].endswith("-dirty")]

@@ -1,5 +1,8 @@
 """A report as its reader meets it: numbers for a logger, a table in a notebook, a page in a browser, TensorBoard."""
 
+import base64
+import dataclasses
+import io
 import json
 import math
 import os
@@ -10,6 +13,7 @@ import subprocess
 import sys
 from html import escape
 from html.parser import HTMLParser
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -20,6 +24,8 @@ from pc_triton.report import table
 
 NASTY = "a.<script>alert('1')</script>&\"$x$"
 VOID = {"meta", "wbr", "br"}
+WIDTHS = 390, 1280
+"""Those of a phone and of a desktop."""
 
 
 class Reader(HTMLParser):
@@ -91,7 +97,7 @@ def test_a_module_visited_twice_is_two_nodes():
 
 
 def test_a_report_without_nodes_prints():
-    assert str(report()).splitlines()[0].split()[0] == "node"
+    assert str(report()).splitlines()[2].split()[0] == "node"
     assert len(Reader(report()._repr_html_()).cells) == 0
 
 
@@ -110,6 +116,115 @@ def test_bars():
     r = pc.Report(tuple(nodes), (1.0, 0.9), 0.9, 0.0, 1.0, 1.0)
     widths = [float(w) for w in re.findall(r"\) ([\d.]+)%", table(r))]
     assert widths == [100, 50, 25, 100, 0, 0, 0, 0]
+
+
+SAID = {
+    "steps=1": (((4.0,), [0.1], [1.0]), ["Backpropagation: the states stay"]),
+    "settled": (((4.0, 3.05), [0.1], [0.1]), ["Settled.", "Not close to backpropagation: the cosine", "is 0.9800."]),
+    "a node lags": (
+        ((4.0, 3.05), [0.1, 0.2], [0.0, 0.6]),
+        ["Settled.", "Node 2 (`b.0`) has not settled: the residual is 0.6. Give more steps."],
+    ),
+    "not settled": (
+        ((4.0, 3.5), [0.1] * 5, [0.9] * 5),
+        ["Not settled: 50% of", "Nodes 1 (`a`), 2 (`b.0`), 3 (`c`) and 2 more have", "a lower displacement"],
+    ),
+    "not reached": (
+        ((4.0, 3.5), [0.0, 0.1], [0.0, 0.9]),
+        ["Not settled: 50%", "Node 2 (`b.0`) has not", "The error has not reached node 1 (`a`).", "order='error'"],
+    ),
+    "F rose": (((4.0, 4.5), [0.1], [0.1]), ["Not settled: inference raised F.", "Give a smaller step"]),
+    "no number": (((4.0, math.nan), [0.1], [0.1]), ["F is not finite"]),
+    "residual is no number": (
+        ((4.0, 3.05), [0.1], [math.nan]),
+        ["Settled.", "Node 1 (`a`) has not settled: the residual is nan"],
+    ),
+    "no nodes": (((4.0, 3.5), [], []), ["Backpropagation: the forward visits no free value node"]),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_the_regime_in_words(case):
+    """What is said first, printed, in a notebook and on the page, about these energies and residuals."""
+    (free_energies, energies, residuals), said = SAID[case]
+    names = ["a", "b.0", "c", "d", "e"]
+    nodes = [pc.NodeReport(n, "Gaussian", 2.0, e, r) for n, e, r in zip(names, energies, residuals)]
+    r = pc.Report(tuple(nodes), free_energies, 3.0, 0.05, 0.98, 0.9)
+    assert r.summary.startswith(said[0])
+    assert not [words for words in said if words not in r.summary]
+    for text in (str(r).partition("\n\n")[0], "".join(re.findall("^<p>.*?</p>", r._repr_html_()))):
+        assert [word for word in re.findall(r"\w+", text) if word not in ("p", "code")] == re.findall(r"\w+", r.summary)
+
+
+def test_close_to_backpropagation():
+    assert "Close to backpropagation: the cosine of the weight gradients is 0.9990" in report("a", cosine=0.999).summary
+    assert "Not close to backpropagation" in report("a", cosine=0.0).summary
+
+
+def energies_over(steps, nodes, scale=1.0):
+    """As under simultaneous order: a move later for every node further down."""
+    return tuple(tuple(scale * max(0, t + k + 1 - nodes) / 100 for k in range(nodes)) for t in range(steps + 1))
+
+
+@pytest.mark.parametrize(
+    "energies",
+    [
+        energies_over(1, 1),
+        energies_over(1, 2),
+        energies_over(12, 8),
+        energies_over(64, 200),
+        energies_over(3, 2, scale=0.0),
+        energies_over(3, 2, scale=-1.0),
+        ((0.0, 0.0), (math.nan, math.inf)),
+        ((0.0, 1e-30), (1.0, 2.0)),
+    ],
+    ids=["one node", "two nodes", "eight", "two hundred", "zero", "negative", "not finite", "many orders"],
+)
+def test_a_heat_map_of_energies(energies):
+    """A picture of a row a node and a column a move, with labelled axes, of no more size than is seen."""
+    plots = pytest.importorskip("pc_triton.plots", reason="pip install 'pc_triton[train]'")
+    text = plots.heat_map(energies)
+    shown = Reader(text)
+    assert {"moves of the states", "node", "nats per item"} <= set(re.findall(r">([^<>]+)</text>", text))
+    assert [a for a in shown.attributes if a == ("role", "img")] == [("role", "img")]
+    assert len(text) < 100_000
+    width, height = map(int, re.search(r'viewBox="0 0 (\d+)[\d.]* (\d+)', text).groups())
+    assert width / 4 < height < 2 * width
+
+
+def test_colours_of_a_heat_map_tell_the_energies():
+    """Each cell has the colour of its energy, by the scale beside it: logarithmic, and grey where there is none."""
+    plots = pytest.importorskip("pc_triton.plots", reason="pip install 'pc_triton[train]'")
+    images = pytest.importorskip("PIL.Image")
+    text = plots.heat_map([[0.0, 0.0], [1e-4, 1e-3], [1e-3, 1e-2]])
+    cells, _ = (base64.b64decode(found) for found in re.findall(r"data:image/png;base64,([^\"]+)", text))
+    picture = images.open(io.BytesIO(cells)).convert("RGBA")
+    assert picture.size == (3, 2), "a column a move, a row a node"
+    seen = [[picture.getpixel((move, node)) for move in range(3)] for node in range(2)]
+    low, middle, high = (plots.COLORS(part, bytes=True) for part in (0.0, 0.5, 1.0))
+    near = [
+        [max(abs(int(a) - int(b)) for a, b in zip(*pair)) for pair in zip(row, wanted)]
+        for row, wanted in zip(seen, [[(136, 136, 136, 68), low, middle], [(136, 136, 136, 68), middle, high]])
+    ]
+    assert max(map(max, near)) <= 2
+
+
+def test_a_notebook_without_matplotlib(monkeypatch):
+    r = report("a", "b")
+    r = dataclasses.replace(r, energies=((0.0, 0.0), (0.1, 0.1), (0.1, 0.2)))
+    assert "<svg" in r._repr_html_() or find_spec("matplotlib") is None
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "pc_triton.plots", raising=False)
+    assert "pip install matplotlib" in r._repr_html_()
+    assert "<table" in r._repr_html_()
+
+
+def test_a_report_ticks_for_a_progress_bar():
+    """As often as evaluate.py tells its bar, at each step of the long run and after the last."""
+    ticks = []
+    model = nn.Sequential(pc.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    pc.FreeEnergy(model).report(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), tick=lambda: ticks.append(1))
+    assert len(ticks) == sys.modules["pc_triton.report"].LONG_RUN + 1
 
 
 def test_extra_repr():
@@ -131,15 +246,31 @@ def test_a_page_holds_all_and_loads_nothing():
     shown = Reader(text)
     assert shown.cells[-12:] == ["1", "first", "Gaussian", "2", "0.1", "0", "2", NASTY, "Gaussian", "3", "0.2", "0.25"]
     assert shown.cells[:15][1::3] == ["90.0%", "22.50%", "0.05", "0.9800", "0.900"]
-    assert text.count(escape(NASTY)) == 5, "title, heading, a fact and its name, a plot"
+    assert shown.tags.count("svg") == len([a for a, _ in shown.attributes if a == "aria-label"]) > 3
+    assert text.count(escape(NASTY)) == 6, "title, heading, a fact and its name, a plot and its description"
     assert not {"script", "link", "img", "iframe", "object", "base"} & set(shown.tags)
     assert "http:" not in text
     assert "https:" not in text
     assert not [a for a, _ in shown.attributes if a.startswith("on") or a in ("src", "srcset", "action")]
-    assert all(value[0] == "#" for a, value in shown.attributes if a.endswith("href"))
+    assert all(value.startswith(("#", "data:")) for a, value in shown.attributes if a.endswith("href"))
     assert not re.search(r"@import|url\((?!#)", text)
     ids = [value for name, value in shown.attributes if name == "id"]
     assert len(ids) == len(set(ids))
+
+
+def test_a_page_fits_any_width():
+    """As far as its text tells: see `test_in_a_browser`. Tables scroll in a container, and no width is fixed."""
+    text = make("run", report("first"), history(report("first")), [5.0, 4.0], {"data": "x" * 300})
+    shown = Reader(text)
+    assert ("content", "width=device-width, initial-scale=1") in shown.attributes
+    assert ("lang", "en") in shown.attributes
+    assert [
+        style for name, style in shown.attributes if name == "style" and re.search(r"(?<!-)width:\s*\d+(px|pt)", style)
+    ] == []
+    assert "overflow-wrap: anywhere" in text
+    assert "color-scheme: light dark" in text
+    assert re.findall(r"(.{29})<table>", text) == ['<div style="overflow-x:auto">']
+    assert min(float(size) for size in re.findall(r"font-size: ([\d.]+)rem", text)) >= 0.75
 
 
 def test_a_plot_for_each_name_and_one_for_all_nodes():
@@ -164,19 +295,6 @@ def test_old_runs_and_backpropagation():
     assert make("run", None).count("<svg") == 0
 
 
-@pytest.mark.parametrize(
-    ("free_energies", "words"),
-    [
-        ((4.0,), "this is backpropagation"),
-        ((4.0, 3.05), "Inference is settled"),
-        ((4.0, 3.5), "not settled"),
-        ((4.0, 4.5), "not settled"),
-    ],
-)
-def test_the_regime_in_words(free_energies, words):
-    assert words in make("run", report("a", free_energies=free_energies))
-
-
 def test_a_history_that_cannot_be_drawn():
     with pytest.raises(ValueError, match=r"row 1 of history has no step: give"):
         make("run", None, [{"step": 1}, {"loss": 2.0}])
@@ -188,10 +306,13 @@ def test_a_history_that_cannot_be_drawn():
 def test_in_a_browser(tmp_path):
     """Laid out at a phone's and a desktop's width: nothing is wider than the window, and every plot is drawn."""
     r = report(*(f"encoder.layers.{k}.self_attention.out_projection" for k in range(30)))
+    r = dataclasses.replace(r, energies=energies_over(2, 30))
     text = escape(make("run", r, [{"step": 1, "perplexity": 300.0, "energy/a": 1.0, "energy/b": 2.0}], [5.0, 4.0]))
-    frames = "".join(f'<iframe width={width} height=800 srcdoc="{text}"></iframe>' for width in (390, 1100))
+    frames = "".join(f'<iframe width={width} height=800 srcdoc="{text}"></iframe>' for width in WIDTHS)
     script = """onload = () => document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => [
         frame.contentDocument.documentElement.scrollWidth,
+        Math.max(...[...frame.contentDocument.querySelectorAll("table, p, dd, h1, figure")].map(
+            part => part.getBoundingClientRect().right)),
         ...[...frame.contentDocument.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().height)]))"""
     path = tmp_path / "frames.html"
     path.write_text(f"<meta charset=utf-8><title></title>{frames}<script>{script}</script>", encoding="utf-8")
@@ -199,9 +320,9 @@ def test_in_a_browser(tmp_path):
     flags = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in off)]
     line = ["chromium", *flags, f"--user-data-dir={tmp_path / 'user'}", "--dump-dom", path.as_uri()]
     done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=True)
-    for width, (wide, *heights) in zip((390, 1100), json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])):
-        assert wide <= width
-        assert len(heights) == 4
+    for width, (wide, right, *heights) in zip(WIDTHS, json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])):
+        assert max(wide, right) <= width, "no scrolling sideways, of the page or of a table in it"
+        assert len(heights) == 5
         assert min(heights) > 150
 
 
@@ -242,7 +363,7 @@ def test_a_page_of_a_run(tmp_path, data, capsys, method):
     shown = Reader(text)
     assert measured.split()[4] in text
     if method == "pc":
-        nodes = [row.split()[0] for row in rows[1:-2]]
+        nodes = [row.split()[0] for row in rows[rows.index("") + 2 : -2]]
         assert shown.cells[-6 * len(nodes) :][1::6] == nodes
         assert "energy by node" in text
     assert "training loss" in text

@@ -793,41 +793,6 @@ def test_noise_is_new_at_every_step_and_batch_and_dropout_the_same(order):
     assert len(torch.cat([torch.stack(noise), torch.stack(masks)]).unique(dim=0)) == 2 * moves + 2
 
 
-def test_monte_carlo_pc_learns_the_spread_of_the_data():
-    """Latent u ~ N(0, 1), y = 2 u + noise of variance 1: learning on samples finds w = 2 but for the steps' size.
-
-    With S the mean of y^2, the fixed point of Langevin's steps of size lr has 1 + w^2 = S / (1 + S lr / 2).
-    """
-    torch.manual_seed(0)
-    samples, lr = 1024, 0.02
-
-    class Generator(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.node, self.decode = pc.Gaussian(1.0), nn.Linear(1, 1, bias=False)
-
-        def forward(self, x):
-            return self.decode(self.node(x))
-
-    model = Generator().double()
-    nn.init.constant_(model.decode.weight, 0.5)
-    y = 2 * torch.randn(samples, 1, dtype=D) + torch.randn(samples, 1, dtype=D)
-    free_energy = pc.FreeEnergy(
-        model, order="simultaneous", precision=1.0, steps=40, state_optimizer=lambda s: Langevin(s, lr)
-    )
-    optimizer = torch.optim.SGD(model.parameters(), 0.2)
-    learned = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        free_energy(torch.zeros_like(y), y).backward()
-        optimizer.step()
-        learned.append(model.decode.weight.item())
-    square = (y**2).mean().item()
-    truth = math.sqrt(square / (1 + square * lr / 2) - 1)
-    assert 1.8 < truth < 2.1
-    assert sum(learned[-20:]) / 20 == pytest.approx(truth, abs=0.05)
-
-
 # Learning by each node's own energy.
 
 

@@ -63,13 +63,14 @@ def test_settled_from_the_first_batch_on(layers, family):
         optimizer.step()
     report = free_energy.report(*batch(99, dtype=torch.float32))
     assert report.settled > 0.9
-    assert "not settled" not in report.regime
+    assert report.summary.startswith("Settled.")
 
 
 def test_what_is_not_settled_is_called_so():
     report = pc.FreeEnergy(network(12.0, layers=6), displacement=0.3).report(*batch())
     assert report.settled < 0.9
-    assert "not settled: lower the displacement" in report.regime
+    assert report.summary.startswith("Not settled: ")
+    assert "a lower displacement" in report.summary
 
 
 def test_the_running_mean():

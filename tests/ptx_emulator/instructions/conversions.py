@@ -9,7 +9,7 @@ import numpy as np
 
 from ..machine import UNSIGNED, Gang, Mask, Run
 from ..memory import Array
-from ..numbers import FLOATS, SIGNED, flush, half, narrow, wide
+from ..numbers import FLOAT8, FLOATS, SIGNED, float8, flush, half, narrow, wide
 from ..parser import BITS, Instruction, braced
 from .decoder import Decoder, instruction
 
@@ -105,6 +105,15 @@ def _to_address(d: Decoder, ins: Instruction) -> Run:
 @instruction("cvt")
 def _convert(d: Decoder, ins: Instruction) -> Run:
     to, of = ins.opcode[-2:]
+    if to in FLOAT8 and of == "f32" and "satfinite" in ins.opcode:
+        upper, lower = (d.source(x, "f32") for x in ins.operands[1:3])
+        sink, dtype = d.sink(ins.operands[0], "b16"), FLOAT8[to]
+
+        def two(g: Gang, m: Mask) -> None:
+            a, b = (float8(np.broadcast_to(x(g), g.n), dtype).astype(np.uint16) for x in (upper, lower))
+            sink(g, (a << 8) | b, m)
+
+        return two
     if to in ("bf16x2", "f16x2"):
         high, low = (d.source(x, "f32") for x in ins.operands[1:3])
         put, bits = d.sink(ins.operands[0], "b32"), narrow if to == "bf16x2" else half

@@ -38,8 +38,8 @@ from pc_triton.evaluate import perplexity, regime
 TASKS = ("mnist", "careful", "residual", "adding")
 STEPS = {"adding": 480, "text": 120}
 IMAGE_STEPS = 240
-TRIALS, TEXT_TRIALS = 12, 3
-BEST_OF = (1, 2, 4, 8)
+TRIALS, TEXT_TRIALS = 16, 8
+BEST_OF = (1, 2, 4, 8, 16)
 RESAMPLED = 1000
 REPORTED = 6
 """So many trials of a task also say how settled inference is at their end."""
@@ -276,16 +276,18 @@ def at_rates(records: Sequence[Record]) -> dict[float, list[float]]:
 
 
 def sweep_table(sweeps: Any) -> str:
-    """Markdown: the error at every rate, and the plateau's width in factors of 2: rates that are near the best."""
+    """Markdown: the error at every rate, and how many rates, each twice the last, are near the best or learn at all."""
     rows = []
     for name, groups in sweeps.items():
         best = min(mean(scores) for records in groups.values() for scores in at_rates(records).values())
         for method, records in groups.items():
             rates = at_rates(records)
             near = sum(mean(scores) <= NEAR * best for scores in rates.values())
-            rows.append([name, method, *(mean_and_std(scores, 1) for scores in rates.values()), str(near)])
+            learns = sum(mean(scores) < 50 for scores in rates.values())
+            cells = [mean_and_std(scores, 1) for scores in rates.values()]
+            rows.append([name, method, *cells, str(near), str(learns)])
     rates = list(at_rates(next(iter(sweeps.values()))["bp"]))
-    return markdown(["network", "method", *(f"lr {lr:g}" for lr in rates), "plateau"], rows)
+    return markdown(["network", "method", *(f"lr {lr:g}" for lr in rates), "plateau", "below 50 %"], rows)
 
 
 def plot(tasks: Any, sweeps: Any, spreads: Any, counts: Sequence[int], png: Path) -> None:

@@ -42,6 +42,7 @@ from .common import (
     check_node,
     check_step,
     exp,
+    moved_by,
     near_tail,
     on_device,
     packed,
@@ -398,7 +399,7 @@ def _step_keys(
             if HAS_STATE:
                 d = load_state(state_ptr + offsets, mask, live)
             if MOVE:
-                new = tl.where(mu == float("-inf"), 0.0, keep * d - push * (g - mean_g))
+                new = tl.where(mu == float("-inf"), 0.0, moved_by(d, g - mean_g, keep, push))
                 tl.store(state_ptr + offsets, new, mask=mask)
             p, grad_mu = node_tile(mu, d, g, (lse[None, :], mean_d[None, :], kl[None, :]), mean_g, pi, HAS_STATE)
             grad_v = tl.dot(p.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)

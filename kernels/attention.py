@@ -397,12 +397,14 @@ def _step_keys(
             d = tl.zeros_like(mu)
             if HAS_STATE:
                 d = load_state(state_ptr + offsets, mask, live)
-            if MOVE:
-                new = tl.where(mu == float("-inf"), 0.0, keep * d - push * (g - mean_g))
-                tl.store(state_ptr + offsets, new, mask=mask)
             p, grad_mu = node_tile(mu, d, g, (lse[None, :], mean_d[None, :], kl[None, :]), mean_g, pi, HAS_STATE)
             grad_v = tl.dot(p.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
             grad_k = tl.dot(grad_mu.to(q.dtype), q, grad_k, input_precision=PRECISION)
+            if MOVE:  # last, where it takes the fewest registers
+                kept = keep * d  # 0 where masked; and all that is left where push is 0: see common.moved_by
+                new = tl.where(mu == float("-inf"), kept, kept - push * (g - mean_g))
+                new = tl.where(push == 0.0, kept, new)
+                tl.store(state_ptr + offsets, new, mask=mask)
     token = n_heads // GROUP * HEAD
     place_k = (item * n_keys * (n_heads // GROUP) + kv_head) * HEAD
     store_rows(grad_k_ptr + place_k, grad_k * scale, cols, n_keys, token, HEAD, DIM)

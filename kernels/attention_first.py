@@ -115,11 +115,12 @@ def _first_step(
     rows = block * ROWS + tl.arange(0, ROWS)
     token = n_heads * HEAD
     first = (item * n_queries * n_heads + head) * HEAD
-    grad_out = load_rows(grad_out_ptr + first, rows, n_queries, token, HEAD, DIM)
-    out = load_rows(out_ptr + first, rows, n_queries, token, HEAD, DIM)
-    mean_g = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1, keep_dims=True)
     sample = item // items_per_sample
     push = tl.load(move_ptr + sample) / tl.load(precision_ptr + sample)
+    pushed = tl.where(push == 0.0, 0, n_queries)  # what a push of 0 would multiply may be infinite, and is not read
+    grad_out = load_rows(grad_out_ptr + first, rows, pushed, token, HEAD, DIM)
+    out = load_rows(out_ptr + first, rows, pushed, token, HEAD, DIM)
+    mean_g = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1, keep_dims=True)
     v_ptr += item * n_keys * v_stride + head // GROUP * HEAD
     places = (item * n_heads + head) * n_queries + rows
     inside = rows < n_queries

@@ -21,6 +21,7 @@ from torch import Tensor
 from .common import (
     UNFUSED,
     cdiv,
+    changes,
     check,
     check_node,
     check_step,
@@ -28,6 +29,7 @@ from .common import (
     count_rows,
     exp,
     log1p,
+    moved_by,
     near_tail,
     new_state,
     on_device,
@@ -312,7 +314,7 @@ def _forward(
 def move_d(block, g, row, coefficient):
     """keep d - (move / pi) (g - <p, g>), 0 where masked."""
     _, keep, push = coefficient
-    return tl.where(block.live, keep * block.d - push * (g - row.mean_g), 0.0)
+    return tl.where(block.live, moved_by(block.d, g - row.mean_g, keep, push), 0.0)
 
 
 @triton.jit
@@ -325,11 +327,12 @@ def write_step(
     settled_moved,
     coefficient,
     ERROR: tl.constexpr,
+    HAS_STATE: tl.constexpr,
     MOVE: tl.constexpr,
     MOVED: tl.constexpr,
 ):
     """Write the moved state and dF/dmu of a tile."""
-    pi, _, _ = coefficient
+    pi, keep, push = coefficient
     p = softmax(block.u, block.live, row.settled_u)
     q = softmax(block.mu, block.live, row.settled_mu)
     grad_mu = pi * (q - p)
@@ -337,7 +340,10 @@ def write_step(
         grad_mu += p * (pi * (block.d - row.mean_d) + (g - row.mean_g))
     if MOVE:
         new = move_d(block, g, row, coefficient)
-        tl.store(state_ptr + block.offsets, new if ERROR else block.mu + new, mask=block.mask)
+        written = block.mask
+        if HAS_STATE and not ERROR:
+            written = written & changes(keep, push)
+        tl.store(state_ptr + block.offsets, new if ERROR else block.mu + new, mask=written)
         if MOVED:
             grad_mu = pi * (q - softmax(block.mu + new, block.live, settled_moved))
     tl.store(grad_mu_ptr + block.offsets, grad_mu, mask=block.mask)
@@ -404,7 +410,7 @@ def _step(
             x = block.mu + move_d(block, g, row, coefficient)
             peak, total, _, _ = online_softmax(x, block.live, sums[0], sums[1])
             moved = settle(peak, total)
-        write_step(grad_mu_ptr, state_ptr, block, g, row, moved, coefficient, ERROR, MOVE, MOVED)
+        write_step(grad_mu_ptr, state_ptr, block, g, row, moved, coefficient, ERROR, HAS_STATE, MOVE, MOVED)
     else:
         for start in range(0, end, COLS):
             block = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
@@ -420,7 +426,7 @@ def _step(
         for start in range(0, n_columns, COLS):
             block = load_node(rows, start + cols, node, ERROR, HAS_STATE, CAUSAL, PADDING, SEGMENTS)
             g = load_grad(grad_ptr, block, ERROR or MOVE)
-            write_step(grad_mu_ptr, state_ptr, block, g, row, moved, coefficient, ERROR, MOVE, MOVED)
+            write_step(grad_mu_ptr, state_ptr, block, g, row, moved, coefficient, ERROR, HAS_STATE, MOVE, MOVED)
 
 
 def check_masks(mu: Tensor, causal: bool, padding: Tensor | None, segments: Tensor | None) -> None:

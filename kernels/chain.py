@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .categorical import check_labels, clamp_rows
-from .common import UNFUSED, arch, cdiv, check, expm1, on_device, product_precision
+from .common import UNFUSED, arch, cdiv, check, expm1, moved_by, on_device, product_precision
+from .guard import halfway
 from .linear import multiply
 
 FACTS = tl.constexpr(7)  # in the table, of each layer
@@ -180,10 +181,10 @@ def _move(
         e = tl.load(error_ptr + tile, mask=mask & (t > 0), other=0.0)
         if REMEMBERS:
             best = tl.load(accepted_ptr + tile, mask=mask & (t > 1), other=0.0)
-            e = tl.where(rose & (t > 1), 0.5 * (best + e), e)
+            e = tl.where(rose & (t > 1), halfway(e, best), e)
             tl.store(accepted_ptr + tile, tl.where(rose, best, e), mask=mask)
         g = tl.load(grad_ptr + tile, mask=mask, other=0.0).to(tl.float32)
-        tl.store(error_ptr + tile, keep * e - push * g, mask=mask)
+        tl.store(error_ptr + tile, moved_by(e, g, keep, push), mask=mask)
 
 
 @triton.jit
@@ -304,13 +305,15 @@ def _chain(
             accepted = energy
             tl.store(before_ptr + rows, energy, mask=inside)
         elif GUARDS:
+            energy = tl.where(energy < float("inf"), energy, float("inf"))  # NaN, too, is above all F
             rose = energy > accepted
             back = tl.full([ROWS, 1], 1.0, tl.float32)
             if t == 1:  # the parabola through F before and after the first move, whose slope at its start is known
-                curvature = 2.0 * (energy - accepted + step * fall) / (step * step)
-                steep = curvature > fall
+                slope = tl.where(fall < float("inf"), fall, 0.0)
+                curvature = 2.0 * (energy - accepted + step * slope) / (step * step)
+                steep = curvature > slope
                 back = 1.0 / step
-                step = tl.where(steep, fall / tl.where(steep, curvature, 1.0), 1.0)
+                step = tl.where(steep, slope / tl.where(steep, curvature, 1.0), 1.0)
                 back *= step
             else:
                 step = tl.where(rose, 0.5 * step, step)

@@ -209,6 +209,21 @@ def coefficients(precision_ptr, keep_ptr, move_ptr, sample, inside, MOVE: tl.con
 
 
 @triton.jit
+def moved_by(d, g, keep, push):
+    """keep d - push g; keep d where push is 0, whatever g is.
+
+    So the guard holds a sample. Where its F overflowed g is infinite, and 0 times that is NaN.
+    """
+    return keep * d - push * tl.where(push == 0.0, 0.0, g)
+
+
+@triton.jit
+def changes(keep, push):
+    """Which rows of states u are written. One that is held keeps its own: u - mu + mu is NaN where mu overflowed."""
+    return (keep != 1.0) | (push != 0.0)
+
+
+@triton.jit
 def exp(x):
     """e^x as 2^(x log2 e), in two instructions; on NVIDIA's GPUs 0 where it is below float32's normal numbers."""
     return tl.exp2(x * 1.4426950408889634)

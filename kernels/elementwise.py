@@ -20,10 +20,12 @@ from torch import Tensor
 from .common import (
     UNFUSED,
     cdiv,
+    changes,
     check,
     check_node,
     check_step,
     coefficients,
+    moved_by,
     new_state,
     on_device,
     packed,
@@ -141,10 +143,14 @@ def _step(
         u, mu, d / unit if unit_ptr is not None else d, g, pi / unit if unit_ptr is not None else pi, parameter
     )
     if MOVE:
-        new = keep * d - push * g
+        new = moved_by(d, g, keep, push)
         if not LINEAR:
-            new = d - (1.0 - keep) * unit * natural - push * (unit * unit * variance) * g
-        tl.store(state_ptr + offsets, new if ERROR else mu + new, mask=mask)
+            moved = d - (1.0 - keep) * unit * natural - push * (unit * unit * variance) * g
+            new = tl.where(push == 0.0, new, moved)
+        written = mask
+        if HAS_STATE and not ERROR:
+            written = mask & changes(keep, push)
+        tl.store(state_ptr + offsets, new if ERROR else mu + new, mask=written)
         if MOVED:
             local, total, natural = SLOPES(
                 mu + new,

@@ -15,12 +15,14 @@ from torch import Tensor
 from .common import (
     UNFUSED,
     cdiv,
+    changes,
     check_node,
     check_step,
     coefficients,
     count_rows,
     exp_tail,
     expm1,
+    moved_by,
     new_state,
     on_device,
     packed,
@@ -28,6 +30,12 @@ from .common import (
     sum_partials,
     tile,
 )
+
+
+@triton.jit
+def _over(dm, s_hat):
+    """dm e^-s^, with e^-s^ no larger than float32's numbers: an infinite one times a dm of 0 would be NaN."""
+    return dm * tl.exp(tl.minimum(-s_hat, 87.7, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -68,7 +76,7 @@ def _forward(
         ds -= s_hat
     sample = (rows.to(tl.int32) // rows_per_sample).to(tl.int64)  # a 64-bit division spills registers
     pi = tl.load(precision_ptr + sample, mask=inside, other=1.0)
-    kl = exp_tail(ds) + dm * dm * tl.exp(-s_hat)
+    kl = exp_tail(ds) + dm * _over(dm, s_hat)
     tl.store(emission_ptr + rows * n + cols, m + tl.exp(0.5 * s) * xi, mask=mask)
     tl.store(energy_ptr + partial, 0.5 * pi * tl.sum(kl, axis=1, keep_dims=True), mask=inside)
 
@@ -119,7 +127,7 @@ def _step(
         if not ERROR:
             dm -= m_hat
             ds -= s_hat
-    distance = dm * dm * tl.exp(-s_hat)
+    distance = dm * _over(dm, s_hat)
     if ERROR or MOVE:
         g = tl.load(grad_ptr + rows * n + cols, mask=mask, other=0.0).to(tl.float32)
         xi = tl.load(noise_ptr + rows * n + cols, mask=mask, other=0.0).to(tl.float32)
@@ -129,15 +137,18 @@ def _step(
         tl.store(grad_mu_ptr + log_variance, 0.5 * (h - pi * distance), mask=mask)
     shown_m, shown_s = dm, ds
     if MOVE:
-        new_m = keep * dm - push * tl.exp(s_hat) * g
+        new_m = moved_by(dm, tl.exp(s_hat) * g, keep, push)
         slope = tl.where(ds == 0.0, 1.0, ds / tl.where(ds == 0.0, 1.0, expm1(ds)))
-        new_s = keep * ds - push * h * slope
-        tl.store(state_ptr + mean, new_m if ERROR else m_hat + new_m, mask=mask)
-        tl.store(state_ptr + log_variance, new_s if ERROR else s_hat + new_s, mask=mask)
+        new_s = moved_by(ds, h * slope, keep, push)
+        written = mask
+        if HAS_STATE and not ERROR:
+            written = mask & changes(keep, push)
+        tl.store(state_ptr + mean, new_m if ERROR else m_hat + new_m, mask=written)
+        tl.store(state_ptr + log_variance, new_s if ERROR else s_hat + new_s, mask=written)
         if MOVED:
             shown_m, shown_s = new_m, new_s
     if not ERROR:
-        scaled = shown_m * tl.exp(-s_hat)
+        scaled = _over(shown_m, s_hat)
         tl.store(grad_mu_ptr + mean, -pi * scaled, mask=mask)
         tl.store(grad_mu_ptr + log_variance, -0.5 * pi * (expm1(shown_s) + shown_m * scaled), mask=mask)
 

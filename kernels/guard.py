@@ -11,6 +11,13 @@ from .common import cdiv, check, check_in_place, check_samples, on_device
 
 
 @triton.jit
+def halfway(state, accepted):
+    """(u + accepted) / 2, and the accepted state where that is not finite."""
+    half = 0.5 * (state + accepted)
+    return tl.where(tl.abs(half) < float("inf"), half, accepted)
+
+
+@triton.jit
 def _guard(
     state_ptr,  # [S, n]
     accepted_ptr,  # [S, n], of state's dtype
@@ -18,7 +25,7 @@ def _guard(
     n,
     COLS: tl.constexpr,
 ):
-    """u <- (u + accepted) / 2 where F rose, and accepted <- u elsewhere. A program takes COLS elements of one sample.
+    """u <- `halfway` back where F rose, and accepted <- u elsewhere. A program takes COLS elements of one sample.
 
     Floor, bytes per element of float32: read u and write accepted, 8; where F rose read both and write u, 12.
     """
@@ -31,7 +38,7 @@ def _guard(
     u = tl.load(state_ptr + offsets, mask=mask, other=0.0)
     if tl.load(rose_ptr + sample) != 0:
         accepted = tl.load(accepted_ptr + offsets, mask=mask, other=0.0)
-        half = 0.5 * (u.to(tl.float32) + accepted.to(tl.float32))
+        half = halfway(u.to(tl.float32), accepted.to(tl.float32))
         tl.store(state_ptr + offsets, half.to(u.dtype), mask=mask)
     else:
         tl.store(accepted_ptr + offsets, u, mask=mask)

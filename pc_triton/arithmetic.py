@@ -56,10 +56,27 @@ def sent(grad: Tensor | None, mu: Tensor) -> Tensor:
     return wide(mu).new_zeros(()) if grad is None else wide(grad)
 
 
+# The guard holds a sample by a move of 0. Where its F overflowed its gradients are infinite, and 0 times those is NaN.
+
+
 def moved_by(d: Tensor | None, push: Tensor, keep: Tensor, move_over_precision: Tensor) -> Tensor:
-    """d <- keep d - (move / pi) push."""
-    new = -per_sample(move_over_precision, push) * push
+    """d <- keep d - (move / pi) push; keep d where move is 0, whatever is pushed."""
+    step = per_sample(move_over_precision, push)
+    new = (-step * push).masked_fill_(step == 0, 0.0)
     return new if d is None else torch.addcmul(new, per_sample(keep, d), d)
+
+
+def moved_to(new: Tensor, d: Tensor, keep: Tensor, move: Tensor) -> Tensor:
+    """A move of any other form, from d to ``new``; keep d where move is 0."""
+    return torch.where(per_sample(move == 0, d), per_sample(keep, d) * d, new)
+
+
+def state_at(mu: Tensor, d: Tensor, state: Tensor | None, keep: Tensor | None, move: Tensor | None) -> Tensor:
+    """The state u = mu + d after a move. A sample that is held has its old one, even if mu has overflowed."""
+    u = wide(mu) + d
+    if state is None or keep is None or move is None:
+        return u
+    return torch.where(per_sample((move == 0) & (keep == 1), u), state, u)
 
 
 def divergence(p: Tensor, q: Tensor, y: Tensor) -> Tensor:

@@ -92,12 +92,29 @@ class Batch(Nodes):
         """F ``[S]`` as a loss, its mean over the `items`. On a CPU, where a look is cheap, NaN is told of once."""
         loss = energy.sum() / self.items
         if loss.device.type == "cpu" and not tracing.get() and not loss.detach().isfinite():
-            self.calls.say(
-                "the free energy is not finite where the weights learn: the model's output is not, or a move of the "
-                "states was too long. Give a smaller step or a larger precision; clip or skip such gradients"
-                + see("not-finite")
-            )
+            self.calls.say(f"the free energy is not finite where the weights learn{self._lost()}" + see("not-finite"))
         return loss
+
+    def _lost(self) -> str:
+        """Since when F has not been finite, in which node's state it shows, and what to do."""
+        lost, moves = ~self.energies[-1].isfinite(), len(self.energies) - 1
+        while moves and not self.energies[moves - 1][lost].isfinite().all():
+            moves -= 1
+        sizes = {
+            node.name: torch.linalg.vector_norm(node.state, torch.inf).nan_to_num(nan=torch.inf).item()
+            for node in self.nodes
+            if node.state is not None
+        }
+        if moves == 0 or not sizes:
+            return (
+                ", nor at the prediction, before any state has moved: the model's output or an energy that it adds is "
+                "too large. Give a smaller learning rate; clip or skip such gradients"
+            )
+        name = max(sizes, key=sizes.__getitem__)
+        return (
+            f", and has not been since move {moves} of the states, which was too long: the largest state is that of "
+            f"node {name!r}, {sizes[name]:.1e}. Give a smaller step or a larger precision; clip or skip such gradients"
+        )
 
     # Passes.
 

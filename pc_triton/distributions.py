@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arithmetic import Step, error_of, kept, mean_square, per_sample, sum_samples, wide
+from .arithmetic import Step, error_of, kept, mean_square, moved_to, per_sample, state_at, sum_samples, wide
 from .context import awaits_pass, outside_graphs, pass_here
 from .errors import see
 
@@ -177,12 +177,14 @@ class Distribution(nn.Module):
         if keep is not None and move is not None:
             v = self._variance(mu_, unit)
             new = d - v * (per_sample(1 - keep, mu_) * e_u + per_sample(move / pi, mu_) * push)
+            new = moved_to(new, d, keep, move)
         pi_ = per_sample(pi, mu_)
         if form == "error":
             return kept(new, state, state_dtype), (pi_ * (e_u + e_mu) + push).to(mu.dtype)
+        u = state_at(mu_, new, state, keep, move)
         if moved:
-            return mu_ + new, self.node_step(mu, mu_ + new, grad, pi, unit, None, None, form=form, **frozen)[1]
-        return mu_ + new, (pi_ * e_mu).to(mu.dtype)
+            return u, self.node_step(mu, u, grad, pi, unit, None, None, form=form, **frozen)[1]
+        return u, (pi_ * e_mu).to(mu.dtype)
 
     def fall(self, mu: Tensor, grad: Tensor, samples: int, **frozen: Any) -> Tensor:
         """Of each sample unit^2 and <J'g, V J'g> with a unit of 1, ``[2, S]``.

@@ -18,6 +18,8 @@ exponential families the Fisher information of the state), V dF/du = pi d + grad
 
     d <- keep d - (move / pi) grad,        keep = 1 - step, move = step: a descent step; 1 is Newton's.
 
+Where move is 0 it is keep d, even if grad is infinite: so the guard holds a sample whose F has overflowed.
+
 The same step therefore suits a unit of any scale and a saturated softmax alike; the fixed point is that of plain
 gradient descent. ``keep=None`` leaves the state where it is: the learning pass, which in state form does not read
 ``grad`` (it may be None).
@@ -35,7 +37,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arithmetic import Step, divergence, error_of, kept, mean_square, moved_by, per_sample, sent, sum_samples, wide
+from .arithmetic import (
+    Step,
+    divergence,
+    error_of,
+    kept,
+    mean_square,
+    moved_by,
+    moved_to,
+    per_sample,
+    sent,
+    state_at,
+    sum_samples,
+    wide,
+)
 from .reference_float8 import rows_rounded as rows_rounded
 from .reference_float8 import weight_rounded as weight_rounded
 from .reference_softmax import attention_fall as attention_fall
@@ -70,9 +85,12 @@ def bernoulli_fall(mu: Tensor, grad: Tensor, samples: int) -> Tensor:
 
 
 def guard_step(state: Tensor, accepted: Tensor, rose: Tensor) -> tuple[Tensor, Tensor]:
-    """Where F rose ``[S]``, the state goes halfway back to the accepted one; elsewhere it is the accepted one now."""
-    rows = per_sample(rose, state)
-    state = torch.where(rows, 0.5 * (accepted + state), state)
+    """Where F rose ``[S]``, the state goes halfway back to the accepted one; elsewhere it is the accepted one now.
+
+    From where it is not finite it goes all the way.
+    """
+    rows, half = per_sample(rose, state), 0.5 * (accepted + state)
+    state = torch.where(rows, torch.where(half.isfinite(), half, accepted), state)
     return state, torch.where(rows, accepted, state)
 
 
@@ -122,7 +140,7 @@ def gaussian_step(
         assert grad is not None
         return kept(new, state, state_dtype), grad
     assert shown is not None
-    return wide(mu) + new, (-per_sample(precision, mu) * shown).to(mu.dtype)
+    return state_at(mu, new, state, keep, move), (-per_sample(precision, mu) * shown).to(mu.dtype)
 
 
 # A linear layer with that node on it in error form, x [S * r, K], weight [N, K] and bias [N] (nn.Linear's).
@@ -193,9 +211,8 @@ def gaussian_logvar_step(
         g, g_s = g + g_u.chunk(2, -1)[0], g_s + 2 * g_u.chunk(2, -1)[1]
     new = d
     if keep is not None and move is not None:
-        k, c = per_sample(keep, mu_), per_sample(move / precision, mu_)
-        slope = torch.where(ds == 0, 1.0, ds / torch.expm1(ds))
-        new = torch.cat([k * dm - c * variance * g, k * ds - c * slope * g_s], -1)
+        slope, step = torch.where(ds == 0, 1.0, ds / torch.expm1(ds)), move / precision
+        new = torch.cat([moved_by(dm, variance * g, keep, step), moved_by(ds, slope * g_s, keep, step)], -1)
     pi = per_sample(precision, mu_)
     if form == "error":
         grad_mu = torch.cat([g, 0.5 * (g_s - pi * dm * _over(dm, s_hat))], -1)
@@ -203,7 +220,7 @@ def gaussian_logvar_step(
     dm, ds = (new if moved else d).chunk(2, -1)
     scaled = _over(dm, s_hat)
     grad_mu = pi * torch.cat([-scaled, -0.5 * (torch.expm1(ds) + dm * scaled)], -1)
-    return mu_ + new, grad_mu.to(mu.dtype)
+    return state_at(mu, new, state, keep, move), grad_mu.to(mu.dtype)
 
 
 # Laplace and Student-t: location families, which emit u and count d = (u - mu) / unit.
@@ -243,12 +260,13 @@ def _location_step(
     new = d
     if keep is not None and move is not None:
         push = per_sample(move / precision, mu) * scale**2 * v * sent(grad, mu)
-        new = d - per_sample(1 - keep, mu) * scale * natural(d / scale) - push
+        new = moved_to(d - per_sample(1 - keep, mu) * scale * natural(d / scale) - push, d, keep, move)
     if form == "error":
         assert grad is not None
         return state if keep is None else kept(new, state, state_dtype), grad
     shown = new if moved else d
-    return wide(mu) + new, (-per_sample(precision, mu) / (v * scale) * natural(shown / scale)).to(mu.dtype)
+    grad_mu = -per_sample(precision, mu) / (v * scale) * natural(shown / scale)
+    return state_at(mu, new, state, keep, move), grad_mu.to(mu.dtype)
 
 
 def _scale(unit: Tensor | None, mu: Tensor) -> Tensor:
@@ -364,4 +382,4 @@ def bernoulli_step(
         return kept(new, state, state_dtype), (p * (1 - p) * (pi * d + g) + pi * (q - p)).to(mu.dtype)
     if moved:
         p = torch.sigmoid(mu_ + new)
-    return mu_ + new, (pi * (q - p)).to(mu.dtype)
+    return state_at(mu, new, state, keep, move), (pi * (q - p)).to(mu.dtype)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arithmetic import Step, divergence, error_of, kept, moved_by, per_sample, sent, sum_samples, wide
+from .arithmetic import Step, divergence, error_of, kept, moved_by, per_sample, sent, state_at, sum_samples, wide
 
 # Categorical with logits along the last axis: p = softmax(u), q = softmax(mu). A logit of -inf is masked: p = q = 0.
 
@@ -117,7 +117,7 @@ def categorical_step(
         return kept(new, state, state_dtype), total.to(mu.dtype)
     if moved:
         p = softmax(logits + new)
-    u = (logits + new).masked_fill(masked, 0.0)
+    u = state_at(logits.masked_fill(masked, 0.0), new, state, keep, move)
     return u, (pi * (q - p)).to(mu.dtype)
 
 

@@ -167,9 +167,9 @@ class Guarded(Constant):
         self.accepted = torch.minimum(before, now) if self.moves else now
         back = torch.ones_like(self.step)
         if self.moves == 1 and self.slope is not None:
-            first = self.step
-            curvature = 2 * (now - before + first * self.slope) / first**2
-            self.step = torch.where(curvature > self.slope, self.slope / curvature, torch.ones_like(curvature))
+            first, slope = self.step, self.slope.nan_to_num(nan=0.0, posinf=0.0)
+            curvature = 2 * (now - before + first * slope) / first**2
+            self.step = torch.where(curvature > slope, slope / curvature, torch.ones_like(curvature))
             back = self.step / first  # to go back is to shorten e
         else:
             self.step = torch.where(rose, 0.5 * self.step, self.step)

@@ -187,6 +187,35 @@ def test_samples_of_several_items(device):  # noqa: F811
     check(*problem((device, torch.float32), 2, 1, 5, 7, 8, items=4, samples=2), causal=True)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("has_state", [True, False], ids=["state", "fresh"])
+def test_a_sample_that_is_held_keeps_its_state(has_state, spot):  # noqa: F811
+    """Whatever its gradient; the other sample is as it is beside a finite one. In the first move too, from e = 0."""
+    q, k, v, grad_out, state, (precision, keep, move) = problem(spot, 4, 2, 18, 17, 16)
+    state = reference.mask_logits(state, True, None).nan_to_num(neginf=0.0) if has_state else None
+    keep[0], move[0] = 1.0, 0.0
+    spoilt = grad_out.clone()
+    spoilt[0, 1], spoilt[0, 2, ::2] = torch.inf, torch.nan
+    options = {"scale": 0.25, "causal": True}
+    for forward, step, first in (
+        (attention.attention_forward, attention.attention_step, attention_first.attention_first_step),
+        (reference.attention_forward, reference.attention_step, reference.attention_first_step),
+    ):
+        out, _, facts = forward(q, k, v, state, precision, **options)
+        found = []
+        for grad in (grad_out, spoilt):
+            start = None if state is None else state.clone()
+            found.append(step(q, k, v, out, grad, start, precision, keep, move, facts, **options))
+            if not has_state:
+                found[-1] = *found[-1], first(q, k, v, out, grad, precision, move, causal=True)
+        truth, got = found
+        for x in (got[0], got[-1]) if state is None else got[:1]:
+            assert torch.equal(x[0], torch.zeros_like(x[0]) if state is None else state[0])
+        for a, b in zip(got, truth):
+            assert b[1].isfinite().all()
+            assert torch.equal(a[1], b[1])
+
+
 def test_queries_that_see_no_key(device):  # noqa: F811
     """Output, energy and gradients of 0, by padding and by more queries than keys; never NaN."""
     q, k, v, grad_out, state, c = problem((device, torch.float32), 2, 1, 9, 5, 16)

@@ -157,6 +157,40 @@ def test_what_raised_f_is_taken_back(steps):
     compare(model, x, y, steps=steps, precision=0.05)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("steps", [3, 4, 6])
+@pytest.mark.parametrize("place", list(spots(torch.float32)))
+def test_samples_whose_first_move_overflows_stay_at_the_prediction(place, steps, labels):
+    """Where F is then infinite, as by values, or NaN, as by logits; the others settle as they do in the layers."""
+    torch.manual_seed(0)
+    model = network((6, 9, 12, 4), ("identity",)).to(place[0])
+    x, y = (t.to(place[0]) for t in batch(7, 6, 4, labels))
+    far = torch.arange(len(y), device=y.device) % 3 == 0
+    if labels:
+        y[~far] = -100
+        with torch.no_grad():
+            model[-1].weight *= 1e3
+    else:
+        y[far] *= 1e14
+    options = {"steps": steps, "precision": 1e-36 if labels else 1e-8}
+    with dispatch.use_chain(False):
+        inference = pc.FreeEnergy(model, **options).loss_and_batch(x, y)[1]
+    first, second, *_, last = inference.energies
+    assert torch.equal(far, ~second.isfinite())
+    assert (~second[far].isnan()).all() != labels
+    assert torch.equal(last[far], first[far])
+    layers = [layer for layer in model if hasattr(layer, "weight")]
+    energy, before, *found = chain.chain_gradient(
+        x, y, torch.ones((), device=x.device), [layer.weight.detach() for layer in layers],
+        [layer.bias.detach() for layer in layers], ["identity"] * 2, step=0.25, guards=True, displacement=0.0,
+        trust=1.0, least=0.0, ignore_index=-100, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(before[0], first, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(energy, last, rtol=1e-4, atol=1e-5)
+    assert all(t.isfinite().all() for parts in found for t in parts)
+
+
 def test_a_frozen_layer_and_all_labels_ignored():
     torch.manual_seed(0)
     model = network((6, 9, 12, 4))

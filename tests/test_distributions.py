@@ -605,7 +605,55 @@ def test_a_log_variance_thrown_too_far_comes_back(prior):
     assert all(g.isfinite().all() for g in gradients(model, loss))
 
 
-@pytest.mark.parametrize("family", [*BUILT_IN, pc.GaussianLogVar(prior=True)], ids=repr)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("steps", [3, 8])
+def test_samples_whose_first_move_overflows_stay_at_the_prediction(steps, prior, backend):
+    """And spoil neither the others nor the weights: e^(s / 2) is infinite where a small precision lets s go."""
+    torch.manual_seed(0)
+    latent = pc.GaussianLogVar(prior=prior), pc.Linear(4, 16), nn.Tanh(), nn.Linear(16, 12)
+    model = nn.Sequential(pc.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8), *latent)
+    with torch.no_grad():
+        model[-1].weight *= 10
+    x = torch.rand(16, 12).round()
+    with pc.use_backend(backend):
+        loss, inference = pc.FreeEnergy(model, pc.Bernoulli(), precision=0.005, steps=steps).loss_and_batch(x, x)
+    first, second, *_, last = inference.energies
+    lost = ~second.isfinite()
+    assert lost.any()
+    assert not lost.all()
+    torch.testing.assert_close(last[lost], first[lost])
+    assert last.isfinite().all()
+    assert last[~lost].sum() < second[~lost].sum()
+    assert all(g.isfinite().all() for g in gradients(model, loss))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", ["error", "state"])
+@pytest.mark.parametrize("family", [*FAMILIES, pc.GaussianLogVar(prior=True)], ids=repr)
+def test_a_sample_that_is_held_keeps_its_state(family, form, dtype):
+    """Bit for bit, even if its gradient and its prediction have overflowed; the others move as beside a finite one."""
+    torch.manual_seed(0)
+    mu, d = torch.randn(2, 3, 8, dtype=dtype)
+    state = d if form == "error" else mu + d
+    frozen, one = family.frozen(mu), torch.ones(3, dtype=dtype)
+    grad = torch.randn(3, family.emission(mu, **frozen).shape[-1], dtype=dtype)
+    unit, keep, move = one if family.measured else None, 0.75 * one, 0.25 * one
+    keep[1], move[1] = 1.0, 0.0
+    far, steep = mu.clone(), grad.clone()
+    for x in (far, steep):
+        x[1], x[1, ::3] = torch.inf, torch.nan
+    for moved in {False, form == "state"}:
+        options = {"form": form, "moved": moved, **frozen}
+        truth = family.node_step(mu, state, grad, one, unit, keep, move, **options)
+        got = family.node_step(far, state, steep, one, unit, keep, move, **options)
+        assert torch.equal(got[0][1], state[1])
+        for a, b in zip(got, truth):
+            assert torch.equal(a[::2], b[::2])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, pc.GaussianLogVar(prior=True)], ids=repr)
 def test_no_keep_and_no_move_lead_back_to_the_prediction(family):
     """From any distance: it is how the guard takes back a first move in error form."""
     torch.manual_seed(0)

@@ -41,12 +41,25 @@ def test_it_moves_in_place():
     assert accepted.tolist() == [[0.0] * 3, [1.0] * 3]
 
 
-def test_infinity_is_gone_back_from_like_any_other():
-    state = torch.tensor([[torch.inf, torch.nan, 2.0]] * 2, device=DEVICE)
-    rose = torch.tensor([True, False], device=DEVICE)
-    zero = torch.zeros_like(state)
-    truth, got = reference.guard_step(state, zero, rose), guard.guard_step(state.clone(), zero.clone(), rose)
-    torch.testing.assert_close(got, truth, equal_nan=True)
+@pytest.mark.parametrize("module", [reference, guard], ids=["reference", "kernel"])
+def test_from_infinity_it_goes_all_the_way(module):
+    """Half of it would be infinity again, however often."""
+    far = torch.tensor([[torch.inf, torch.nan, 2.0]] * 2, device=DEVICE)
+    one, rose = torch.ones_like(far), torch.tensor([True, False], device=DEVICE)
+    state, accepted = module.guard_step(far.clone(), one.clone(), rose)
+    assert state[0].tolist() == [1.0, 1.0, 1.5]
+    assert accepted[0].tolist() == [1.0, 1.0, 1.0]
+    for x in (state, accepted):
+        torch.testing.assert_close(x[1], far[1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_slope_that_is_no_number_leads_back_to_the_prediction():
+    """Its squares overflow before F's own; a sample whose F fell goes on."""
+    slope = torch.tensor([torch.inf, torch.nan, torch.inf, 1.0])
+    rule = pc.Guarded(0.25).start(torch.ones(4), slope, False)
+    keep, move = rule.next([], torch.tensor([torch.inf, torch.nan, 0.5, torch.inf]))
+    assert keep.tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert move.tolist() == [0.0, 0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(

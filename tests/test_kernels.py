@@ -246,6 +246,63 @@ def test_random_shapes(family, seed, device):
     check_step(family, mu, state if has_state else None, grad, c, extra, form, moved)
 
 
+def held(family, spot, form, **options):
+    """`problem` of three samples, the second of which the guard holds: its gradient and prediction have overflowed."""
+    mu, state, grad, (precision, keep, move), extra = problem(family, (6, 41), 3, spot, form, **options)
+    keep[1], move[1] = 1.0, 0.0
+    spoilt = [x.clone() for x in (mu, grad)]
+    for x in spoilt:
+        x[2], x[3, ::2] = torch.inf, torch.nan
+    return mu, state, grad, (precision, keep, move), extra, spoilt
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("form", ["error", "state", "moved"])
+@pytest.mark.parametrize("family", [*MODULES, "categorical, long"])
+def test_a_sample_that_is_held_keeps_its_state(family, form, spot, monkeypatch):
+    """Bit for bit, whatever the guard found in it; and the others are as they are beside a finite one."""
+    if family.endswith("long"):
+        cut_rows(monkeypatch, 32)
+        family = "categorical"
+    moved, form = form == "moved", form.replace("moved", "state")
+    mu, state, grad, c, extra, spoilt = held(family, spot, form)
+    known = (mu, state, grad, *c, *extra, *spoilt)
+    for module, values in ((MODULES[family], known), (reference, known), (reference, map(double, known))):
+        step = function(module, family, "step")
+        m, u, g, *rest, m_spoilt, g_spoilt = values
+        truth = step(m, u.clone(), g, *rest, form=form, moved=moved)
+        got = step(m_spoilt, u.clone(), g_spoilt, *rest, form=form, moved=moved)
+        assert torch.equal(got[0][2:4], u[2:4]), f"{module.__name__}: the state moved"
+        for a, b in zip(got, truth):
+            others = [0, 1, 4, 5]
+            assert b[others].isfinite().all()
+            assert torch.equal(a[others], b[others]), f"{module.__name__}: another sample is not as it was"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("family", MODULES)
+def test_no_move_leads_back_past_an_infinite_gradient(family, device):
+    """To the part ``keep`` of the error: so the guard takes back a first move in error form."""
+    mu, e, _, (precision, keep, move), extra, (_, grad) = held(family, (device, torch.float32), "error")
+    keep[1] = 0.25
+    for module in (MODULES[family], reference):
+        got, _ = function(module, family, "step")(mu, e.clone(), grad, precision, keep, move, *extra, form="error")
+        assert torch.equal(got[2:4], 0.25 * e[2:4])
+
+
+@pytest.mark.parametrize("form", ["error", "state"])
+def test_a_variance_below_the_smallest_number(form, device):
+    """No NaN where u = mu, and none beside it."""
+    mu = torch.tensor([[1.0, 2.0, -90.0, -200.0]], device=device)
+    state = torch.zeros_like(mu) if form == "error" else mu.clone()
+    one, zero = torch.ones(1, device=device), torch.zeros(1, 2, device=device)
+    emission, energy = gaussian_logvar.gaussian_logvar_forward(mu, state, one, zero, form=form)
+    assert torch.equal(emission, mu[:, :2])
+    assert energy.item() == 0
+    for x in gaussian_logvar.gaussian_logvar_step(mu, state, zero, one, one, one, zero, form=form):
+        assert x.isfinite().all()
+
+
 # Attention's node.
 
 MASKS = [(True, False), (False, True), (True, True)]

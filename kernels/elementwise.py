@@ -73,7 +73,7 @@ def _forward(
     state = tl.load(state_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if move_ptr is not None:
         move = tl.load(move_ptr + rows, mask=inside, other=0.0)
-        state *= -(move / tl.load(precision_ptr + rows, mask=inside, other=1.0))
+        state = moved_by(0.0, state, 0.0, move / tl.load(precision_ptr + rows, mask=inside, other=1.0))
     u = mu + state if ERROR else state
     d = state if ERROR else state - mu
     if unit_ptr is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .batch import Batch
-from .checks import check_values
+from .checks import check_batch, check_values
 from .dispatch import tracing
 from .distributions import Distribution
 from .errors import see
@@ -55,7 +55,7 @@ class Owner(Protocol):
     def compile_model(self, backend: Any = "inductor") -> None: ...
 
 
-def _hashable(spec: TreeSpec) -> TreeSpec | str:
+def _hashable(spec: TreeSpec | None) -> TreeSpec | str | None:
     """It, or its text: torch 2.6 has no hash of it."""
     try:
         hash(spec)
@@ -64,13 +64,29 @@ def _hashable(spec: TreeSpec) -> TreeSpec | str:
     return spec
 
 
+class Call(NamedTuple):
+    """A batch as a graph takes it: its tensors, and those of the model."""
+
+    leaves: list[Any]
+    """Of (x, y)."""
+    spec: Any
+    """How they are nested; None for two tensors."""
+    inputs: list[Tensor]
+    parameters: Sequence[Tensor]
+    buffers: Sequence[Tensor]
+
+
+Made = tuple[Callable[..., Sequence[Tensor | None]], Callable[[Any, Tensor | None], None]]
+"""A graph of parameters, buffers and inputs, and the check of x and y before it runs."""
+
+
 class CompiledSteps:
     """The compiled training steps of a `FreeEnergy`, one for each shape of the batch; called as it is."""
 
     def __init__(self, owner: Owner, options: dict[str, Any]) -> None:
         self.owner, self.options = owner, options
         self.whole = cast(nn.Module, owner)  # the model, and the tracked step among the buffers
-        self.steps: dict[Any, tuple[Callable[..., Sequence[Tensor | None]], Callable[[Any, Tensor | None], None]]] = {}
+        self.steps: dict[tuple[Any, ...], Made] = {}
         self.pool: Any = None  # the memory that the CUDA graphs share: one runs at a time
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,54 +97,66 @@ class CompiledSteps:
 
         tracks: as for `FreeEnergy.loss_and_batch`.
         """
-        owner, whole = self.owner, self.whole
+        owner = self.owner
         if owner.tracker.holds:
             return owner.loss_and_batch(x, y, tracks=tracks)[0]  # what is held is no part of a graph
-        first = None
-        if tracks and owner.tracker.awaits(owner.rules.step):
-            first, _ = owner.loss_and_batch(x, y, tracks=True)  # it sets the step; the graph is of those after it
-            if owner.tracker.awaits(owner.rules.step):
-                return first  # nothing moved: the next batch is the first
-        leaves, spec = tree_flatten((x, y))
+        key, call = self._key(x, y, tracks)
+        try:
+            made = self.steps.get(key)  # looked up once: on a small model to hash a key is a good part of a step
+        except TypeError as error:
+            check_batch(x, y)
+            raise TypeError(
+                f"compile() tells its graphs apart by the arguments and rules they are of: {error}. Give rules and "
+                "arguments that can be hashed, such as a dataclass with frozen=True"
+            ) from None
+        if made is None:
+            if tracks and owner.tracker.awaits(owner.rules.step):
+                first, _ = owner.loss_and_batch(x, y, tracks=True)  # it sets the step; the graph is of those after it
+                if not owner.tracker.awaits(owner.rules.step):
+                    self._keep(x, y, *self._key(x, y, tracks), tracks)
+                return first
+            made = self._keep(x, y, key, call, tracks)
+        step, check = made
+        check(x, y)
+        loss, *grads = step(*call.parameters, *call.buffers, *call.inputs)
+        return _Replayed.apply(loss, grads, *(p for p in call.parameters if p.requires_grad))
+
+    def _key(self, x: Any, y: Tensor | None, tracks: bool) -> tuple[tuple[Any, ...], Call]:
+        """What tells one graph from another, and what a graph is given."""
+        plain = type(x) is Tensor and type(y) is Tensor
+        leaves, spec = ([x, y], None) if plain else tree_flatten((x, y))
         inputs = [t for t in leaves if isinstance(t, Tensor)]
-        modules = list(whole.modules())  # walked once: on a small model that is a good part of a step
+        if not inputs:
+            check_batch(x, y)  # raises
+        modules = list(self.whole.modules())  # walked once: on a small model that is a good part of a step
         parameters = list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
         buffers = list(dict.fromkeys(b for m in modules for b in m._buffers.values() if b is not None))
-        learned = [p for p in parameters if p.requires_grad]
         device = inputs[0].device.type
         key = (
-            _hashable(spec), tracks, owner.settings, owner.output, *(m.training for m in modules),
+            _hashable(spec), tracks, self.owner.settings, self.owner.output, *(m.training for m in modules),
             torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
             getattr(torch.backends.cuda.matmul, "fp32_precision", None),  # of products, from torch 2.9 on
             *(t if not isinstance(t, Tensor) else None for t in leaves),
             *((t.shape, t.dtype, t.device, t.requires_grad) for t in (*parameters, *buffers, *inputs)),
             *(t.data_ptr() for t in (*parameters, *buffers) if t.is_cuda),  # a CUDA graph reads them where they lie
         )  # fmt: skip
-        try:
-            made = key in self.steps
-        except TypeError as error:
-            raise TypeError(
-                f"compile() tells its graphs apart by the arguments and rules they are of: {error}. Give rules and "
-                "arguments that can be hashed, such as a dataclass with frozen=True"
-            ) from None
-        if not made:
-            self.steps[key] = self._make(x, y, leaves, spec, inputs, tracks)
-            if inputs[0].is_cuda and len(self.steps) > GRAPHS:
-                del self.steps[next(iter(self.steps))]
-        if first is not None:
-            return first
-        step, check = self.steps[key]
-        check(x, y)
-        loss, *grads = step(*parameters, *buffers, *inputs)
-        return _Replayed.apply(loss, grads, *learned)
+        return key, Call(leaves, spec, inputs, parameters, buffers)
 
-    def _make(self, x: Any, y: Tensor | None, leaves: list[Any], spec: Any, inputs: list[Tensor], tracks: bool) -> Any:
-        owner = self.owner
+    def _keep(self, x: Any, y: Tensor | None, key: tuple[Any, ...], call: Call, tracks: bool) -> Made:
+        """Make the graph of this key. On a GPU the oldest goes where there are too many."""
+        made = self.steps[key] = self._make(x, y, call, tracks)
+        if call.inputs[0].is_cuda and len(self.steps) > GRAPHS:
+            del self.steps[next(iter(self.steps))]
+        return made
+
+    def _make(self, x: Any, y: Tensor | None, call: Call, tracks: bool) -> Made:
+        owner, inputs = self.owner, call.inputs
 
         def loss(*arguments: Tensor) -> Tensor:
             given = iter(arguments)
-            tree = [next(given) if isinstance(t, Tensor) else t for t in leaves]
-            return owner.loss_and_batch(*tree_unflatten(tree, spec), tracks=tracks)[0]
+            tree = [next(given) if isinstance(t, Tensor) else t for t in call.leaves]
+            both = tree if call.spec is None else tree_unflatten(tree, call.spec)
+            return owner.loss_and_batch(*both, tracks=tracks)[0]
 
         if inputs[0].is_cuda:
             owner.compile_model()

@@ -206,16 +206,15 @@ def traffic(module: str, name: str, given: dict[str, Any]) -> tuple[float, float
             # A new state is written whole, with zeros where causal hides it.
             times["state_ptr"] = (share * has_state) + (share if has_state else 1.0) * moves
     elif module == "categorical":
-        if name == "_clamped_gradient":
-            times["mu_ptr"] = 2.0 if "grad_ptr" in times else 3.0  # for the log-sum-exp, again, and overwritten
-        elif name in ("_forward", "_step"):
-            again = 1 if given["ONE_TILE"] else 3 if given.get("MOVED") else 2
-            n = given["n_columns"]
-            read = again * ((n + 1) / (2 * n) if given["CAUSAL"] else 1.0)
-            times["mu_ptr"] = read
-            times["state_ptr"] = read * has_state + moves
-            if "grad_ptr" in times:
-                times["grad_ptr"] = read
+        again = 1 if given["ONE_TILE"] else 3 if given.get("MOVED") else 2
+        n = given["n_columns"]
+        read = again * ((n + 1) / (2 * n) if given["CAUSAL"] else 1.0)
+        times["mu_ptr"] = read
+        times["state_ptr"] = read * has_state + moves
+        if "grad_ptr" in times:
+            times["grad_ptr"] = read
+    elif name == "_clamped_gradient":
+        times["mu_ptr"] = 2.0 if "grad_ptr" in times else 3.0  # for the log-sum-exp, again, and overwritten
     elif module == "float8" and name == "_rows_rounded":
         times["x_ptr"] = 1.0 if given["ONE_TILE"] else 2.0
     elif "state_ptr" in times and "MOVE" in given:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .categorical import check_labels, clamp_rows
+from .clamped import check_labels, clamp_rows
 from .common import UNFUSED, arch, cdiv, check, expm1, moved_by, on_device, product_precision
 from .guard import halfway
 from .linear import multiply

@@ -56,6 +56,7 @@ def triton_kernels() -> Any:
                 attention_first,
                 bernoulli,
                 categorical,
+                clamped,
                 common,
                 fall,
                 float8,
@@ -70,7 +71,7 @@ def triton_kernels() -> Any:
             raise ImportError(f"the Triton kernels need triton: pip install 'pc_triton[gpu]' ({error})") from error
         launchers: dict[str, Any] = {}
         nodes = (gaussian, gaussian_logvar, bernoulli, laplace, student_t, categorical, attention, attention_first)
-        for module in (*nodes, linear, fall, guard, float8):
+        for module in (*nodes, clamped, linear, fall, guard, float8):
             launchers.update({k: v for k, v in vars(module).items() if k.endswith(ENDINGS)})
         more = {"WIDEST": attention.WIDEST, "product_precision": common.product_precision}
         _triton = SimpleNamespace(**launchers, **more)

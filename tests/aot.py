@@ -128,6 +128,7 @@ def launches():
         bernoulli,
         categorical,
         chain,
+        clamped,
         fall,
         float8,
         gaussian,
@@ -250,14 +251,14 @@ def launches():
         for shape in ((16384, 768), (16384, 8192), (64, 131072)):
             yield f"{kind} {'x'.join(map(str, shape))}", partial(float8.rows_rounded, tensor(*shape), dtype)
     logits, classes = tensor(64, 131072), tensor(64, dtype=torch.int64)
-    yield "float8_e5m2 clamped 64x131072", partial(categorical.clamped_categorical_rounded, logits, classes, -100)
+    yield "float8_e5m2 clamped 64x131072", partial(clamped.clamped_categorical_rounded, logits, classes, -100)
     yield "float8_e4m3fn weight 8192x2048", partial(float8.weight_rounded, tensor(8192, 2048), float8.FLOAT8[0])
     for columns in (10, 131072):
         mu, labels, row = tensor(64, columns), tensor(64, dtype=torch.int64), tensor(64, dtype=torch.float32)
-        backward = partial(categorical.clamped_categorical_backward, mu, labels, row, row, -100)
-        yield f"clamped 64x{columns} forward", partial(categorical.clamped_categorical_forward, mu, labels, -100)
+        backward = partial(clamped.clamped_categorical_backward, mu, labels, row, row, -100)
+        yield f"clamped 64x{columns} forward", partial(clamped.clamped_categorical_forward, mu, labels, -100)
         yield f"clamped 64x{columns} backward", backward
-        yield f"clamped 64x{columns} in place", partial(categorical.clamped_categorical_gradient_, mu, labels, -100)
+        yield f"clamped 64x{columns} in place", partial(clamped.clamped_categorical_gradient_, mu, labels, -100)
     for n, k in ((4096, 4096), (1024, 1024), (4096, 4100)):
         yield from layer(n, k)
     yield from layer(4096, 4096, dtype=torch.float32)

@@ -181,7 +181,7 @@ def test_bytes_of_the_gradient_of_logits_by_hand():
             getattr(cost.dispatch.triton_kernels(), f"clamped_categorical_{launch}")(mu, labels, -100)
         found = {o.name: o.bytes for o in count.operations}
         rows = 16 * (8 + 4 + (4 if launch == "rounded" else 0))  # labels, energies and scales
-        assert found == {"triton categorical._clamped_gradient": each * mu.numel() + rows}
+        assert found == {"triton clamped._clamped_gradient": each * mu.numel() + rows}
 
 
 def test_bytes_of_rounding_a_weight_by_hand(monkeypatch):

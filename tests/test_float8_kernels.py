@@ -13,7 +13,7 @@ from torch import nn
 
 from pc_triton import float8, reference
 from pc_triton.dispatch import triton_kernels, use_backend
-from pc_triton.kernels import categorical
+from pc_triton.kernels import clamped
 from pc_triton.kernels import float8 as kernels
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
@@ -178,7 +178,7 @@ def test_gradient_of_logits(shape, dtype, device):
         labels[2] = -100
     for logits in (mu, mu.t().contiguous().t()):
         kept = logits.clone()
-        energy, values, scale = categorical.clamped_categorical_rounded(logits, labels, -100)
+        energy, values, scale = clamped.clamped_categorical_rounded(logits, labels, -100)
         assert torch.equal(logits, kept)
         assert values.dtype == GRADIENT
         assert values.is_contiguous()
@@ -210,7 +210,7 @@ def test_gradient_of_logits(shape, dtype, device):
 def test_wrong_arguments_of_logits(changes, error, text):
     given = {"mu": torch.zeros(2, 3), "labels": torch.zeros(2, dtype=torch.int64), "ignore_index": -100} | changes
     with pytest.raises(error, match=text):
-        categorical.clamped_categorical_rounded(**given)
+        clamped.clamped_categorical_rounded(**given)
 
 
 @pytest.mark.parametrize("launch", [kernels.rows_rounded, kernels.weight_rounded])

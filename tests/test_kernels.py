@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pc_triton import reference
-from pc_triton.kernels import bernoulli, categorical, gaussian, gaussian_logvar, laplace, student_t
+from pc_triton.kernels import bernoulli, categorical, clamped, gaussian, gaussian_logvar, laplace, student_t
 from pc_triton.kernels.common import tile
 
 MODULES = {
@@ -569,7 +569,7 @@ def check_clamped(mu, labels, grad_energy, ignore_index=-100) -> None:
         return module.clamped_categorical_gradient_(grad_mu, labels, ignore_index), grad_mu
 
     for call, whats in ((both, ("energy", "lse", "dE/dmu")), (in_place, ("energy in place", "dE/dmu in place"))):
-        for what, a, b, c in zip(whats, call(categorical), call(reference, double), call(reference)):
+        for what, a, b, c in zip(whats, call(clamped), call(reference, double), call(reference)):
             assert_close(f"clamped {tuple(mu.shape)}: {what}", a, b, c)
 
 
@@ -604,19 +604,19 @@ def test_clamped_ignores_and_warns(device):
     """ignore_index may be a column; a label that is no column gives NaN, with nothing read out of bounds."""
     mu = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).to(device)
     check_clamped(mu, torch.tensor([2, 0, 1, 2], device=device), torch.ones(4, device=device), ignore_index=2)
-    energy, _ = categorical.clamped_categorical_forward(mu, torch.tensor([5, -1, -100, 0], device=device), -100)
+    energy, _ = clamped.clamped_categorical_forward(mu, torch.tensor([5, -1, -100, 0], device=device), -100)
     assert energy.isnan().tolist() == [True, True, False, False]
 
 
 def test_clamped_empty_and_bad(device):
     labels = torch.zeros(0, dtype=torch.int64, device=device)
     mu = torch.zeros(0, 5, device=device)
-    energy, lse = categorical.clamped_categorical_forward(mu, labels, -100)
+    energy, lse = clamped.clamped_categorical_forward(mu, labels, -100)
     assert energy.shape == lse.shape == (0,)
-    assert categorical.clamped_categorical_backward(mu, labels, lse, energy, -100).shape == (0, 5)
-    assert categorical.clamped_categorical_gradient_(mu, labels, -100).shape == (0,)
+    assert clamped.clamped_categorical_backward(mu, labels, lse, energy, -100).shape == (0, 5)
+    assert clamped.clamped_categorical_gradient_(mu, labels, -100).shape == (0,)
     with pytest.raises(ValueError, match="not contiguous and is overwritten"):
-        categorical.clamped_categorical_gradient_(torch.zeros(5, 2).t(), torch.zeros(2, dtype=torch.int64), -100)
+        clamped.clamped_categorical_gradient_(torch.zeros(5, 2).t(), torch.zeros(2, dtype=torch.int64), -100)
     mu, labels = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
     for bad, error, words in (
         ((mu.double(), labels), TypeError, "mu is float64"),
@@ -626,7 +626,7 @@ def test_clamped_empty_and_bad(device):
         ((mu, labels.to("meta")), ValueError, "labels are on meta and mu on cpu"),
         ((mu[:, :0], labels), ValueError, "mu has no columns"),
     ):
-        for call in (categorical.clamped_categorical_forward, categorical.clamped_categorical_gradient_):
+        for call in (clamped.clamped_categorical_forward, clamped.clamped_categorical_gradient_):
             with pytest.raises(error, match=words):
                 call(*bad, -100)
 

@@ -57,7 +57,7 @@ def test_error_order(steps, blocks, launches):
         block += (moves - 1) * (gaussians + attentions)
     assert len(launches) == blocks * block + steps, launches  # and the head, once a pass
     assert set(launches) <= {
-        "elementwise._forward", "elementwise._step", "fall._fall", "categorical._clamped_gradient",
+        "elementwise._forward", "elementwise._step", "fall._fall", "clamped._clamped_gradient",
         "attention._forward", "attention._grad_queries", "attention._step_keys", "attention_first._fall",
         "attention_first._first_step", "guard._guard",
     }  # fmt: skip
@@ -77,4 +77,4 @@ def test_state_orders(order, launches):
     nodes, passes = 2, 4 + 1  # inference, and learning
     assert launches.count("elementwise._forward") == nodes * passes
     assert launches.count("elementwise._step") == nodes * passes - (order == "simultaneous")
-    assert launches.count("categorical._clamped_gradient") == passes + 1
+    assert launches.count("clamped._clamped_gradient") == passes + 1

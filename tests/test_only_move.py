@@ -149,6 +149,47 @@ def test_with_more_moves_or_none_nothing_changes(steps, device, states):
     assert bool([node for node in states if type(node.family) is pc.Gaussian]) is (steps > 1)
 
 
+def with_other_precisions(batch, rules, moves, start):
+    steps, _ = orders.begin_errors(batch, rules, 1, start)
+    for node in batch.nodes:
+        node.precision = 3 * node.precision
+    return steps
+
+
+def with_precisions_changed_in_place(batch, rules, moves, start):
+    steps, _ = orders.begin_errors(batch, rules, 1, start)
+    for node in batch.nodes:
+        node.precision.mul_(3)
+    return steps
+
+
+class Reusing(pc.Constant):
+    """Writes over its own step once the moves are made."""
+
+    def finish(self, nodes, look):
+        self.step.zero_()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": pc.Order(with_other_precisions, "error"), "step": 0.5},
+        {"order": pc.Order(with_precisions_changed_in_place, "error"), "step": 0.5},
+        {"step": Reusing(0.5)},
+    ],
+    ids=["precision", "precision in place", "step in place"],
+)
+def test_what_an_order_or_a_rule_changes_after_the_move_does_not_change_the_move(options, device):
+    model, x, y = network(device)
+    found = []
+    for backend in ("torch", "triton"):
+        with use_backend(backend):
+            loss = pc.FreeEnergy(model, **options)(x, y)
+            found.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_what_is_reported_is_what_plain_torch_reports(device):
     model, x, y = network(device)
     found = []

@@ -90,7 +90,7 @@ class Report:
     residual: float
     """Norm of the natural gradient of all states where learning happens, relative to that at the prediction."""
     cosine: float
-    """Cosine of the whole weight gradient to backpropagation's. NaN where no parameter learns, or F is not finite."""
+    """Cosine of the whole weight gradient to backpropagation's. 0 where no parameter learns."""
     worst_cosine: float
     """The smallest such cosine of one parameter, of those whose gradient is more than rounding."""
     total_to_local: float = 1.0
@@ -154,7 +154,7 @@ class Report:
             settled, said = True, ["All that F could fall by is within its rounding."]
         else:
             said = ["Settled." if settled else f"Not settled: {self.settled:.0%} of the reachable fall of F was made."]
-        if math.isnan(self.cosine):
+        if self.cosine == 0 or math.isnan(self.cosine):
             said.append("There is no finite weight gradient to compare with backpropagation's.")
         else:
             close = "Close" if self.cosine >= CLOSE else "Not close"
@@ -356,9 +356,7 @@ def _ratio(norms: Sequence[Tensor | None], to: Sequence[Tensor]) -> float:
 
 
 def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Cosine of the angle between two vectors, each given in parts, in float64. NaN of none."""
-    if not a:
-        return math.nan
+    """Cosine of the angle between two vectors, each given in parts, in float64; 0 where one of them is."""
     dot, aa, bb = (
         sum(float((x.double() * y.double()).sum()) for x, y in pairs) for pairs in (zip(a, b), zip(a, a), zip(b, b))
     )

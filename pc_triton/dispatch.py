@@ -47,7 +47,7 @@ def triton_kernels() -> Any:
     global _triton
     if _triton is None:
         try:
-            import triton
+            import triton.language  # not triton alone, which a folder of that name gives too
 
             if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
                 raise ImportError(f"this is {triton.__version__}, and they need 3.6: torch 2.10 is the first with it")

@@ -130,7 +130,7 @@ def _moments(s: Settings, tokens: int, triton: bool) -> Iterator[tuple[float, fl
     activations = (16 if s.order == "error" else 22) * d + (3 * s.heads if visits_attention else 2 * pairs) + 4
     states = (2 if keeps_accepted else 1) * (6 * d + pairs)
     emissions = 2 * d
-    if gaussian and not triton and s.order == "error" and s.inference_steps == 2:
+    if gaussian and s.order == "error" and s.inference_steps == 2:
         emissions -= pairs  # learning's is the only pass under states, and keeps no gradient of them
     if triton or gaussian:
         work = 6 * d + (2 * pairs if keeps_accepted and not triton else pairs if gaussian else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -97,6 +97,10 @@ class Node:
     def is_free(self) -> bool:
         """Whether it has a state; asking makes none."""
         return self._state is not None or self.only_move is not None
+
+    def without_state(self) -> Node:
+        """The same node, for a graph that is not to keep the state."""
+        return replace(self, _state=None, only_move=None)
 
     def measure(self, grad: Tensor, samples: int) -> Tensor:
         """`Distribution.fall` ``[2, S]`` at the prediction, for F's gradient in the emission."""

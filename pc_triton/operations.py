@@ -4,7 +4,8 @@ Forward, it takes the prediction mu and the node's state to the emission and the
 children send: with dF/dmu for the layer below, and with the pass's response to the gradient of the state, which is to
 move it (`node.Move`) or to hand it over (`node.Gradient`). Two more operations take in the product that makes mu.
 ``anchor`` stands for the states in autograd's graph. Were the state itself a part of it, the graph would keep
-the old one in memory after it has moved.
+the old one in memory after it has moved. Where the anchor requires no gradient the weights learn: the graph then keeps
+of a node what its backward reads, as tensors that autograd lets go of with the rest, and neither node nor batch.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ class Emit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mu: Tensor, anchor: Tensor, node: Node, here: Turn, form: str, state: Tensor | None) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.node, ctx.here, ctx.form = node, here, form
-        ctx.state = None if anchor.requires_grad else state
+        learns = not anchor.requires_grad
+        ctx.node, ctx.here, ctx.form = (node.without_state(), None, form) if learns else (node, here, form)
         reads_mu = form == "state" or type(node.family) is not Gaussian  # a Gaussian's error step does not
-        ctx.save_for_backward(mu if reads_mu else None)
+        ctx.save_for_backward(mu if reads_mu else None, state if reads_mu and learns else None)
         if state is None:
             grad, move, _ = cast(OnlyMove, node.only_move)
             emission, energy = cast(Gaussian, node.family).moved_forward(mu, grad, node.precision, node.unit, move)
@@ -61,21 +62,21 @@ class Emit(torch.autograd.Function):
     @staticmethod
     @once_differentiable(REFUSAL)
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
-        (mu,) = ctx.saved_tensors
-        node, form, response = ctx.node, ctx.form, ctx.here.response
-        if not node.is_free:  # it became the output: it emits what it is predicted
-            return grad, None, None, None, None, None
-        if response is None:
+        mu, state = ctx.saved_tensors
+        node, form = ctx.node, ctx.form
+        if ctx.here is None:
             if grad is None and form == "error":
                 grad = _zeros(*ctx.like)
-            below = node.gradient(grad if mu is None else mu, ctx.state, grad, grad_energy, form)
+            below = node.gradient(grad if mu is None else mu, state, grad, grad_energy, form)
             return below, None, None, None, None, None
+        if not node.is_free:  # it became the output: it emits what it is predicted
+            return grad, None, None, None, None, None
 
         def step(state: Tensor, grad: Tensor | None, keep: Tensor, move: Tensor, sweep: bool) -> Any:
             grad = _zeros(*ctx.like) if grad is None else grad
             return node.step(grad if mu is None else mu, state, grad, keep, move, form=form, moved=sweep)
 
-        return response(node, grad, grad_energy, step), None, None, None, None, None
+        return ctx.here.response(node, grad, grad_energy, step), None, None, None, None, None
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -90,7 +91,7 @@ class EmitLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, node: Node, here: Turn
     ) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.node, ctx.here = node, here
+        ctx.node, ctx.here = (node, here) if anchor.requires_grad else (None, None)
         ctx.below = ctx.needs_input_grad[0] and node.number > 0  # no node is beneath the first one
         rows, family, state = x.flatten(0, -2), cast(Gaussian, node.family), cast(Tensor, node.state)
         ctx.save_for_backward(weight, rows if here.learns else None)
@@ -102,9 +103,9 @@ class EmitLinear(torch.autograd.Function):
     @once_differentiable(REFUSAL)
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
         weight, x = ctx.saved_tensors
-        node, response = ctx.node, ctx.here.response
+        node, here = ctx.node, ctx.here
         grad = weight.new_zeros(ctx.shape) if grad is None else grad
-        if response is None:
+        if here is None:
             to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
             rows = grad.flatten(0, -2)
             below = grad @ weight if to_x else None
@@ -115,7 +116,7 @@ class EmitLinear(torch.autograd.Function):
             new, _ = node.step(grad, state, grad, keep, move, form="error")  # it reads no mu
             return new, grad @ weight if ctx.below else None
 
-        return response(node, grad, grad_energy, step), None, None, None, None, None
+        return here.response(node, grad, grad_energy, step), None, None, None, None, None
 
 
 class EmitAttention(torch.autograd.Function):
@@ -126,16 +127,17 @@ class EmitAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, anchor: Tensor, node: Node, here: Turn, options: dict[str, Any]
     ) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.node, ctx.here, ctx.options = node, here, options
+        learns = not anchor.requires_grad
+        ctx.node, ctx.here, ctx.options = (None, None, options) if learns else (node, here, options)
         out, energy, facts = backend(q).attention_forward(q, k, v, node.state, node.precision, **options)
-        ctx.save_for_backward(q, k, v, out, facts)
+        ctx.save_for_backward(q, k, v, out, facts, *((node.state, node.precision) if learns else (None, None)))
         return out, energy
 
     @staticmethod
     @once_differentiable(REFUSAL)
     def backward(ctx: Any, grad: Tensor | None, grad_energy: Tensor) -> Any:
-        q, k, v, out, facts = ctx.saved_tensors
-        node, response = ctx.node, ctx.here.response
+        q, k, v, out, facts, state, precision = ctx.saved_tensors
+        node, here = ctx.node, ctx.here
         grad = torch.zeros_like(out) if grad is None else grad
 
         def step(state: Tensor, grad: Tensor, keep: Any, move: Any, sweep: bool) -> Any:
@@ -143,11 +145,11 @@ class EmitAttention(torch.autograd.Function):
             new, *below = run(q, k, v, out, grad, state, node.precision, keep, move, facts, **ctx.options)
             return new, below
 
-        if response is None:
-            pi, run = node.precision * grad_energy, backend(q).attention_step
-            _, *below = run(q, k, v, out, grad, node.state, pi, None, None, facts, **ctx.options)
+        if here is None:
+            pi, run = precision * grad_energy, backend(q).attention_step
+            _, *below = run(q, k, v, out, grad, state, pi, None, None, facts, **ctx.options)
         else:
-            below = response(node, grad, grad_energy, step)
+            below = here.response(node, grad, grad_energy, step)
         return *below, None, None, None, None
 
 

@@ -21,7 +21,8 @@ from .checks import check_finite
 from .dispatch import as_state, backend
 from .families import Gaussian
 from .node import Gradient, Move, Node, OnlyMove
-from .rules import Constant, Displacement, Fixed, Rules
+from .rules import Constant, Displacement, Fixed, Guarded, Rules
+from .tracking import Tracked
 
 Start = Mapping[str, Tensor] | Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 """States u by the name of their node, or a function of the predictions by name that gives them."""
@@ -32,14 +33,17 @@ def error(batch: Batch, rules: Rules, moves: int, start: Start | None = None) ->
 
     A step reaches every depth. The backward pass that sets the precisions already makes the first move, from e = 0.
     """
-    steps, left = begin_errors(batch, rules, moves, start)
+    steps, left = begin_errors(batch, rules, moves, start, learns_next=True)
     return descend(batch, rules, steps, left)
 
 
-def begin_errors(batch: Batch, rules: Rules, moves: int, start: Start | None) -> tuple[Constant, int]:
+def begin_errors(
+    batch: Batch, rules: Rules, moves: int, start: Start | None, learns_next: bool = False
+) -> tuple[Constant, int]:
     """Precisions from one backward pass at the prediction; it also makes the first move, where all start at e = 0.
 
-    Returns the step rule, and how many moves are left.
+    Returns the step rule, and how many moves are left. learns_next: learning comes next where none is left. Then no
+    state has to be made; but an order or a rule of the user's may change what the move was made of.
     """
     _check_form(batch, "error")
     moves_at_once = moves > 0 and start is None and rules.state_optimizer is None
@@ -60,9 +64,10 @@ def begin_errors(batch: Batch, rules: Rules, moves: int, start: Start | None) ->
         steps = rules.step.start(f0, slope, rules.remembers)
         keep, move = steps.unguarded(batch.nodes, f0)
         moves -= 1
+        alone = learns_next and moves == 0 and batch.watch is None and type(steps) in (Constant, Guarded, Tracked)
         while pushes:  # each is let go as soon as it is used
             node, push = pushes.pop(0)
-            if moves == 0 and node.fused is None and type(node.family) is Gaussian and backend(push) is not reference:
+            if alone and node.fused is None and type(node.family) is Gaussian and backend(push) is not reference:
                 node.only_move = OnlyMove(as_state(push), move, rules.state_dtype)
             else:
                 node.begin(push, keep, move, rules.state_dtype)

@@ -117,7 +117,7 @@ class ModelPass:
             emission = self._placed(node, mu, batch.places.get(node))
             return self._record(node, emission, wide(mu.detach()).new_zeros(batch.samples))
         if self.local:  # u as it is, whatever the order
-            u = wide(mu.detach()) + node.state if self.form == "error" else node.state
+            u = as_state(wide(mu.detach()) + node.state) if self.form == "error" else node.state
             return self._record(node, *Emit.apply(mu, self.anchor, node, self, "state", u))
         if self._is_mu_plus_e(node, mu):
             error = self.error_of(node, mu.dtype)

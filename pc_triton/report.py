@@ -28,6 +28,8 @@ LEFT = math.sqrt(1 - SETTLED)
 """The residual from which on it says that a node has not: what F may still fall goes with the residual's square."""
 CLOSE = 0.99
 """The cosine from which on it calls the weight gradient close to backpropagation's."""
+ROUNDING = 1e-6
+"""Of F: a fall or a rise below this part of it tells nothing, as float32 sums are no finer."""
 PER_NODE = ("energy", "residual", "precision")
 """What `Report.scalars` gives for every node."""
 
@@ -88,7 +90,7 @@ class Report:
     residual: float
     """Norm of the natural gradient of all states where learning happens, relative to that at the prediction."""
     cosine: float
-    """Cosine of the whole weight gradient to backpropagation's."""
+    """Cosine of the whole weight gradient to backpropagation's. 0 where no parameter learns."""
     worst_cosine: float
     """The smallest such cosine of one parameter, of those whose gradient is more than rounding."""
     total_to_local: float = 1.0
@@ -102,11 +104,17 @@ class Report:
 
     @property
     def settled(self) -> float:
-        """The fraction of the reachable fall of F that inference achieved before learning; 0 where nothing moved."""
+        """The fraction of the reachable fall of F that inference achieved before learning; 0 where nothing moved.
+
+        NaN where F is not finite.
+        """
         if not self.nodes:
             return 0.0
         reachable = self.free_energies[0] - self.long_run
-        return (self.free_energies[0] - self.free_energies[-1]) / reachable if reachable > 0 else 1.0
+        fall = self.free_energies[0] - self.free_energies[-1]
+        if not (math.isfinite(reachable) and math.isfinite(fall)):
+            return math.nan
+        return fall / reachable if reachable > 0 else 1.0
 
     @property
     def explained(self) -> float:
@@ -135,14 +143,22 @@ class Report:
             return "Backpropagation: the states stay at their predictions. Give more inference steps to move them."
         if not self.nodes:
             return "Backpropagation: the forward visits no free value node. Put pc.Gaussian() after a hidden layer."
-        if not math.isfinite(last):
+        if not math.isfinite(first):
+            return "F is not finite before anything moves: the model's output is not. Look at its weights and inputs."
+        if not (math.isfinite(last) and math.isfinite(self.long_run)):
             return "F is not finite: inference diverged. Give a smaller step, or a larger precision."
-        settled = self.settled >= SETTLED
-        said = ["Settled." if settled else f"Not settled: {self.settled:.0%} of the reachable fall of F was made."]
-        if last > first:
-            said = ["Not settled: inference raised F."]
-        close = "Close" if self.cosine >= CLOSE else "Not close"
-        said.append(f"{close} to backpropagation: the cosine of the weight gradients is {self.cosine:.4f}.")
+        settled, raised = self.settled >= SETTLED, last - first > ROUNDING * abs(first)
+        if raised:
+            settled, said = False, ["Not settled: inference raised F."]
+        elif first - self.long_run <= ROUNDING * abs(first):
+            settled, said = True, ["All that F could fall by is within its rounding."]
+        else:
+            said = ["Settled." if settled else f"Not settled: {self.settled:.0%} of the reachable fall of F was made."]
+        if self.cosine == 0 or math.isnan(self.cosine):
+            said.append("There is no finite weight gradient to compare with backpropagation's.")
+        else:
+            close = "Close" if self.cosine >= CLOSE else "Not close"
+            said.append(f"{close} to backpropagation: the cosine of the weight gradients is {self.cosine:.4f}.")
         numbered = list(enumerate(self.nodes, 1))
         late = [(number, node) for number, node in numbered if not node.residual <= LEFT]
         unreached = [] if settled else [(number, node) for number, node in numbered if node.energy == 0]
@@ -151,7 +167,7 @@ class Report:
             said.append(f"{_named(late, 'Node')} {have} not settled: the residual is {most:.2g}.")
         if unreached:
             said.append(f"The error has not reached {_named(unreached)}.")
-        if last > first:
+        if raised:
             said.append("Give a smaller step, or none: the default is guarded.")
         elif unreached:
             said.append("Give more steps, or use order='error', which reaches every node in one.")
@@ -340,7 +356,7 @@ def _ratio(norms: Sequence[Tensor | None], to: Sequence[Tensor]) -> float:
 
 
 def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Cosine of the angle between two vectors, each given in parts, in float64."""
+    """Cosine of the angle between two vectors, each given in parts, in float64; 0 where one of them is."""
     dot, aa, bb = (
         sum(float((x.double() * y.double()).sum()) for x, y in pairs) for pairs in (zip(a, b), zip(a, a), zip(b, b))
     )

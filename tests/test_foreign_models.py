@@ -208,8 +208,8 @@ OPTIONS = [{}, {"order": "sweep"}, {"order": "simultaneous", "precision": 3.0}, 
 @pytest.mark.parametrize("how", ["transposed", "channels last"])
 @pytest.mark.parametrize(
     "options",
-    [*OPTIONS, {"state_optimizer": sgd}, {"order": "simultaneous", "state_optimizer": sgd}],
-    ids=["error", "sweep", "simultaneous", "incremental", "error-sgd", "simultaneous-sgd"],
+    [*OPTIONS, {"local": True}, {"state_optimizer": sgd}, {"order": "simultaneous", "state_optimizer": sgd}],
+    ids=["error", "sweep", "simultaneous", "incremental", "error-local", "error-sgd", "simultaneous-sgd"],
 )
 def test_kernels_take_states_of_permuted_predictions(options, how, node):
     """Of two dimensions swapped, or of convolutions in channels-last: they compute what they do of a copy in rows."""

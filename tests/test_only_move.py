@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from pc_triton import orders, reference
 from pc_triton.dispatch import use_backend
 from pc_triton.kernels import gaussian, laplace
 from pc_triton.node import Node
+from pc_triton.passes import ModelPass
 
 
 @pytest.fixture(params=[pytest.param("cpu", marks=ON_CPU), pytest.param("cuda", marks=ON_GPU)])
@@ -147,6 +150,74 @@ def test_with_more_moves_or_none_nothing_changes(steps, device, states):
     for _ in range(2):
         learn(free_energy, x, y)
     assert bool([node for node in states if type(node.family) is pc.Gaussian]) is (steps > 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"local": True}, {"steps": 3}, {"order": "sweep"}], ids=str)
+def test_a_loss_keeps_no_node(options, device, monkeypatch):
+    """Its graph has what its backward reads, and nothing of that afterwards: a loop holds it through the next batch."""
+    model, x, y = network(device)
+    made: list[weakref.ref] = []
+    new = ModelPass._new_node
+    monkeypatch.setattr(ModelPass, "_new_node", lambda *given: made.append(weakref.ref(n := new(*given))) or n)
+    saved: list[weakref.ref] = []
+
+    def keep(tensor):
+        tensor = tensor.detach()
+        saved.append(weakref.ref(tensor))
+        return tensor
+
+    free_energy = pc.FreeEnergy(model, **options)
+    learn(free_energy, x, y)
+    made.clear()
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = free_energy(x, y)
+        gc.collect()
+        assert made
+        assert not [node for node in made if node() is not None]
+        assert [tensor for tensor in saved if tensor() is not None]
+        loss.backward()
+        assert not [tensor for tensor in saved if tensor() is not None]
+
+
+def with_other_precisions(batch, rules, moves, start):
+    steps, _ = orders.begin_errors(batch, rules, 1, start)
+    for node in batch.nodes:
+        node.precision = 3 * node.precision
+    return steps
+
+
+def with_precisions_changed_in_place(batch, rules, moves, start):
+    steps, _ = orders.begin_errors(batch, rules, 1, start)
+    for node in batch.nodes:
+        node.precision.mul_(3)
+    return steps
+
+
+class Reusing(pc.Constant):
+    """Writes over its own step once the moves are made."""
+
+    def finish(self, nodes, look):
+        self.step.zero_()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": pc.Order(with_other_precisions, "error"), "step": 0.5},
+        {"order": pc.Order(with_precisions_changed_in_place, "error"), "step": 0.5},
+        {"step": Reusing(0.5)},
+    ],
+    ids=["precision", "precision in place", "step in place"],
+)
+def test_what_an_order_or_a_rule_changes_after_the_move_does_not_change_the_move(options, device):
+    model, x, y = network(device)
+    found = []
+    for backend in ("torch", "triton"):
+        with use_backend(backend):
+            loss = pc.FreeEnergy(model, **options)(x, y)
+            found.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_reported_is_what_plain_torch_reports(device):

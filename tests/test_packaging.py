@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import types
 import venv
 import zipfile
 from pathlib import Path
@@ -56,6 +57,19 @@ def pip(*arguments: str | Path) -> None:
 
 def test_without_triton():
     python(WITHOUT_TRITON)
+
+
+def test_a_folder_of_that_name_is_no_triton(monkeypatch):
+    """Such as a clone of its repository, which Python takes for a package without a file."""
+    monkeypatch.setattr(dispatch, "_triton", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    folder = types.ModuleType("triton")
+    folder.__path__ = []
+    monkeypatch.setitem(sys.modules, "triton", folder)
+    with pytest.raises(ImportError, match="the Triton kernels need triton: pip install"):
+        dispatch.triton_kernels()
+    assert not dispatch._has_triton()
 
 
 def test_an_old_triton_is_refused(monkeypatch):

@@ -134,7 +134,9 @@ SAID = {
         ["Not settled: 50%", "Node 2 (`b.0`) has not", "The error has not reached node 1 (`a`).", "order='error'"],
     ),
     "F rose": (((4.0, 4.5), [0.1], [0.1]), ["Not settled: inference raised F.", "Give a smaller step"]),
-    "no number": (((4.0, math.nan), [0.1], [0.1]), ["F is not finite"]),
+    "no number": (((4.0, math.nan), [0.1], [0.1]), ["F is not finite: inference diverged."]),
+    "no number at the prediction": (((math.nan, 3.1), [0.1], [0.1]), ["F is not finite before anything moves"]),
+    "infinite at the prediction": (((math.inf, 3.1), [0.1], [0.1]), ["F is not finite before anything moves"]),
     "residual is no number": (
         ((4.0, 3.05), [0.1], [math.nan]),
         ["Settled.", "Node 1 (`a`) has not settled: the residual is nan"],
@@ -156,9 +158,50 @@ def test_the_regime_in_words(case):
         assert [word for word in re.findall(r"\w+", text) if word not in ("p", "code")] == re.findall(r"\w+", r.summary)
 
 
+def regime(free_energies, long_run, residual=0.1, cosine=0.98):
+    """A report on one node of these figures."""
+    return pc.Report((pc.NodeReport("a", "Gaussian", 2.0, 0.1, residual),), free_energies, long_run, 0.05, cosine, 0.9)
+
+
+@pytest.mark.parametrize("free_energies", [(4.0, 4.0), (4.0, 4.0000002), (4.0, 3.9999998)])
+@pytest.mark.parametrize("long_run", [4.0, 3.9999998])
+def test_within_rounding_nothing_is_said_of_the_fall(free_energies, long_run):
+    """Of a precision so large that F can hardly fall; the residuals still tell."""
+    settled, late = (regime(free_energies, long_run, residual) for residual in (0.1, 0.8))
+    assert settled.summary.startswith("All that F could fall by is within its rounding. Not close")
+    assert "ettled" not in settled.summary
+    assert "Node 1 (`a`) has not settled: the residual is 0.8. Give more steps." in late.summary
+
+
+@pytest.mark.parametrize("figures", [((math.nan, 3.0), 3.0), ((4.0, math.nan), 3.0), ((4.0, 3.1), math.nan)], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_has_not_settled(figures, bad):
+    (first, last), long_run = figures
+    r = regime(*(tuple(bad if math.isnan(f) else f for f in (first, last)), bad if math.isnan(long_run) else long_run))
+    assert math.isnan(r.settled)
+    assert r.summary.startswith("F is not finite")
+
+
+def test_of_no_weight_gradient_nothing_is_compared():
+    model = nn.Sequential(pc.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).requires_grad_(False)
+    r = pc.FreeEnergy(model).report(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+    assert r.summary == "Settled. There is no finite weight gradient to compare with backpropagation's."
+    assert "no finite weight gradient" in regime((4.0, 3.1), 3.0, cosine=math.nan).summary
+
+
+def test_weights_that_are_no_number():
+    model = nn.Sequential(pc.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    with pytest.warns(UserWarning, match="free energy is not finite"):
+        r = pc.FreeEnergy(model).report(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+    assert r.summary.startswith("F is not finite before anything moves: the model's output is not.")
+    assert "nan%" in r.regime
+
+
 def test_close_to_backpropagation():
     assert "Close to backpropagation: the cosine of the weight gradients is 0.9990" in report("a", cosine=0.999).summary
-    assert "Not close to backpropagation" in report("a", cosine=0.0).summary
+    assert "Not close to backpropagation" in report("a", cosine=0.1).summary
 
 
 def energies_over(steps, nodes, scale=1.0):

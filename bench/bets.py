@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pc_triton.text import InputError
 
-BETS = ("tuning", "displacement", "large_batch", "online")
+BETS = ("tuning", "displacement", "large_batch", "online", "few_images")
 
 
 def main() -> None:

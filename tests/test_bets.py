@@ -15,11 +15,11 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
-runs, training, tuning, displacement, large_batch, online = (
-    pytest.importorskip(name)
-    for name in ("runs", "bets_training", "bets_tuning", "bets_displacement", "bets_large_batch", "bets_online")
+names = ("training", "tuning", "displacement", "large_batch", "online", "few_images")
+runs, training, tuning, displacement, large_batch, online, few_images = (
+    pytest.importorskip(name) for name in ("runs", *(f"bets_{name}" for name in names))
 )  # the scripts want scikit-learn, matplotlib and tqdm
-BETS = (tuning, displacement, large_batch, online)
+BETS = (tuning, displacement, large_batch, online, few_images)
 
 
 class Here:
@@ -178,3 +178,28 @@ def test_tables_of_the_page_are_the_files(bet, monkeypatch):
     tables = bet.reproduce(Path("data"), False, out, 1).split("\n\n")
     assert not [table for table in tables if table not in text]
     assert not [r for r in json.loads(out.read_text())["runs"] if r["commit"].endswith("-dirty")]
+
+
+def test_a_refined_posterior_is_that_of_adam_by_hand(monkeypatch):
+    """One inner step from q: Adam's first is the rate times the sign of the gradient; no weight gets a gradient."""
+    torch.manual_seed(0)
+    model, x = few_images.VAE(9, 7), torch.rand(5, 9)
+    q = model.encoder(x).detach()
+    torch.manual_seed(1)
+    noise = torch.randn(5, few_images.LATENT)
+    (grad,) = torch.autograd.grad(few_images.elbo_at(model, q.requires_grad_(), x, noise).sum(), [q])
+    monkeypatch.setattr(few_images, "INNER", 1)
+    torch.manual_seed(1)
+    found = few_images.refined(model, q, x)
+    torch.testing.assert_close(found, q.detach() - few_images.INNER_RATE * grad.sign(), rtol=0, atol=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_elbo_at_a_posterior_is_the_encoders_at_its_own():
+    torch.manual_seed(0)
+    model, x = few_images.VAE(9, 7), torch.rand(5, 9)
+    torch.manual_seed(1)
+    wanted = sum(few_images.negative_elbo(model, few_images.OUTPUT, x))
+    torch.manual_seed(1)
+    found = few_images.elbo_at(model, model.encoder(x), x, torch.randn(5, few_images.LATENT))
+    torch.testing.assert_close(found, wanted)

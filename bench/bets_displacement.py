@@ -244,13 +244,16 @@ def spread(records: Sequence[Record]) -> str:
     return "diverged" if min(map(score, records)) == DIVERGED else mean_and_std(list(map(score, records)))
 
 
+def row(network: Sequence[Sequence[Record]]) -> list[str]:
+    """A network's name and its scores, the lowest in bold."""
+    lowest = best(network)
+    cells = [f"**{spread(records)}**" if records is lowest else spread(records) for records in network]
+    return [name(network[0][0]["settings"]), *cells]
+
+
 def grid_table(grids: Sequence[Sequence[Sequence[Record]]]) -> str:
     """Markdown: a row a network, a column a displacement."""
-    rows = []
-    for grid in grids:
-        lowest = best(grid)
-        cells = [f"**{spread(records)}**" if records is lowest else spread(records) for records in grid]
-        rows.append([name(grid[0][0]["settings"]), *cells])
+    rows = [row(grid) for grid in grids]
     return markdown(["network", *(f"{records[0]['settings']['displacement']:g}" for records in grids[0])], rows)
 
 
@@ -298,11 +301,7 @@ def label(settings: Settings) -> str:
 
 def rule_table(tests: Sequence[Sequence[Sequence[Record]]]) -> str:
     """Markdown: a row a network, a column a method; their mean, and the networks on which it beats the default."""
-    rows = []
-    for test in tests:
-        lowest = best(test)
-        cells = [f"**{spread(records)}**" if records is lowest else spread(records) for records in test]
-        rows.append([name(test[0][0]["settings"]), *cells])
+    rows = [row(test) for test in tests]
     columns = list(zip(*tests))
     default = [value(at_default(test)) for test in tests]
     rows.append(["mean", *(f"{mean(map(value, column)):.3f}" for column in columns)])

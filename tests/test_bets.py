@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from concurrent.futures import Future
 from pathlib import Path
 from statistics import mean
 
@@ -22,24 +21,6 @@ runs, training, tuning, displacement, large_batch, online, few_images = (
 BETS = (tuning, displacement, large_batch, online, few_images)
 
 
-class Here:
-    """A pool of no processes: the runs are made here, which needs no second import of torch."""
-
-    def __init__(self, *arguments):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *raised):
-        pass
-
-    def submit(self, function, settings):
-        future: Future = Future()
-        future.set_result(function(settings))
-        return future
-
-
 @pytest.mark.parametrize("bet", BETS, ids=lambda module: module.__name__)
 def test_quick_run_and_resume(bet, tmp_path, monkeypatch):
     """The tables hold every method; the second call makes no run and gives the same tables."""
@@ -49,16 +30,15 @@ def test_quick_run_and_resume(bet, tmp_path, monkeypatch):
     caches = (training.default_tokens, online.texts, online.pretrained)
     for cached in caches:
         cached.cache_clear()
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(sys.modules["pc_triton.report"], "LONG_RUN", 3)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes of a pool
     out = tmp_path / "out.json"
     with torch.random.fork_rng():
-        first = bet.reproduce(None, True, out, 1)
+        first = bet.reproduce(None, True, out, 0)
         records = json.loads(out.read_text())["runs"]
         monkeypatch.setattr(bet, "run", lambda *_, **__: pytest.fail("a run was made again"))
-        assert bet.reproduce(None, True, out, 1) == first
+        assert bet.reproduce(None, True, out, 0) == first
     torch.set_num_threads(threads)
     for cached in caches:
         cached.cache_clear()
@@ -174,8 +154,7 @@ def test_tables_of_the_page_are_the_files(bet, monkeypatch):
         return
     monkeypatch.setattr(bet, "plot", lambda *_: None)
     monkeypatch.setattr(bet, "run", lambda *_, **__: pytest.fail("a run is missing"))
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
-    tables = bet.reproduce(Path("data"), False, out, 1).split("\n\n")
+    tables = bet.reproduce(Path("data"), False, out, 0).split("\n\n")
     assert not [table for table in tables if table not in text]
     assert not [r for r in json.loads(out.read_text())["runs"] if r["commit"].endswith("-dirty")]
 

@@ -127,7 +127,7 @@ def worker(name: str, device: str) -> None:
     else:
         import rivals
 
-        step, wait, accuracy = getattr(rivals, kind)(batches, **options)
+        step, wait, accuracy, _ = getattr(rivals, kind)(batches, **options)
     done = 0
     for _ in range(3):
         step(done)

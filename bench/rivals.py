@@ -1,25 +1,41 @@
 """The digits network of ``digits.py`` in other predictive coding libraries, written as their own tutorials do.
 
-Each function takes the batches (a list of x ``[128, 64]`` float32 and y ``[128]`` int64 in numpy) and returns three:
-the step, a function of a batch's number that trains on it; the wait for all steps to end; the accuracy of (x, y).
-Network: 64-128-128-10, tanh, squared errors on the hidden nodes, cross-entropy on the output, plain SGD at 0.1.
+Each function takes the batches, a list of x ``[128, 64]`` float32 and y ``[128]`` int64 in numpy. Network:
+64-128-128-10, tanh, squared errors on the hidden nodes, cross-entropy on the output, plain SGD at 0.1, states at 0.1
+too. weights ``[out, in]`` to begin with make it a network of their sizes, whose biases begin at 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Batches = Sequence[tuple[np.ndarray, np.ndarray]]
-Trained = tuple[Callable[[int], Any], Callable[[], Any], Callable[[np.ndarray, np.ndarray], float]]
 SIZES = (64, 128, 128, 10)
 ONE_HOT = np.eye(10, dtype=np.float32)
 
 
-def pcx(batches: Batches, steps: int) -> Trained:
+class Trained(NamedTuple):
+    """A network to train, by a library of its own."""
+
+    step: Callable[[int], Any]
+    """Trains on the batch of that number."""
+    wait: Callable[[], Any]
+    """Ends when all steps have."""
+    accuracy: Callable[[np.ndarray, np.ndarray], float]
+    """Of (x, y)."""
+    weights: Callable[[], list[np.ndarray]]
+    """``[out, in]``, as they are now."""
+
+
+def sizes_of(weights: Sequence[np.ndarray] | None) -> tuple[int, ...]:
+    return SIZES if weights is None else (weights[0].shape[1], *map(len, weights))
+
+
+def pcx(batches: Batches, steps: int, weights: Sequence[np.ndarray] | None = None) -> Trained:
     """PCX (Pinchetti et al. 2024, arXiv 2407.01163), simultaneous order, everything in one jitted function."""
     import jax
     import optax
@@ -29,11 +45,13 @@ def pcx(batches: Batches, steps: int) -> Trained:
     import pcx.predictive_coding as pxc
     import pcx.utils as pxu
 
+    sizes = sizes_of(weights)
+
     class Model(pxc.EnergyModule):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = [pxnn.Linear(m, n) for m, n in pairwise(SIZES)]
-            self.vodes = [pxc.Vode() for _ in SIZES[2:]] + [pxc.Vode(pxc.ce_energy)]
+            self.layers = [pxnn.Linear(m, n) for m, n in pairwise(sizes)]
+            self.vodes = [pxc.Vode() for _ in sizes[2:]] + [pxc.Vode(pxc.ce_energy)]
             self.vodes[-1].h.frozen = True
 
         def __call__(self, x, y):
@@ -74,6 +92,9 @@ def pcx(batches: Batches, steps: int) -> Trained:
 
     px.RKG.seed(0)
     model = Model()
+    for layer, w in zip(model.layers, weights or ()):
+        layer.nn.weight.set(jax.numpy.asarray(w))
+        layer.nn.bias.set(jax.numpy.zeros(len(w)))
     x, y = batches[0]
     with pxu.step(model, pxc.STATUS.INIT, clear_params=pxc.VodeParam.Cache):
         forward(x, ONE_HOT[y], model=model)
@@ -91,10 +112,15 @@ def pcx(batches: Batches, steps: int) -> Trained:
             x = (np.tanh(x) if number else x) @ np.asarray(layer.nn.weight.get()).T + np.asarray(layer.nn.bias.get())
         return float((x.argmax(-1) == y).mean())
 
-    return step, lambda: weight.get().block_until_ready(), accuracy
+    def now() -> list[np.ndarray]:
+        return [np.asarray(layer.nn.weight.get()) for layer in model.layers]
+
+    return Trained(step, lambda: weight.get().block_until_ready(), accuracy, now)
 
 
-def fabricpc(batches: Batches, steps: int, error_order: bool = False) -> Trained:
+def fabricpc(
+    batches: Batches, steps: int, error_order: bool = False, weights: Sequence[np.ndarray] | None = None
+) -> Trained:
     """FabricPC, its jitted training step: state inference by SGD, or error inference (EPCInference)."""
     import jax
     import optax
@@ -110,8 +136,9 @@ def fabricpc(batches: Batches, steps: int, error_order: bool = False) -> Trained
     from fabricpc.training import evaluate, make_train_step
 
     setup_jax(jax.default_backend())
-    nodes = [Linear(shape=(SIZES[0],), name="x")]
-    nodes += [Linear(shape=(n,), name=f"h{k}", activation=TanhActivation()) for k, n in enumerate(SIZES[1:-1])]
+    sizes = sizes_of(weights)
+    nodes = [Linear(shape=(sizes[0],), name="x")]
+    nodes += [Linear(shape=(n,), name=f"h{k}", activation=TanhActivation()) for k, n in enumerate(sizes[1:-1])]
     nodes += [Linear(shape=(10,), name="y", activation=SoftmaxActivation(), energy=CrossEntropyEnergy())]
     structure = graph(
         nodes=nodes,
@@ -121,7 +148,10 @@ def fabricpc(batches: Batches, steps: int, error_order: bool = False) -> Trained
     )
     key = jax.random.PRNGKey(0)
     optimizer = optax.sgd(0.1)
-    params = initialize_params(structure, key)
+    params = initialize_params(structure, key)  # biases begin at 0
+    for node, w in zip(nodes[1:], weights or ()):
+        of_node = params.nodes[node.name].weights
+        of_node[next(iter(of_node))] = jax.numpy.asarray(w.T)
     state = optimizer.init(params)
     train = make_train_step(structure, optimizer, algorithm="pc")
     on_device = [{"x": jax.numpy.asarray(x), "y": jax.numpy.asarray(ONE_HOT[y])} for x, y in batches]
@@ -134,4 +164,7 @@ def fabricpc(batches: Batches, steps: int, error_order: bool = False) -> Trained
         found = evaluate(params, structure, [{"x": x, "y": ONE_HOT[y]}], {}, key)
         return float(found["accuracy"])
 
-    return step, lambda: jax.block_until_ready(params), accuracy
+    def now() -> list[np.ndarray]:
+        return [np.asarray(next(iter(params.nodes[node.name].weights.values()))).T for node in nodes[1:]]
+
+    return Trained(step, lambda: jax.block_until_ready(params), accuracy, now)

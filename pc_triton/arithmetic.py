@@ -62,7 +62,7 @@ def sent(grad: Tensor | None, mu: Tensor) -> Tensor:
 def moved_by(d: Tensor | None, push: Tensor, keep: Tensor, move_over_precision: Tensor) -> Tensor:
     """d <- keep d - (move / pi) push; keep d where move is 0, whatever is pushed."""
     step = per_sample(move_over_precision, push)
-    new = torch.where(step == 0, 0.0, -step * push)  # in place, a graph of it is not simplified
+    new = torch.where(step == 0, 0.0, -step * push)  # not in place: that ends compiled.py's simplifying
     return new if d is None else torch.addcmul(new, per_sample(keep, d), d)
 
 

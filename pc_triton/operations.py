@@ -55,7 +55,7 @@ class Emit(torch.autograd.Function):
         if state is not None and emission is state:
             emission = emission.detach()  # autograd marks what is returned, and the state is to stay a leaf
         ctx.like = emission.shape, mu.dtype, mu.device
-        if form == "state" and not anchor.requires_grad:
+        if form == "state" and learns:
             ctx.mark_non_differentiable(emission)  # learning is local: nothing returns through a state
         return emission, energy
 
